@@ -1,0 +1,31 @@
+"""Fused class-activation-map consistency and re-balanced classification losses for PyTorch."""
+
+from . import reference
+from .class_balance import effective_number_weights, inverse_frequency_weights, target_table
+from .dispatch import backends
+from .functional import (
+    attention_consistency,
+    class_activation_maps,
+    explain,
+    rebalanced_cross_entropy,
+    rebalanced_head_loss,
+)
+from .modules import RebalancedHead
+from .reference import HeadLoss
+from .version import __version__
+
+__all__ = [
+    "HeadLoss",
+    "RebalancedHead",
+    "__version__",
+    "attention_consistency",
+    "backends",
+    "class_activation_maps",
+    "effective_number_weights",
+    "explain",
+    "inverse_frequency_weights",
+    "rebalanced_cross_entropy",
+    "rebalanced_head_loss",
+    "reference",
+    "target_table",
+]

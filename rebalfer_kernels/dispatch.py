@@ -1,0 +1,131 @@
+"""Which backend serves a call, and why the others do not.
+
+A backend is a name in ``BACKENDS`` and a predicate that answers ``(ok, reason)`` from a :class:`Request`; the first
+that can serve is taken. The batch size is no part of a request: it never changes the choice, and never recompiles.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import native
+
+logger = logging.getLogger(__name__)
+
+
+class Request(NamedTuple):
+    """What a predicate may look at."""
+
+    op: str  #: "head", "cam" or "cross_entropy"
+    device: str  #: device type
+    device_index: int | None
+    dtype: torch.dtype  #: of the features (or logits)
+    weight_dtype: torch.dtype
+    layout: str  #: "nchw", "channels_last" or "strided" (which is copied to nchw first)
+    channels: int
+    height: int
+    width: int
+    classes: int
+
+
+class Verdict(NamedTuple):
+    ok: bool
+    reason: str  #: "available", or why not
+
+
+def layout_of(features: Tensor) -> str:
+    """ "nchw", "channels_last", or "strided" for any other stride order; NCHW where both describe the strides."""
+    if features.is_contiguous():
+        return "nchw"
+    return "channels_last" if features.is_contiguous(memory_format=torch.channels_last) else "strided"
+
+
+def request(op: str, features: Tensor, weight: Tensor) -> Request:
+    channels, height, width = (int(s) for s in features.shape[1:]) if op != "cross_entropy" else (1, 1, 1)
+    device = features.device
+    layout = layout_of(features) if op != "cross_entropy" else "nchw"
+    return Request(
+        op, device.type, device.index, features.dtype, weight.dtype, layout, channels, height, width,
+        int(weight.shape[0] if op != "cross_entropy" else features.shape[1]),
+    )  # fmt: skip
+
+
+def _reference(r: Request | None) -> Verdict:
+    return Verdict(True, "available")
+
+
+def _cpu(r: Request | None) -> Verdict:
+    if r is not None and r.device != "cpu":
+        return Verdict(False, f"serves CPU tensors, got {r.device}")
+    return Verdict(*native.load("cpu"))
+
+
+def _triton(r: Request | None) -> Verdict:
+    return Verdict(False, "the Triton kernels are not part of this version")
+
+
+def _cuda(r: Request | None) -> Verdict:
+    return Verdict(False, "the CUDA kernels are not part of this version")
+
+
+#: In order of preference. Each answers for a request, or, given None, whether it is there at all.
+BACKENDS = {"cuda": _cuda, "triton": _triton, "cpu": _cpu, "reference": _reference}
+
+
+def backends() -> dict[str, str]:
+    """Every backend with "available", or the reason why it is not (building the native ones if need be).
+
+    >>> backends()["reference"]
+    'available'
+    """
+    return {name: BACKENDS[name](None).reason for name in reversed(BACKENDS)}
+
+
+def choose(r: Request, backend: str | None) -> str:
+    """The backend that serves ``r``: the forced one (argument, else ``REBALFER_BACKEND``), else the first able one.
+
+    Raises:
+        ValueError: an unknown name. RuntimeError: the forced backend cannot serve; says why.
+    """
+    name, error = _choose(r, backend)
+    if error is not None:
+        raise (ValueError if name is None else RuntimeError)(error)
+    assert name is not None
+    return name
+
+
+@torch.compiler.assume_constant_result
+def _choose(r: Request, backend: str | None) -> tuple[str | None, str | None]:
+    return _choose_cached(r, backend, os.environ.get("REBALFER_BACKEND") or None, native.generation())
+
+
+@functools.lru_cache(maxsize=1024)
+def _choose_cached(r: Request, backend: str | None, default: str | None, _: int) -> tuple[str | None, str | None]:
+    forced = backend if backend is not None else default
+    if forced is not None:
+        source = "backend" if backend is not None else "REBALFER_BACKEND"
+        if forced not in BACKENDS:
+            return None, f"{source}: got {forced!r}, expected one of {', '.join(map(repr, reversed(BACKENDS)))}"
+        verdict = BACKENDS[forced](r)
+        return forced, None if verdict.ok else f"{source}: {forced!r} cannot serve this call: {verdict.reason}"
+    for name, passed_over in verdicts(r).items():
+        if passed_over.ok:
+            logger.debug("%s is served by %s", r, name)
+            return name, None
+    raise AssertionError("the reference serves everything")
+
+
+def verdicts(r: Request) -> dict[str, Verdict]:
+    """Each backend's answer to a request, in order of preference, up to the first that serves."""
+    answers = {}
+    for name, predicate in BACKENDS.items():
+        answers[name] = predicate(r)
+        if answers[name].ok:
+            break
+    return answers

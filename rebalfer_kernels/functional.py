@@ -1,0 +1,355 @@
+"""The public functions: check the arguments, choose a backend, call its operators."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks, dispatch, ops, reference
+from .reference import HeadLoss, compute_dtype
+from .transforms import twin_map
+
+
+def class_activation_maps(features: Tensor, weight: Tensor, *, backend: str | None = None) -> Tensor:
+    """Class activation maps of every class, Eq. 2: A[m, l, h, w] = sum_c weight[l, c] features[m, c, h, w].
+
+    Args:
+        features: (M, C, H, W), NCHW or channels_last; float32, bfloat16, float16 or float64.
+        weight: (L, C), the classifier's, float32 or the features' dtype.
+        backend: None chooses; a name forces it.
+
+    Returns:
+        (M, L, H, W) float32 (float64 for float64), NCHW; differentiable in both arguments.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, rank, shape or device. RuntimeError: the forced backend cannot serve.
+
+    >>> features, weight = torch.ones(1, 4, 2, 3), torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, -1]])
+    >>> class_activation_maps(features, weight)[0, :, 0]
+    tensor([[ 4.,  4.,  4.],
+            [-1., -1., -1.]])
+    """
+    checks.features_and_weight(features, weight, pair=False)
+    request = dispatch.request("cam", features, weight)
+    name = dispatch.choose(request, backend)
+    if name == "reference":
+        return reference.class_activation_maps(features, weight)
+    features = _native_layout(features, request)
+    return ops.ClassActivationMapsFunction.apply(
+        features, ops.anchor(features), weight.contiguous(), name, request.layout == "channels_last"
+    )
+
+
+def attention_consistency(
+    features: Tensor,
+    weight: Tensor,
+    map_weights: Tensor,
+    *,
+    p: int = 2,
+    transform: str = "hflip",
+    detach_cam_weight: bool = True,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """Re-balanced attention consistency of image and twin, Eq. 5: 1 / (N L H W) sum |v_l S|^p, S = A - T(A~).
+
+    Args:
+        features: (2N, C, H, W), the N images' features, then those of their N twins, as they leave one backbone
+            call on ``cat([x, twin(x)])``; NCHW or channels_last; float32, bfloat16, float16 or float64.
+        weight: (L, C), the classifier's, float32 or the features' dtype.
+        map_weights: (L,) v, any float dtype; B^(1/p) for the class weights B of Eq. 4.
+        p: 1 or 2. transform: what was done to the twin: "hflip", "vflip", "rot90", "rot180", "rot270",
+            "transpose" or "identity". detach_cam_weight: no gradient to ``weight`` (as both released programs).
+        reduction: "mean", or "none" for the N samples. backend: None chooses; a name forces it.
+
+    Returns:
+        () or (N,) float32 (float64 for float64). N = 0 gives NaN under "mean".
+
+    Raises:
+        TypeError, ValueError: a wrong option, dtype, rank, shape or device; an odd batch; a map that is not square
+        with a transform that swaps its axes. RuntimeError: the forced backend cannot serve.
+
+    >>> features = torch.arange(4.0).reshape(2, 1, 1, 2)  # maps [0, 1] and, of the twin, [2, 3]
+    >>> weight = torch.tensor([[1.0], [2.0]])
+    >>> attention_consistency(features, weight, torch.ones(2))  # S = W [0 - 3, 1 - 2]
+    tensor(12.5000)
+    """
+    checks.features_and_weight(features, weight, pair=True)
+    checks.map_weight_vector(map_weights, weight)
+    checks.consistency_options(p, transform, detach_cam_weight, features)
+    checks.reduction(reduction)
+    request = dispatch.request("head", features, weight)
+    name = dispatch.choose(request, backend)
+    if name == "reference":
+        return reference.attention_consistency(
+            features, weight, map_weights, p=p, transform=transform, detach_cam_weight=detach_cam_weight,
+            reduction=reduction,
+        )  # fmt: skip
+    if detach_cam_weight:
+        weight = weight.detach()
+    return _head(
+        name, request, features, weight, None, None, None, map_weights, 0.0, p, transform, True, detach_cam_weight,
+        reduction, False,
+    )[2]  # fmt: skip
+
+
+def rebalanced_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    target_table: Tensor,
+    *,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """Cross-entropy against soft labels from a table, Eq. 1 with Eq. 8: -sum_l t_l log softmax(z)_l.
+
+    Args:
+        logits: (M, L), L >= 2; float32, bfloat16, float16 or float64.
+        targets: (M,) integer classes, t = target_table[y], or (M, L) label distributions, t = targets @ target_table.
+        target_table: (L, L) any float dtype; rows need not sum to 1 (``torch.diag(w)`` is the class-balanced loss).
+        reduction: "mean" over the M rows (also where rows do not sum to 1), or "none".
+        backend: None chooses; a name forces it.
+
+    Returns:
+        () or (M,) float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: a wrong option, dtype, rank, shape or device. IndexError: a class outside [0, L), on
+        a CPU; on a GPU that sample's loss and gradient are NaN.
+
+    >>> rebalanced_cross_entropy(torch.zeros(1, 4), torch.tensor([2]), torch.eye(4))  # log 4
+    tensor(1.3863)
+    """
+    checks.tensor("logits", logits, "(M, L)")
+    if logits.dim() != 2 or logits.shape[1] < 2:
+        raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected (M, L) with L >= 2")
+    if logits.dtype not in checks.FEATURE_DTYPES:
+        raise TypeError(f"logits: got dtype {logits.dtype}, expected float32, bfloat16, float16 or float64")
+    checks.table_matrix(target_table, logits.shape[1], logits)
+    checks.targets_of(targets, logits.shape[0], logits.shape[1], logits)
+    checks.reduction(reduction)
+    name = dispatch.choose(dispatch.request("cross_entropy", logits, logits), backend)
+    if name == "reference":
+        return reference.rebalanced_cross_entropy(logits, targets, target_table, reduction=reduction)
+    dtype = compute_dtype(logits.dtype)
+    return ops.CrossEntropyFunction.apply(
+        logits.contiguous(), _targets(targets, dtype), _constant(target_table, dtype), name, reduction == "mean"
+    )
+
+
+def rebalanced_head_loss(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    target_table: Tensor,
+    map_weights: Tensor,
+    consistency_weight: float | Tensor = 2.0,
+    p: int = 2,
+    transform: str = "hflip",
+    views: str = "both",
+    detach_cam_weight: bool = True,
+    reduction: str = "mean",
+    return_maps: bool = False,
+    backend: str | None = None,
+) -> HeadLoss:
+    """The whole head in one pass over the features, Eq. 6: classification + consistency_weight * consistency.
+
+    Args:
+        features: (2N, C, H, W), the N images' features, then those of their N twins, as they leave one backbone
+            call on ``cat([x, twin(x)])``; NCHW or channels_last; float32, bfloat16, float16 or float64.
+        weight, bias: (L, C) and (L,) or None, of the classifier; float32 or the features' dtype.
+        targets: (N,) integer classes, or (N, L) label distributions t, used as t @ target_table.
+        target_table: (L, L), Eq. 8, see :func:`target_table`; any float dtype, rows need not sum to 1.
+        map_weights: (L,) v, B^(1/p) for the class weights B of Eq. 4; any float dtype.
+        consistency_weight: lambda, a number or a 0-d tensor (which is differentiable).
+        p: 1 or 2, of Eq. 5. transform: what was done to the twin: "hflip", "vflip", "rot90", "rot180", "rot270",
+            "transpose" or "identity". views: "both" classifies image and twin (Eq. 1, a sum), "original" the image.
+        detach_cam_weight: the consistency gives no gradient to ``weight``.
+        reduction: "mean", or "none" for per-sample losses. return_maps: also the maps of both views.
+        backend: None chooses; a name forces it.
+
+    Returns:
+        HeadLoss(loss, classification, consistency, logits, maps), float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: a wrong option, dtype, rank, shape or device; an odd batch; a map that is not square
+        with a transform that swaps its axes; a gradient asked for targets, table or map weights.
+        IndexError: a class outside [0, L), on a CPU; on a GPU that sample's classification is NaN.
+        RuntimeError: the forced backend cannot serve.
+
+    >>> features = torch.zeros(2, 3, 1, 1)
+    >>> out = rebalanced_head_loss(features, torch.ones(2, 3), None, torch.tensor([1]),
+    ...                            target_table=torch.eye(2), map_weights=torch.ones(2))
+    >>> out.loss  # both views: 2 log 2
+    tensor(1.3863)
+    """
+    checks.features_and_weight(features, weight, pair=True)
+    checks.bias_vector(bias, weight)
+    checks.table_matrix(target_table, weight.shape[0], features)
+    checks.map_weight_vector(map_weights, weight)
+    checks.targets_of(targets, features.shape[0] // 2, weight.shape[0], features)
+    checks.consistency_weight(consistency_weight)
+    checks.consistency_options(p, transform, detach_cam_weight, features)
+    checks.option("views", views, ("both", "original"))
+    checks.reduction(reduction)
+    checks.flag("return_maps", return_maps)
+    request = dispatch.request("head", features, weight)
+    name = dispatch.choose(request, backend)
+    if name == "reference":
+        return reference.rebalanced_head_loss(
+            features, weight, bias, targets, target_table=target_table, map_weights=map_weights,
+            consistency_weight=consistency_weight, p=p, transform=transform, views=views,
+            detach_cam_weight=detach_cam_weight, reduction=reduction, return_maps=return_maps,
+        )  # fmt: skip
+    scheduled = isinstance(consistency_weight, Tensor)
+    loss, classification, consistency, logits, maps = _head(
+        name, request, features, weight, bias, targets, target_table, map_weights,
+        0.0 if scheduled else float(consistency_weight), p, transform, views == "both", detach_cam_weight, reduction,
+        return_maps,
+    )  # fmt: skip
+    if scheduled:
+        loss = classification + consistency_weight * consistency
+    return HeadLoss(loss, classification, consistency, logits, maps if return_maps else None)
+
+
+def _head(
+    name, request, features, weight, bias, targets, target_table, map_weights, consistency_weight, p, transform,
+    both_views, detach_cam_weight, reduction, return_maps,
+):  # fmt: skip
+    dtype = compute_dtype(request.dtype)
+    features = _native_layout(features, request)
+    recording = torch.is_grad_enabled()
+    weight_gradient = recording and weight.requires_grad
+    bias_gradient = bias is not None and bias.requires_grad
+    return ops.HeadLossFunction.apply(
+        features,
+        ops.anchor(features),
+        weight.contiguous(),
+        None if bias is None else bias.contiguous(),
+        None if targets is None else _targets(targets, dtype),
+        None if target_table is None else _constant(target_table, dtype),
+        _constant(map_weights, dtype),
+        name,
+        consistency_weight,
+        p,
+        twin_map(transform, request.height, request.width),
+        both_views,
+        detach_cam_weight,
+        reduction == "mean",
+        return_maps,
+        request.layout == "channels_last",
+        recording and (features.requires_grad or weight_gradient or bias_gradient),
+        weight_gradient,
+    )[:5]
+
+
+def _native_layout(features: Tensor, request: dispatch.Request) -> Tensor:
+    return features.contiguous() if request.layout == "strided" else features
+
+
+def _targets(targets: Tensor, dtype: torch.dtype) -> Tensor:
+    return targets.to(dtype if targets.is_floating_point() else torch.int64).contiguous()
+
+
+def _constant(table: Tensor, dtype: torch.dtype) -> Tensor:
+    return table.to(dtype).contiguous()
+
+
+class Explanation(NamedTuple):
+    """Which backend serves a call and what it costs; prints as a short report. Bytes are counted, not measured."""
+
+    backend: str
+    passed_over: dict[str, str]  #: backend -> why it does not serve
+    copies: tuple[str, ...]  #: arguments that are copied first
+    bytes_moved: int | None  #: forward and backward, copies and saved tensors included; None for the reference
+    bytes_floor: int  #: features read once, their gradient written once
+
+    def __str__(self) -> str:
+        moved = "not counted (PyTorch's own operators)" if self.bytes_moved is None else f"{self.bytes_moved:,}"
+        lines = [f"backend      {self.backend}"]
+        lines += [f"passed over  {name}: {reason}" for name, reason in self.passed_over.items()]
+        lines += [f"copies       {copy}" for copy in self.copies] or ["copies       none"]
+        lines += [f"bytes moved  {moved}", f"bytes floor  {self.bytes_floor:,}"]
+        return "\n".join(lines)
+
+
+def explain(
+    features: Tensor,
+    weight: Tensor,
+    targets: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    target_table: Tensor | None = None,
+    map_weights: Tensor | None = None,
+    consistency_weight: float | Tensor = 2.0,
+    p: int = 2,
+    transform: str = "hflip",
+    views: str = "both",
+    detach_cam_weight: bool = True,
+    reduction: str = "mean",
+    return_maps: bool = False,
+    backend: str | None = None,
+) -> Explanation:
+    """Explain the call of :func:`rebalanced_head_loss` (of :func:`attention_consistency` without targets).
+
+    Takes the same arguments and computes nothing. Bytes are those of one forward and backward pass with a gradient
+    to features and weight.
+
+    Raises:
+        As the explained function; RuntimeError where a forced backend cannot serve.
+
+    >>> print(explain(torch.zeros(64, 512, 7, 7), torch.zeros(7, 512), backend="reference"))
+    backend      reference
+    copies       none
+    bytes moved  not counted (PyTorch's own operators)
+    bytes floor  12,845,056
+    """
+    checks.features_and_weight(features, weight, pair=True)
+    checks.bias_vector(bias, weight)
+    if map_weights is not None:
+        checks.map_weight_vector(map_weights, weight)
+    if target_table is not None:
+        checks.table_matrix(target_table, weight.shape[0], features)
+    if targets is not None:
+        checks.targets_of(targets, features.shape[0] // 2, weight.shape[0], features)
+    checks.consistency_weight(consistency_weight)
+    checks.consistency_options(p, transform, detach_cam_weight, features)
+    checks.option("views", views, ("both", "original"))
+    checks.reduction(reduction)
+    checks.flag("return_maps", return_maps)
+
+    request = dispatch.request("head", features, weight)
+    name = dispatch.choose(request, backend)
+    forced = backend is not None
+    passed_over = {} if forced else {b: v.reason for b, v in dispatch.verdicts(request).items() if b != name}
+
+    dtype = compute_dtype(features.dtype)
+    copies = []
+    pair_bytes = features.numel() * features.element_size()
+    copied_bytes = 0
+    if name != "reference":
+        if request.layout == "strided":
+            copies.append(f"features: strides {features.stride()} are neither NCHW nor channels_last")
+            copied_bytes += 4 * pair_bytes  # read and written on the way in, and its gradient on the way back
+        for label, value, wanted in (
+            ("weight", weight, weight.dtype),
+            ("bias", bias, weight.dtype),
+            ("target_table", target_table, dtype),
+            ("map_weights", map_weights, dtype),
+            ("targets", targets, dtype if targets is not None and targets.is_floating_point() else torch.int64),
+        ):
+            if value is not None and (value.dtype != wanted or not value.is_contiguous()):
+                copies.append(f"{label}: to contiguous {wanted}")
+                copied_bytes += value.numel() * (value.element_size() + wanted.itemsize)
+    n, (classes, channels) = features.shape[0] // 2, weight.shape
+    saved = n * classes * request.height * request.width + 2 * n * channels * (targets is not None)
+    if not detach_cam_weight:
+        saved += n * classes * channels
+    maps = features.shape[0] * classes * request.height * request.width * return_maps
+    moved = 2 * pair_bytes + (2 * saved + maps) * dtype.itemsize + copied_bytes
+    return Explanation(name, passed_over, tuple(copies), None if name == "reference" else moved, 2 * pair_bytes)
