@@ -102,11 +102,11 @@ def choose(r: Request, backend: str | None) -> str:
 
 @torch.compiler.assume_constant_result
 def _choose(r: Request, backend: str | None) -> tuple[str | None, str | None]:
-    return _choose_cached(r, backend, os.environ.get("REBALFER_BACKEND") or None, native.generation())
+    return _choose_cached(r, backend, os.environ.get("REBALFER_BACKEND") or None)
 
 
 @functools.lru_cache(maxsize=1024)
-def _choose_cached(r: Request, backend: str | None, default: str | None, _: int) -> tuple[str | None, str | None]:
+def _choose_cached(r: Request, backend: str | None, default: str | None) -> tuple[str | None, str | None]:
     forced = backend if backend is not None else default
     if forced is not None:
         source = "backend" if backend is not None else "REBALFER_BACKEND"

@@ -53,7 +53,9 @@ def _empty(like: Tensor, shape: tuple[Any, ...], dtype: torch.dtype, wanted: boo
     return torch.empty(shape if wanted else (0,), dtype=dtype, device=like.device)
 
 
-def _empty_features(like: Tensor, shape: tuple[Any, ...], dtype: torch.dtype, channels_last: bool, wanted: bool) -> Tensor:
+def _empty_features(
+    like: Tensor, shape: tuple[Any, ...], dtype: torch.dtype, channels_last: bool, wanted: bool
+) -> Tensor:
     if not wanted:
         return _empty(like, (0,), dtype)
     layout = torch.channels_last if channels_last else torch.contiguous_format

@@ -1,0 +1,13 @@
+"""The examples of the docstrings run."""
+
+import doctest
+import importlib
+
+import pytest
+import torch
+
+
+@pytest.mark.parametrize("module", ["class_balance", "transforms", "dispatch", "functional", "modules"])
+def test_doctests(module):
+    result = doctest.testmod(importlib.import_module(f"rebalfer_kernels.{module}"), extraglobs={"torch": torch})
+    assert result.attempted and not result.failed

@@ -1,0 +1,288 @@
+"""Values and gradients of every fused operation against the float64 truth, for each backend that is there."""
+
+import itertools
+
+import oracle
+import pytest
+import torch
+
+import rebalfer_kernels as rk
+
+AVAILABLE = rk.backends()
+BACKENDS = [
+    pytest.param(name, marks=pytest.mark.skipif(AVAILABLE[name] != "available", reason=AVAILABLE[name]))
+    for name in ("reference", "cpu")
+]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 3e-6, torch.float16: 3e-6}
+ROUNDING = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
+
+
+def case(n, c, h, w, classes, dtype, layout="nchw", seed=0, soft=False):
+    g = torch.Generator().manual_seed(seed)
+    features = torch.randn(2 * n, c, h, w, generator=g, dtype=torch.float64).to(dtype)
+    if layout == "channels_last":
+        features = features.contiguous(memory_format=torch.channels_last)
+    elif layout == "slice":
+        features = torch.cat([features, features], 1)[:, :c]
+    weight = (torch.randn(classes, c, generator=g, dtype=torch.float64) / c**0.5).to(dtype)
+    bias = torch.randn(classes, generator=g, dtype=torch.float64).to(dtype)
+    targets = torch.randint(0, classes, (n + 1,), generator=g)[1:]
+    if soft:
+        targets = torch.rand(n, classes, generator=g, dtype=torch.float64)
+    weights = rk.effective_number_weights([10 * 3**i + 1 for i in range(min(classes, 12))] + [7] * (classes - 12))
+    return features, weight, bias, targets, rk.target_table(weights) * 1.25, weights.sqrt()
+
+
+def check(backend, data, *, mean, seed=1, **options):
+    """All outputs and gradients with signed random upstreams on each output at once."""
+    features, weight, bias, targets, table, v = data
+    n, classes = len(features) // 2, len(weight)
+    f, w, b = (x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in (features, weight, bias))
+    out = rk.rebalanced_head_loss(
+        f, w, b, targets, target_table=table, map_weights=v, reduction="mean" if mean else "none",
+        return_maps=True, backend=backend, **options,
+    )  # fmt: skip
+    g = torch.Generator().manual_seed(seed)
+    ups = [torch.randn(() if mean else (n,), generator=g).to(out.loss.dtype) for _ in range(3)]
+    ups.append(torch.randn(2 * n, classes, generator=g).to(out.loss.dtype))
+    grads = torch.autograd.grad(out[:4], (f, w, b), ups)
+    translate = {"consistency_weight": "lam", "detach_cam_weight": "detach"}
+    truth = oracle.head(
+        features, weight, bias, targets, table, v, mean=mean, g_loss=ups[0], g_cls=ups[1], g_cons=ups[2],
+        g_logits=ups[3], **{translate.get(k, k): x for k, x in options.items()},
+    )  # fmt: skip
+    for name in ("loss", "classification", "consistency", "logits", "maps"):
+        oracle.assert_close(getattr(out, name), truth[name], TOLERANCE[features.dtype], name)
+        assert not out.maps.requires_grad
+    for name, got in zip(("d_features", "d_weight", "d_bias"), grads, strict=True):
+        oracle.assert_close(got, truth[name], ROUNDING[features.dtype], name)
+    if features.is_contiguous() or features.is_contiguous(memory_format=torch.channels_last):
+        assert grads[0].stride() == features.stride()
+
+
+OPTIONS = [
+    {},
+    {"p": 1, "consistency_weight": 0.7},
+    {"detach_cam_weight": False, "consistency_weight": 3.0},
+    {"views": "original", "transform": "vflip"},
+    {"p": 1, "detach_cam_weight": False, "transform": "rot180"},
+    {"transform": "identity", "views": "original"},
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last", "slice"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options(backend, layout, dtype, options):
+    check(backend, case(3, 37, 5, 3, 7, dtype, layout), mean=True, **options)
+    check(backend, case(2, 33, 7, 7, 8, dtype, layout), mean=False, **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("transform", ["rot90", "rot270", "transpose", "hflip"])
+def test_square_transforms(backend, layout, transform):
+    check(backend, case(2, 19, 4, 4, 3, torch.float64, layout), mean=False, transform=transform)
+    if transform == "hflip":
+        return
+    with pytest.raises(ValueError, match=r"transform.*square"):
+        rk.attention_consistency(torch.zeros(2, 3, 4, 5), torch.zeros(2, 3), torch.ones(2), transform=transform)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize(
+    ("c", "h", "w", "classes"),
+    [(1, 1, 1, 2), (3, 1, 1, 7), (100, 14, 14, 7), (513, 7, 7, 11), (64, 7, 7, 16), (40, 4, 4, 100), (130, 5, 3, 17)],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_shapes(backend, layout, c, h, w, classes, dtype):
+    check(backend, case(2, c, h, w, classes, dtype, layout), mean=True)
+    check(backend, case(1, c, h, w, classes, dtype, layout, soft=True), mean=False, detach_cam_weight=False)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_batch(backend):
+    features, weight, bias, _, table, v = case(1, 5, 2, 2, 3, torch.float32)
+    for mean, detach in itertools.product((True, False), (True, False)):
+        f = features[:0].clone().requires_grad_()
+        w = weight.clone().requires_grad_()
+        out = rk.rebalanced_head_loss(
+            f, w, bias, torch.zeros(0, dtype=torch.long), target_table=table, map_weights=v,
+            reduction="mean" if mean else "none", detach_cam_weight=detach, backend=backend,
+        )  # fmt: skip
+        assert out.loss.isnan().item() if mean else out.loss.shape == (0,)
+        out.loss.sum().backward()
+        assert f.grad.shape == f.shape
+        assert mean or w.grad.eq(0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_gradcheck(backend, layout):
+    features, weight, bias, targets, table, v = case(2, 5, 3, 3, 3, torch.float64, layout)
+    inputs = (features.requires_grad_(), weight.requires_grad_(), bias.requires_grad_())
+
+    def head(f, w, b):
+        return rk.rebalanced_head_loss(
+            f, w, b, targets, target_table=table, map_weights=v, detach_cam_weight=False, reduction="none",
+            backend=backend,
+        )[:4]  # fmt: skip
+
+    assert torch.autograd.gradcheck(head, inputs)
+    assert torch.autograd.gradcheck(lambda f, w: rk.class_activation_maps(f, w, backend=backend), inputs[:2])
+    assert torch.autograd.gradcheck(
+        lambda f, w: rk.attention_consistency(f, w, v, detach_cam_weight=False, transform="rot90", backend=backend),
+        inputs[:2],
+    )
+    logits = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda z: rk.rebalanced_cross_entropy(z, targets, table, backend=backend), (logits,)
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_none_does_not_depend_on_the_batch(backend):
+    if backend == "reference":
+        pytest.skip("the reference leaves the order of its sums to PyTorch")
+    for layout in ("nchw", "channels_last"):
+        features, weight, bias, targets, table, v = case(5, 70, 7, 7, 7, torch.float32, layout)
+        n = len(targets)
+
+        def run(rows, features=features, weight=weight, bias=bias, targets=targets, table=table, v=v, n=n):
+            f = features[rows + [n + r for r in rows]].detach().requires_grad_()
+            out = rk.rebalanced_head_loss(
+                f, weight, bias, targets[rows], target_table=table, map_weights=v, reduction="none", backend=backend
+            )
+            out.loss.sum().backward()
+            return out.loss.detach(), f.grad
+
+        loss, grad = run(list(range(n)))
+        assert torch.equal(loss, run(list(range(n)))[0])
+        for i in range(n):
+            one, one_grad = run([i])
+            assert torch.equal(one[0], loss[i])
+            assert torch.equal(one_grad, grad[[i, n + i]])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autograd_contract(backend):
+    features, weight, bias, targets, table, v = case(4, 24, 7, 7, 7, torch.float32)
+    f, w, b = features.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = rk.rebalanced_head_loss(f, w, b, targets, target_table=table, map_weights=v, backend=backend)
+    if backend != "reference":
+        sizes = sum(t.numel() for t in saved)
+        large = 4 * 7 * 49 + 8 * 24  # S and P
+        small = w.numel() + b.numel() + len(targets) + table.numel() + v.numel() + 8 * 7
+        assert sizes == large + small
+        assert all(t.data_ptr() != f.data_ptr() for t in saved if t.numel())
+    grads = [torch.autograd.grad(out.loss, (f, w, b), retain_graph=True) for _ in range(3)]
+    assert all(torch.equal(x, y) for g in grads[1:] for x, y in zip(g, grads[0], strict=True))
+    scaled = torch.autograd.grad(out.loss * 2.0**16, (f, w, b))
+    assert all(torch.equal(x / 2.0**16, y) for x, y in zip(scaled, grads[0], strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_order_is_refused(backend):
+    if backend == "reference":
+        pytest.skip("the reference differentiates to any order")
+    features, weight, bias, targets, table, v = case(2, 6, 3, 3, 3, torch.float64)
+    for wanted in ("features", "weight", "all"):
+        f, w = features.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = rk.rebalanced_head_loss(f, w, bias, targets, target_table=table, map_weights=v, backend=backend).loss
+        grads = torch.autograd.grad(loss, (f, w), create_graph=True)
+        total = loss + sum(g.square().sum() for g in grads)
+        with pytest.raises(RuntimeError, match="second-order"):
+            if wanted == "all":
+                total.backward()
+            else:
+                torch.autograd.grad(total, f if wanted == "features" else w)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_labels_out_of_range(backend):
+    features, weight, bias, targets, table, v = case(3, 6, 3, 3, 3, torch.float32)
+    for label in (3, -1):
+        wrong = targets.clone()
+        wrong[1] = label
+        with pytest.raises(IndexError, match="targets"):
+            rk.rebalanced_head_loss(features, weight, bias, wrong, target_table=table, map_weights=v, backend=backend)
+        with pytest.raises(IndexError, match="targets"):
+            rk.rebalanced_cross_entropy(torch.zeros(3, 3), wrong, table, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_fullgraph_without_recompiling_for_the_batch(backend):
+    head = rk.RebalancedHead(6, 3, [9, 5, 2], backend=backend)
+    compiled = torch.compile(lambda f, y: head(f, y).loss, fullgraph=True, backend="aot_eager")
+    for n in (2, 3, 5, 6):
+        with torch._dynamo.config.patch(error_on_recompile=n > 3):
+            f = torch.randn(2 * n, 6, 3, 3, requires_grad=True)
+            y = torch.randint(0, 3, (n,))
+            (got,) = torch.autograd.grad(compiled(f, y), f)
+            (expected,) = torch.autograd.grad(head(f, y).loss, f)
+            torch.testing.assert_close(got, expected)
+
+
+ERRORS = [
+    (dict(features=torch.zeros(2, 3, 4)), ValueError, r"features: got shape \(2, 3, 4\)"),
+    (dict(features=torch.zeros(3, 3, 2, 2)), ValueError, "features: got a batch of 3"),
+    (dict(features=torch.zeros(2, 3, 2, 2, dtype=torch.int32)), TypeError, "features: got dtype"),
+    (dict(weight=torch.zeros(3, 4)), ValueError, r"weight: got shape \(3, 4\)"),
+    (dict(weight=torch.zeros(1, 3)), ValueError, "weight: got 1 classes"),
+    (dict(weight=torch.zeros(3, 3, dtype=torch.float16)), TypeError, "weight: got dtype"),
+    (dict(bias=torch.zeros(4)), ValueError, "bias: got shape"),
+    (dict(targets=torch.zeros(2, dtype=torch.long)), ValueError, "targets: got"),
+    (dict(targets=torch.zeros(1, 2)), ValueError, "targets: got"),
+    (dict(targets=torch.zeros(1, dtype=torch.bool)), TypeError, "targets: got dtype"),
+    (dict(targets=torch.zeros(1, 3, requires_grad=True)), ValueError, "targets: got a tensor that requires grad"),
+    (dict(target_table=torch.zeros(2, 2)), ValueError, "target_table: got shape"),
+    (dict(target_table=torch.zeros(3, 3, requires_grad=True)), ValueError, "target_table: got a tensor that"),
+    (dict(map_weights=torch.zeros(2)), ValueError, "map_weights: got shape"),
+    (dict(map_weights=torch.zeros(3, dtype=torch.int64)), TypeError, "map_weights: got dtype"),
+    (dict(map_weights=torch.zeros(3, device="meta")), ValueError, "map_weights: got device meta"),
+    (dict(p=3), ValueError, "p: got 3"),
+    (dict(transform="flip"), ValueError, "transform: got 'flip'"),
+    (dict(views="twin"), ValueError, "views: got 'twin'"),
+    (dict(reduction="sum"), ValueError, "reduction: got 'sum'"),
+    (dict(consistency_weight="2"), TypeError, "consistency_weight: got '2'"),
+    (dict(backend="fast"), ValueError, "backend: got 'fast'"),
+    (dict(backend="cuda"), RuntimeError, "backend: 'cuda' cannot serve"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), ERRORS, ids=[e[2] for e in ERRORS])
+def test_errors(change, error, message):
+    arguments = dict(
+        features=torch.zeros(2, 3, 2, 2), weight=torch.zeros(3, 3), bias=None, targets=torch.zeros(1, dtype=torch.long),
+        target_table=torch.eye(3), map_weights=torch.ones(3),
+    )  # fmt: skip
+    rk.rebalanced_head_loss(**arguments)
+    with pytest.raises(error, match=message):
+        rk.rebalanced_head_loss(**(arguments | change))
+
+
+def test_head_module():
+    linear = torch.nn.Linear(6, 3)
+    head = rk.RebalancedHead(6, 3, [50, 20, 3])
+    head.load_state_dict(linear.state_dict(), strict=True)
+    features = torch.randn(4, 6, 2, 2)
+    torch.testing.assert_close(head(features), linear(features.mean((2, 3))))
+    out = head(features, torch.tensor([0, 2]))
+    weights = rk.effective_number_weights([50, 20, 3])
+    truth = oracle.head(
+        features, head.weight.detach(), head.bias.detach(), torch.tensor([0, 2]), rk.target_table(weights),
+        weights.sqrt(),
+    )  # fmt: skip
+    oracle.assert_close(out.loss, truth["loss"], 1e-5)
+
+
+def test_oracle_notices_a_wrong_factor_and_a_nan():
+    truth = torch.randn(50, dtype=torch.float64)
+    oracle.assert_close(truth.float(), truth, 1e-6)
+    for wrong in (truth * 1.01, -truth, truth + 0.1, torch.full_like(truth, float("nan"))):
+        with pytest.raises(AssertionError):
+            oracle.assert_close(wrong, truth, 1e-3)
