@@ -41,7 +41,7 @@ def features_and_weight(features: Tensor, weight: Tensor, *, pair: bool) -> None
         raise TypeError(f"features: got dtype {features.dtype}, expected float32, bfloat16, float16 or float64")
     if weight.dim() != 2 or weight.shape[1] != features.shape[1]:
         raise ValueError(
-            f"weight: got shape {tuple(weight.shape)}, expected (L, C) with C = {features.shape[1]} as the features have"
+            f"weight: got shape {tuple(weight.shape)}, expected (L, {features.shape[1]}) with the C of the features"
         )
     if weight.shape[0] < 2:
         raise ValueError(f"weight: got {weight.shape[0]} classes, expected L >= 2")
@@ -124,7 +124,8 @@ def consistency_weight(value: float | Tensor) -> None:
     if isinstance(value, Tensor):
         if value.dim() != 0 or not value.is_floating_point():
             raise ValueError(
-                f"consistency_weight: got {value.dtype} of shape {tuple(value.shape)}, expected a number or a 0-d float tensor"
+                f"consistency_weight: got {value.dtype} of shape {tuple(value.shape)}, "
+                "expected a number or a 0-d float tensor"
             )
     elif isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"consistency_weight: got {value!r}, expected a number or a 0-d float tensor")

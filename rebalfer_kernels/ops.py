@@ -22,7 +22,7 @@ _EXACT_STRIDES = (torch.Tag.needs_exact_strides,)
 
 _library = torch.library.Library("rebalfer_kernels", "DEF")
 
-# twin_map is transforms.TwinMap; targets is (N,) int64 or (N, L) in the compute dtype, or None for the consistency alone.
+# twin_map is transforms.TwinMap; targets is (N,) int64 or (N, L) in the compute dtype, None for consistency alone.
 _SCHEMAS = {
     "head_forward": (
         "(Tensor features, Tensor weight, Tensor? bias, Tensor? targets, Tensor? target_table, Tensor map_weights, "
@@ -118,7 +118,7 @@ def _cross_entropy_backward_fake(d_loss, logits, targets, target_table, mean):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-_FAKES = {
+_FAKES: dict[str, Any] = {
     "head_forward": _head_forward_fake,
     "head_backward": _head_backward_fake,
     "cam_forward": _cam_forward_fake,
@@ -221,6 +221,8 @@ class HeadLossFunction(torch.autograd.Function):
         (
             features_anchor, weight, bias, targets, target_table, map_weights, logits, residual, pooled, cam_grad,
         ) = ctx.saved_tensors  # fmt: skip
+        if d_logits is not None:
+            d_logits = d_logits.contiguous()
         upstream = (d_loss, d_classification, d_consistency, d_logits)
         need = (ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3])
         d_features, d_weight, d_bias = OPERATORS[ctx.backend]["head_backward"](
@@ -257,7 +259,7 @@ class ClassActivationMapsFunction(torch.autograd.Function):
         features, weight = ctx.saved_tensors
         need = (ctx.needs_input_grad[0], ctx.needs_input_grad[2])
         d_features, d_weight = OPERATORS[ctx.backend]["cam_backward"](
-            d_maps, weight if features is None else features, weight, ctx.dtype, ctx.channels_last, *need
+            d_maps.contiguous(), weight if features is None else features, weight, ctx.dtype, ctx.channels_last, *need
         )
         grads = (d_features if need[0] else None, d_weight if need[1] else None)
         d_features, d_weight = _first_order("class_activation_maps", grads, (features, weight, d_maps))

@@ -1,0 +1,579 @@
+// The operators of rebalfer_kernels/ops.py on CPU tensors: what is parallel, what is saved, and PyTorch's stable ABI.
+//
+// One task is one pair of views, so a sample's results never depend on the batch; sums over the batch are taken in a
+// fixed order, by channel, after all pairs are done.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/MemoryFormat.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "../head_math.h"
+#include "kernels.h"
+
+namespace rebalfer {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Outputs from this size on are advised huge pages (a fresh gradient otherwise costs more in page faults than in
+// stores) and written past the caches.
+constexpr int64_t kHugeBytes = 4 << 20;
+constexpr int64_t kStreamingBytes = 24 << 20;
+constexpr int64_t kChannelChunk = 128;  // channels of one task in sums over the batch
+
+const Kernels& kernels(Storage storage) {
+  using Getter = const Kernels& (*)(Storage);
+  static const Getter getter = []() -> Getter {
+#if defined(__x86_64__)
+    const char* asked = std::getenv("REBALFER_CPU_ISA");
+    const std::string isa = asked ? asked : "";
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (avx512 && (isa.empty() || isa == "avx512")) return kernels_avx512;
+    if (avx2 && isa != "baseline") return kernels_avx2;
+#endif
+    return kernels_baseline;
+  }();
+  return getter(storage);
+}
+
+Storage storage_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return Storage::f32;
+    case ScalarType::Double: return Storage::f64;
+    case ScalarType::BFloat16: return Storage::bf16;
+    case ScalarType::Half: return Storage::f16;
+    default: STD_TORCH_CHECK(false, "features: expected float32, bfloat16, float16 or float64");
+  }
+}
+
+template <typename A>
+constexpr ScalarType kCompute = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+
+int64_t bytes_of(ScalarType dtype) {
+  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+}
+
+Tensor output(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype, bool wanted = true) {
+  if (!wanted) shape = {0};
+  return torch::stable::new_empty(like, shape, dtype);
+}
+
+Tensor feature_output(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype, bool channels_last, bool wanted) {
+  if (!wanted) return output(like, {0}, dtype);
+  Tensor out = torch::stable::empty(
+      shape, dtype, std::nullopt, like.device(), std::nullopt,
+      channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
+#if defined(__linux__)
+  const int64_t bytes = out.numel() * bytes_of(dtype);
+  if (bytes >= kHugeBytes) {
+    constexpr uintptr_t page = 4096;
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(out.data_ptr()) + page - 1) / page * page;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(out.data_ptr()) + bytes) / page * page;
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: failure changes nothing
+  }
+#endif
+  return out;
+}
+
+// Reads the layout off the strides, which the caller made one of the two.
+bool is_channels_last(const Tensor& features) {
+  if (features.is_contiguous()) return false;
+  const int64_t C = features.size(1), H = features.size(2), W = features.size(3);
+  const bool ok = (C == 1 || features.stride(1) == 1) && (W == 1 || features.stride(3) == C) &&
+                  (H == 1 || features.stride(2) == W * C) && (features.size(0) == 1 || features.stride(0) == H * W * C);
+  STD_TORCH_CHECK(ok, "features: expected NCHW or channels_last strides");
+  return true;
+}
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+// Zeroed scratch, aligned to a cache line.
+template <typename A>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) {
+    const size_t bytes = (std::max<int64_t>(count, 1) * sizeof(A) + 127) / 64 * 64;
+    data_.reset(static_cast<A*>(std::aligned_alloc(64, bytes)));
+    if (!data_) throw std::bad_alloc();
+    std::memset(static_cast<void*>(data_.get()), 0, bytes);
+  }
+  A* get() const { return data_.get(); }
+
+ private:
+  std::unique_ptr<A, Free> data_;
+};
+
+template <typename A>
+Buffer<A> pack(const Kernels& k, Geometry g, const Tensor& weight) {
+  Buffer<A> packed(k.packed_size(g));
+  k.pack(g, weight.data_ptr(), weight.scalar_type() == kCompute<A>, packed.get());
+  return packed;
+}
+
+float widened(uint16_t bits, ScalarType dtype) {
+  if (dtype == ScalarType::BFloat16) {
+    const uint32_t wide = uint32_t(bits) << 16;
+    float out;
+    std::memcpy(&out, &wide, 4);
+    return out;
+  }
+  return static_cast<float>(c10::Half(bits, c10::Half::from_bits()));
+}
+
+// A small tensor (bias) in the compute type.
+template <typename A>
+std::vector<A> values(const Tensor& t) {
+  std::vector<A> out(t.numel());
+  for (size_t i = 0; i < out.size(); ++i) {
+    switch (t.scalar_type()) {
+      case ScalarType::Double: out[i] = A(static_cast<const double*>(t.data_ptr())[i]); break;
+      case ScalarType::Float: out[i] = A(static_cast<const float*>(t.data_ptr())[i]); break;
+      default: out[i] = widened(static_cast<const uint16_t*>(t.data_ptr())[i], t.scalar_type());
+    }
+  }
+  return out;
+}
+
+template <typename A>
+void write(void* out, ScalarType dtype, int64_t i, A x) {
+  switch (dtype) {
+    case ScalarType::Double: static_cast<double*>(out)[i] = x; break;
+    case ScalarType::Float: static_cast<float*>(out)[i] = float(x); break;
+    case ScalarType::BFloat16: static_cast<c10::BFloat16*>(out)[i] = c10::BFloat16(float(x)); break;
+    default: static_cast<c10::Half*>(out)[i] = c10::Half(float(x));
+  }
+}
+
+// Target distributions t: a row of the table for a class, targets @ table for a distribution.
+template <typename A>
+class Targets {
+ public:
+  Targets(const Tensor& targets, const Tensor& table, int64_t L)
+      : L_(L), table_(static_cast<const A*>(table.data_ptr())) {
+    if (targets.dim() == 2) {
+      soft_ = static_cast<const A*>(targets.data_ptr());
+      return;
+    }
+    classes_ = static_cast<const int64_t*>(targets.data_ptr());
+    for (int64_t i = 0; i < targets.size(0); ++i)
+      if (classes_[i] < 0 || classes_[i] >= L)
+        throw std::out_of_range("targets: got class " + std::to_string(classes_[i]) + ", expected classes in [0, " +
+                                std::to_string(L) + ")");
+  }
+  // The row of sample i; `room` (L) holds it where it must be computed.
+  const A* row(int64_t i, A* room) const {
+    if (classes_) return table_ + classes_[i] * L_;
+    for (int64_t l = 0; l < L_; ++l) {
+      A sum = 0;
+      for (int64_t y = 0; y < L_; ++y) sum += soft_[i * L_ + y] * table_[y * L_ + l];
+      room[l] = sum;
+    }
+    return room;
+  }
+
+ private:
+  int64_t L_;
+  const A* table_;
+  const A* soft_ = nullptr;
+  const int64_t* classes_ = nullptr;
+};
+
+template <typename A>
+A mean_of(const std::vector<A>& x) {  // NaN of nothing, as PyTorch's own losses
+  double sum = 0;
+  for (A v : x) sum += v;
+  return A(sum / double(x.size()));
+}
+
+// An upstream gradient: absent, a scalar, or one a sample (of any stride).
+template <typename A>
+struct Upstream {
+  explicit Upstream(const OptionalTensor& t) {
+    if (!t) return;
+    data = static_cast<const A*>(t->data_ptr());
+    stride = t->dim() ? t->stride(0) : 0;
+  }
+  A operator[](int64_t i) const { return data ? data[i * stride] : A(0); }
+  const A* data = nullptr;
+  int64_t stride = 0;
+};
+
+struct Map {
+  int64_t H, W, L, pitch;
+  TwinMap twin;
+};
+
+// d of the two maps from g dS: the residual's gradient on the original, its negative where the twin was read.
+template <typename A>
+void residual_gradient(Map m, const A* residual, const A* v, int p, A g, A* d_maps, A* d_twin) {
+  const A scale = g / A(m.L * m.H * m.W);
+  for (int64_t l = 0; l < m.L; ++l)
+    for (int64_t h = 0; h < m.H; ++h)
+      for (int64_t w = 0; w < m.W; ++w) {
+        const int64_t x = h * m.W + w;
+        const A d = scale * consistency_gradient(v[l], residual[l * m.H * m.W + x], p);
+        d_maps[l * m.pitch + x] = d;
+        d_twin[l * m.pitch + twin_index(m.twin, h, w)] = -d;
+      }
+}
+
+using HeadForward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <typename A>
+HeadForward head_forward_as(const Tensor& features, const Tensor& weight, const OptionalTensor& bias,
+                            const OptionalTensor& targets, const OptionalTensor& target_table,
+                            const Tensor& map_weights, double consistency_weight, int p, TwinMap twin, bool both_views,
+                            bool mean, bool with_maps, bool save_residual, bool save_pooled, bool save_cam_grad) {
+  const int64_t M = features.size(0), N = M / 2, C = features.size(1), H = features.size(2), W = features.size(3);
+  const int64_t L = weight.size(0), HW = H * W;
+  const Geometry g{C, HW, L, is_channels_last(features)};
+  const Kernels& k = kernels(storage_of(features.scalar_type()));
+  const Map map{H, W, L, (HW + k.lanes - 1) / k.lanes * k.lanes, twin};
+  const int64_t row = (C + k.lanes - 1) / k.lanes * k.lanes, cams = L * map.pitch;
+  const bool classified = targets.has_value();
+  const ScalarType dtype = kCompute<A>;
+  std::optional<Targets<A>> target_rows;
+  if (classified) target_rows.emplace(*targets, *target_table, L);
+
+  const std::vector<int64_t> losses = mean ? std::vector<int64_t>{} : std::vector<int64_t>{N};
+  Tensor loss = output(features, losses, dtype, classified), classification = output(features, losses, dtype, classified);
+  Tensor consistency = output(features, losses, dtype), logits = output(features, {M, L}, dtype, classified);
+  Tensor maps = output(features, {M, L, H, W}, dtype, with_maps);
+  Tensor residual = output(features, {N, L, H, W}, dtype, save_residual);
+  Tensor pooled = output(features, {M, C}, dtype, save_pooled);
+  Tensor cam_grad = output(features, {N, L, C}, dtype, save_cam_grad);
+
+  const auto packed = pack<A>(k, g, weight);
+  const std::vector<A> b = bias ? values<A>(*bias) : std::vector<A>();
+  const A* v = static_cast<const A*>(map_weights.data_ptr());
+  const char* f = static_cast<const char*>(features.data_ptr());
+  const int64_t view_bytes = C * HW * bytes_of(features.scalar_type());
+  std::vector<A> cls(N), cons(N);
+
+  torch::stable::parallel_for(0, N, 1, [&](int64_t begin, int64_t end) {
+    Buffer<A> cam(2 * cams), pool(2 * row), s(L * HW), z(2 * L), t(L), d(save_cam_grad ? 2 * cams : 0);
+    Buffer<char> scratch(k.scratch_bytes(g));
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t view = 0; view < 2; ++view) {
+        const int64_t m = view * N + i;
+        A* cam_view = cam.get() + view * cams;
+        A* pool_view = pool.get() + view * row;
+        k.maps(g, f + m * view_bytes, packed.get(), cam_view, pool_view, scratch.get());
+        if (save_pooled) std::memcpy(static_cast<A*>(pooled.data_ptr()) + m * C, pool_view, C * sizeof(A));
+        if (with_maps)
+          for (int64_t l = 0; l < L; ++l)
+            std::memcpy(static_cast<A*>(maps.data_ptr()) + (m * L + l) * HW, cam_view + l * map.pitch, HW * sizeof(A));
+        if (classified) {
+          k.logits(g, packed.get(), pool_view, b.empty() ? nullptr : b.data(), z.get() + view * L);
+          std::memcpy(static_cast<A*>(logits.data_ptr()) + m * L, z.get() + view * L, L * sizeof(A));
+        }
+      }
+      A sum = 0;
+      for (int64_t l = 0; l < L; ++l) {
+        A of_class = 0;
+        for (int64_t h = 0; h < H; ++h)
+          for (int64_t w = 0; w < W; ++w) {
+            const A x = cam.get()[l * map.pitch + h * W + w] - cam.get()[cams + l * map.pitch + twin_index(twin, h, w)];
+            s.get()[l * HW + h * W + w] = x;
+            of_class += consistency_term(v[l], x, p);
+          }
+        sum += of_class;
+      }
+      cons[i] = sum / A(L * HW);
+      if (save_residual) std::memcpy(static_cast<A*>(residual.data_ptr()) + i * L * HW, s.get(), L * HW * sizeof(A));
+      if (classified) {
+        const A* row_t = target_rows->row(i, t.get());
+        cls[i] = cross_entropy(z.get(), row_t, L) + (both_views ? cross_entropy(z.get() + L, row_t, L) : A(0));
+      }
+      if (save_cam_grad) {
+        A* out = static_cast<A*>(cam_grad.data_ptr()) + i * L * C;
+        std::memset(static_cast<void*>(out), 0, L * C * sizeof(A));
+        residual_gradient(map, s.get(), v, p, A(1), d.get(), d.get() + cams);
+        k.correlate(g, f + i * view_bytes, d.get(), out, scratch.get());
+        k.correlate(g, f + (N + i) * view_bytes, d.get() + cams, out, scratch.get());
+      }
+    }
+  });
+
+  auto give = [&](Tensor& to, const std::vector<A>& from) {
+    if (mean)
+      *static_cast<A*>(to.data_ptr()) = mean_of(from);
+    else if (N)
+      std::memcpy(to.data_ptr(), from.data(), N * sizeof(A));
+  };
+  give(consistency, cons);
+  if (classified) {
+    give(classification, cls);
+    for (int64_t i = 0; i < N; ++i) cls[i] += A(consistency_weight) * cons[i];
+    give(loss, cls);
+  }
+  return {loss, classification, consistency, logits, maps, residual, pooled, cam_grad};
+}
+
+TwinMap twin_of(const std::vector<int64_t>& map) { return {map[0], map[1], map[2]}; }
+
+HeadForward head_forward(Tensor features, Tensor weight, OptionalTensor bias, OptionalTensor targets,
+                         OptionalTensor target_table, Tensor map_weights, double consistency_weight, int64_t p,
+                         std::vector<int64_t> twin_map, bool both_views, bool mean, bool with_maps, bool save_residual,
+                         bool save_pooled, bool save_cam_grad) {
+  auto run = features.scalar_type() == ScalarType::Double ? head_forward_as<double> : head_forward_as<float>;
+  return run(features, weight, bias, targets, target_table, map_weights, consistency_weight, int(p), twin_of(twin_map),
+             both_views, mean, with_maps, save_residual, save_pooled, save_cam_grad);
+}
+
+using HeadBackward = std::tuple<Tensor, Tensor, Tensor>;
+
+template <typename A>
+HeadBackward head_backward_as(const OptionalTensor& d_loss, const OptionalTensor& d_classification,
+                              const OptionalTensor& d_consistency, const OptionalTensor& d_logits, const Tensor& weight,
+                              const OptionalTensor& targets, const OptionalTensor& target_table,
+                              const Tensor& map_weights, const Tensor& logits, const Tensor& residual,
+                              const Tensor& pooled, const Tensor& cam_grad, double consistency_weight, int p,
+                              TwinMap twin, bool both_views, bool mean, ScalarType dtype, bool channels_last,
+                              bool need_features, bool need_weight, bool need_bias) {
+  const int64_t N = residual.size(0), M = 2 * N, L = weight.size(0), C = weight.size(1);
+  const int64_t H = residual.size(2), W = residual.size(3), HW = H * W;
+  const Geometry g{C, HW, L, channels_last};
+  const Kernels& k = kernels(storage_of(dtype));
+  const Map map{H, W, L, (HW + k.lanes - 1) / k.lanes * k.lanes, twin};
+  const int64_t cams = L * map.pitch;
+  const bool classified = targets.has_value();
+  std::optional<Targets<A>> target_rows;
+  if (classified) target_rows.emplace(*targets, *target_table, L);
+
+  Tensor d_features = feature_output(weight, {M, C, H, W}, dtype, channels_last, need_features);
+  Tensor d_weight = output(weight, {L, C}, weight.scalar_type(), need_weight);
+  Tensor d_bias = output(weight, {L}, weight.scalar_type(), need_bias);
+
+  const Upstream<A> g_loss(d_loss), g_cls(d_classification), g_cons(d_consistency);
+  const A share = mean ? A(1) / A(std::max<int64_t>(N, 1)) : A(1);
+  const A* z = classified ? static_cast<const A*>(logits.data_ptr()) : nullptr;
+  const A* g_logits = d_logits ? static_cast<const A*>(d_logits->data_ptr()) : nullptr;
+  const A* s = static_cast<const A*>(residual.data_ptr());
+  const A* v = static_cast<const A*>(map_weights.data_ptr());
+  const auto packed = need_features ? pack<A>(k, g, weight) : Buffer<A>(0);
+  const int64_t view_bytes = C * HW * bytes_of(dtype);
+  const bool streaming = M * view_bytes >= kStreamingBytes;
+  char* out = static_cast<char*>(d_features.data_ptr());
+  Buffer<A> dz(M * L);
+  std::vector<A> g_s(N);
+
+  torch::stable::parallel_for(0, N, 1, [&](int64_t begin, int64_t end) {
+    Buffer<A> d(2 * cams), t(L);
+    Buffer<char> scratch(k.scratch_bytes(g));
+    for (int64_t i = begin; i < end; ++i) {
+      g_s[i] = (A(consistency_weight) * g_loss[i] + g_cons[i]) * share;
+      A* dz_view[2] = {dz.get() + i * L, dz.get() + (N + i) * L};
+      if (classified) {
+        const A g_z = (g_loss[i] + g_cls[i]) * share;
+        const A* row_t = target_rows->row(i, t.get());
+        cross_entropy_gradient(z + i * L, row_t, L, g_z, dz_view[0]);
+        if (both_views) cross_entropy_gradient(z + (N + i) * L, row_t, L, g_z, dz_view[1]);
+        if (g_logits)
+          for (int64_t l = 0; l < L; ++l) {
+            dz_view[0][l] += g_logits[i * L + l];
+            dz_view[1][l] += g_logits[(N + i) * L + l];
+          }
+      }
+      if (!need_features) continue;
+      residual_gradient(map, s + i * L * HW, v, p, g_s[i], d.get(), d.get() + cams);
+      for (int64_t view = 0; view < 2; ++view)
+        k.spread(g, packed.get(), d.get() + view * cams, classified ? dz_view[view] : nullptr,
+                 out + (view * N + i) * view_bytes, streaming, scratch.get());
+    }
+  });
+
+  if (need_weight) {
+    const A* P = pooled.numel() ? static_cast<const A*>(pooled.data_ptr()) : nullptr;
+    const A* K = cam_grad.numel() ? static_cast<const A*>(cam_grad.data_ptr()) : nullptr;
+    const int64_t chunks = (C + kChannelChunk - 1) / kChannelChunk;
+    torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+      Buffer<A> sum(L * kChannelChunk);
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        const int64_t c0 = chunk * kChannelChunk, here = std::min(kChannelChunk, C - c0);
+        std::fill(sum.get(), sum.get() + L * kChannelChunk, A(0));
+        auto add = [&](A factor, const A* from, int64_t l) {
+          A* __restrict to = sum.get() + l * kChannelChunk;
+          for (int64_t c = 0; c < here; ++c) to[c] += factor * from[c];
+        };
+        if (classified && P)
+          for (int64_t m = 0; m < M; ++m)
+            for (int64_t l = 0; l < L; ++l) add(dz.get()[m * L + l], P + m * C + c0, l);
+        if (K && (g_loss.data || g_cons.data))
+          for (int64_t i = 0; i < N; ++i)
+            for (int64_t l = 0; l < L; ++l) add(g_s[i], K + (i * L + l) * C + c0, l);
+        for (int64_t l = 0; l < L; ++l)
+          for (int64_t c = 0; c < here; ++c)
+            write(d_weight.data_ptr(), weight.scalar_type(), l * C + c0 + c, sum.get()[l * kChannelChunk + c]);
+      }
+    });
+  }
+  if (need_bias)
+    for (int64_t l = 0; l < L; ++l) {
+      A sum = 0;
+      for (int64_t m = 0; m < M; ++m) sum += dz.get()[m * L + l];
+      write(d_bias.data_ptr(), weight.scalar_type(), l, sum);
+    }
+  return {d_features, d_weight, d_bias};
+}
+
+HeadBackward head_backward(OptionalTensor d_loss, OptionalTensor d_classification, OptionalTensor d_consistency,
+                           OptionalTensor d_logits, Tensor weight, OptionalTensor targets, OptionalTensor target_table,
+                           Tensor map_weights, Tensor logits, Tensor residual, Tensor pooled, Tensor cam_grad,
+                           double consistency_weight, int64_t p, std::vector<int64_t> twin_map, bool both_views,
+                           bool mean, ScalarType dtype, bool channels_last, bool need_features, bool need_weight,
+                           bool need_bias) {
+  auto run = dtype == ScalarType::Double ? head_backward_as<double> : head_backward_as<float>;
+  return run(d_loss, d_classification, d_consistency, d_logits, weight, targets, target_table, map_weights, logits,
+             residual, pooled, cam_grad, consistency_weight, int(p), twin_of(twin_map), both_views, mean, dtype,
+             channels_last, need_features, need_weight, need_bias);
+}
+
+template <typename A>
+Tensor cam_forward_as(const Tensor& features, const Tensor& weight) {
+  const int64_t M = features.size(0), C = features.size(1), H = features.size(2), W = features.size(3);
+  const int64_t L = weight.size(0), HW = H * W;
+  const Geometry g{C, HW, L, is_channels_last(features)};
+  const Kernels& k = kernels(storage_of(features.scalar_type()));
+  const int64_t pitch = (HW + k.lanes - 1) / k.lanes * k.lanes, row = (C + k.lanes - 1) / k.lanes * k.lanes;
+  Tensor maps = output(features, {M, L, H, W}, kCompute<A>);
+  const auto packed = pack<A>(k, g, weight);
+  const char* f = static_cast<const char*>(features.data_ptr());
+  const int64_t view_bytes = C * HW * bytes_of(features.scalar_type());
+  torch::stable::parallel_for(0, M, 1, [&](int64_t begin, int64_t end) {
+    Buffer<A> cam(L * pitch), pool(row);
+    Buffer<char> scratch(k.scratch_bytes(g));
+    for (int64_t m = begin; m < end; ++m) {
+      k.maps(g, f + m * view_bytes, packed.get(), cam.get(), pool.get(), scratch.get());
+      for (int64_t l = 0; l < L; ++l)
+        std::memcpy(static_cast<A*>(maps.data_ptr()) + (m * L + l) * HW, cam.get() + l * pitch, HW * sizeof(A));
+    }
+  });
+  return maps;
+}
+
+Tensor cam_forward(Tensor features, Tensor weight) {
+  return features.scalar_type() == ScalarType::Double ? cam_forward_as<double>(features, weight)
+                                                      : cam_forward_as<float>(features, weight);
+}
+
+template <typename A>
+std::tuple<Tensor, Tensor> cam_backward_as(const Tensor& d_maps, const Tensor& features, const Tensor& weight,
+                                           ScalarType dtype, bool channels_last, bool need_features, bool need_weight) {
+  const int64_t M = d_maps.size(0), L = d_maps.size(1), H = d_maps.size(2), W = d_maps.size(3), HW = H * W;
+  const int64_t C = weight.size(1);
+  const Geometry g{C, HW, L, channels_last};
+  const Kernels& k = kernels(storage_of(dtype));
+  const int64_t pitch = (HW + k.lanes - 1) / k.lanes * k.lanes;
+  Tensor d_features = feature_output(weight, {M, C, H, W}, dtype, channels_last, need_features);
+  Tensor d_weight = output(weight, {L, C}, weight.scalar_type(), need_weight);
+  const auto packed = need_features ? pack<A>(k, g, weight) : Buffer<A>(0);
+  const int64_t view_bytes = C * HW * bytes_of(dtype);
+  const bool streaming = M * view_bytes >= kStreamingBytes;
+  Buffer<A> partial(need_weight ? M * L * C : 0);
+  torch::stable::parallel_for(0, M, 1, [&](int64_t begin, int64_t end) {
+    Buffer<A> d(L * pitch);
+    Buffer<char> scratch(k.scratch_bytes(g));
+    for (int64_t m = begin; m < end; ++m) {
+      for (int64_t l = 0; l < L; ++l)
+        std::memcpy(d.get() + l * pitch, static_cast<const A*>(d_maps.data_ptr()) + (m * L + l) * HW, HW * sizeof(A));
+      if (need_features)
+        k.spread(g, packed.get(), d.get(), nullptr, static_cast<char*>(d_features.data_ptr()) + m * view_bytes,
+                 streaming, scratch.get());
+      if (need_weight)
+        k.correlate(g, static_cast<const char*>(features.data_ptr()) + m * view_bytes, d.get(),
+                    partial.get() + m * L * C, scratch.get());
+    }
+  });
+  if (need_weight)
+    for (int64_t i = 0; i < L * C; ++i) {
+      A sum = 0;
+      for (int64_t m = 0; m < M; ++m) sum += partial.get()[m * L * C + i];
+      write(d_weight.data_ptr(), weight.scalar_type(), i, sum);
+    }
+  return {d_features, d_weight};
+}
+
+std::tuple<Tensor, Tensor> cam_backward(Tensor d_maps, Tensor features, Tensor weight, ScalarType dtype,
+                                        bool channels_last, bool need_features, bool need_weight) {
+  auto run = dtype == ScalarType::Double ? cam_backward_as<double> : cam_backward_as<float>;
+  return run(d_maps, features, weight, dtype, channels_last, need_features, need_weight);
+}
+
+template <typename A>
+Tensor cross_entropy_forward_as(const Tensor& logits, const Tensor& targets, const Tensor& table, bool mean) {
+  const int64_t M = logits.size(0), L = logits.size(1);
+  const Targets<A> rows(targets, table, L);
+  const std::vector<A> z = values<A>(logits);
+  std::vector<A> losses(M), room(L);
+  for (int64_t m = 0; m < M; ++m) losses[m] = cross_entropy(z.data() + m * L, rows.row(m, room.data()), L);
+  Tensor out = output(logits, mean ? std::vector<int64_t>{} : std::vector<int64_t>{M}, kCompute<A>);
+  if (mean)
+    *static_cast<A*>(out.data_ptr()) = mean_of(losses);
+  else if (M)
+    std::memcpy(out.data_ptr(), losses.data(), M * sizeof(A));
+  return out;
+}
+
+Tensor cross_entropy_forward(Tensor logits, Tensor targets, Tensor target_table, bool mean) {
+  auto run = logits.scalar_type() == ScalarType::Double ? cross_entropy_forward_as<double> : cross_entropy_forward_as<float>;
+  return run(logits, targets, target_table, mean);
+}
+
+template <typename A>
+Tensor cross_entropy_backward_as(const Tensor& d_loss, const Tensor& logits, const Tensor& targets, const Tensor& table,
+                                 bool mean) {
+  const int64_t M = logits.size(0), L = logits.size(1);
+  const Targets<A> rows(targets, table, L);
+  const std::vector<A> z = values<A>(logits);
+  const Upstream<A> g{OptionalTensor(d_loss)};
+  Tensor out = output(logits, {M, L}, logits.scalar_type());
+  std::vector<A> dz(L), room(L);
+  for (int64_t m = 0; m < M; ++m) {
+    std::fill(dz.begin(), dz.end(), A(0));
+    cross_entropy_gradient(z.data() + m * L, rows.row(m, room.data()), L, mean ? g[m] / A(M) : g[m], dz.data());
+    for (int64_t l = 0; l < L; ++l) write(out.data_ptr(), logits.scalar_type(), m * L + l, dz[l]);
+  }
+  return out;
+}
+
+Tensor cross_entropy_backward(Tensor d_loss, Tensor logits, Tensor targets, Tensor target_table, bool mean) {
+  auto run =
+      logits.scalar_type() == ScalarType::Double ? cross_entropy_backward_as<double> : cross_entropy_backward_as<float>;
+  return run(d_loss, logits, targets, target_table, mean);
+}
+
+}  // namespace
+}  // namespace rebalfer
+
+STABLE_TORCH_LIBRARY_IMPL(rebalfer_kernels, CPU, m) {
+  m.impl("head_forward_cpu", TORCH_BOX(&rebalfer::head_forward));
+  m.impl("head_backward_cpu", TORCH_BOX(&rebalfer::head_backward));
+  m.impl("cam_forward_cpu", TORCH_BOX(&rebalfer::cam_forward));
+  m.impl("cam_backward_cpu", TORCH_BOX(&rebalfer::cam_backward));
+  m.impl("cross_entropy_forward_cpu", TORCH_BOX(&rebalfer::cross_entropy_forward));
+  m.impl("cross_entropy_backward_cpu", TORCH_BOX(&rebalfer::cross_entropy_backward));
+}

@@ -1,0 +1,227 @@
+// Vectors of the compute type, as wide as the instruction set this file is compiled for, and the conversions between
+// them and what is stored. Everything has internal linkage: three builds of one source meet in one library.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__AVX512F__) || defined(__F16C__) || defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace rebalfer {
+namespace {
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+constexpr int kVectorBytes = 64;
+constexpr int kAccumulators = 24;  // vector registers that a kernel may keep its sums in, of 32
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr int kAccumulators = 12;  // of 16
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kAccumulators = 12;
+#endif
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+template <typename T>
+struct Compute {
+  using type = float;
+};
+template <>
+struct Compute<double> {
+  using type = double;
+};
+
+template <typename A>
+struct VectorOf {
+  typedef A type __attribute__((vector_size(kVectorBytes)));
+};
+template <typename A>
+using Vec = typename VectorOf<A>::type;
+template <typename A>
+constexpr int kLanes = kVectorBytes / int(sizeof(A));
+
+using VecF = Vec<float>;
+using VecD = Vec<double>;
+typedef uint32_t VecU __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t HalfVecU __attribute__((vector_size(kVectorBytes / 2)));
+
+template <typename A>
+inline Vec<A> zero() {
+  return Vec<A>{};
+}
+
+template <typename A>
+inline Vec<A> splat(A x) {
+  return x - Vec<A>{};  // exact for every x, signed zeros included
+}
+
+// Scalars.
+
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+inline float widen(BFloat16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+inline float widen(Half x) {
+#ifdef __F16C__
+  return _cvtsh_ss(x.bits);
+#else
+  // Shift the exponent and the fraction into place, then correct the exponent's bias; a multiplication renormalises.
+  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
+  uint32_t bits = magnitude;
+  float out;
+  if (magnitude >= 0x0f800000) {  // infinity and NaN
+    bits = magnitude | 0x7f800000;
+    std::memcpy(&out, &bits, 4);
+  } else {
+    std::memcpy(&out, &bits, 4);
+    out *= 0x1p112f;
+  }
+  std::memcpy(&bits, &out, 4);
+  bits |= uint32_t(x.bits & 0x8000) << 16;
+  std::memcpy(&out, &bits, 4);
+  return out;
+#endif
+}
+
+template <typename T>
+inline T narrow(typename Compute<T>::type x);
+template <>
+inline float narrow<float>(float x) {
+  return x;
+}
+template <>
+inline double narrow<double>(double x) {
+  return x;
+}
+template <>
+inline BFloat16 narrow<BFloat16>(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (x != x) return {0x7fc0};
+  return {uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};  // to nearest, ties to even
+}
+template <>
+inline Half narrow<Half>(float x) {
+#ifdef __F16C__
+  return {uint16_t(_cvtss_sh(x, 0))};
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint16_t sign = uint16_t((bits >> 16) & 0x8000);
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return {uint16_t(sign | 0x7e00)};
+  if (bits >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // rounds to infinity
+  if (bits < 0x38800000) {                                   // subnormal: adding 0.5 rounds at the 24th bit
+    float magnitude;
+    std::memcpy(&magnitude, &bits, 4);
+    magnitude += 0.5f;
+    uint32_t rounded;
+    std::memcpy(&rounded, &magnitude, 4);
+    return {uint16_t(sign | (rounded - 0x3f000000))};
+  }
+  bits += 0xfff + ((bits >> 13) & 1);
+  return {uint16_t(sign | ((bits - 0x38000000) >> 13))};
+#endif
+}
+
+// Vectors.
+
+inline VecF load(const float* p) {
+  VecF v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline VecD load(const double* p) {
+  VecD v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline VecF load(const BFloat16* p) {
+  HalfVecU half;
+  std::memcpy(&half, p, sizeof half);
+  const VecU bits = __builtin_convertvector(half, VecU) << 16;
+  return (VecF)bits;
+}
+inline VecF load(const Half* p) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__) && defined(__AVX2__)
+  return (VecF)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  VecF v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = widen(p[i]);
+  return v;
+#endif
+}
+
+inline void store(float* p, VecF v) { std::memcpy(p, &v, sizeof v); }
+inline void store(double* p, VecD v) { std::memcpy(p, &v, sizeof v); }
+inline void store(BFloat16* p, VecF v) {
+  const VecU bits = (VecU)v;
+  VecU rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  rounded = (v != v) ? (VecU{} + 0x7fc0) : rounded;
+  const HalfVecU half = __builtin_convertvector(rounded, HalfVecU);
+  std::memcpy(p, &half, sizeof half);
+}
+inline void store(Half* p, VecF v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, 0));
+#elif defined(__F16C__) && defined(__AVX2__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, 0));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) p[i] = narrow<Half>(v[i]);
+#endif
+}
+
+// The first n lanes, zeros behind: reads and writes nothing past them.
+template <typename T>
+inline Vec<typename Compute<T>::type> load_first(const T* p, int64_t n) {
+  constexpr int lanes = kLanes<typename Compute<T>::type>;
+  if (n >= lanes) return load(p);
+  T padded[lanes] = {};
+  std::memcpy(padded, p, n * sizeof(T));
+  return load(padded);
+}
+template <typename T>
+inline void store_first(T* p, Vec<typename Compute<T>::type> v, int64_t n) {
+  constexpr int lanes = kLanes<typename Compute<T>::type>;
+  if (n >= lanes) return store(p, v);
+  T padded[lanes];
+  store(padded, v);
+  std::memcpy(p, padded, n * sizeof(T));
+}
+
+// Sums of the lanes of kLanes vectors, as one vector: a tree of pairwise additions that transposes on the way, about
+// three instructions a vector where a horizontal sum of each would take eight.
+template <typename A, int Count, int... I>
+inline void fold(Vec<A>* v, std::integer_sequence<int, I...>) {
+  constexpr int n = kLanes<A>;
+  for (int i = 0; i < Count / 2; ++i) {
+    const Vec<A> a = v[2 * i], b = v[2 * i + 1];
+    v[i] = __builtin_shufflevector(a, b, (2 * I % (2 * n))...) + __builtin_shufflevector(a, b, (2 * I % (2 * n) + 1)...);
+  }
+  if constexpr (Count > 2) fold<A, Count / 2>(v, std::integer_sequence<int, I...>{});
+}
+template <typename A>
+inline Vec<A> lane_sums(Vec<A> (&v)[kLanes<A>]) {
+  fold<A, kLanes<A>>(v, std::make_integer_sequence<int, kLanes<A>>{});
+  return v[0];
+}
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+}  // namespace
+}  // namespace rebalfer
