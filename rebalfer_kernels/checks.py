@@ -33,7 +33,7 @@ def features_and_weight(features: Tensor, weight: Tensor, *, pair: bool) -> None
         raise ValueError(f"features: got shape {tuple(features.shape)}, expected {expected}")
     if pair and features.shape[0] % 2:
         raise ValueError(
-            f"features: got a batch of {features.shape[0]}, expected an even one: first the N images, then their N twins"
+            f"features: got a batch of {features.shape[0]}, expected an even one: the N images, then their N twins"
         )
     if features.shape[1] < 1 or features.shape[2] < 1 or features.shape[3] < 1:
         raise ValueError(f"features: got shape {tuple(features.shape)}, expected C, H, W >= 1")

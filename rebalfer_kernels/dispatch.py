@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,7 +93,7 @@ def choose(r: Request, backend: str | None) -> str:
     Raises:
         ValueError: an unknown name. RuntimeError: the forced backend cannot serve; says why.
     """
-    name, error = _choose(r, backend)
+    name, error = _choose(backend, *r)
     if error is not None:
         raise (ValueError if name is None else RuntimeError)(error)
     assert name is not None
@@ -101,8 +101,8 @@ def choose(r: Request, backend: str | None) -> str:
 
 
 @torch.compiler.assume_constant_result
-def _choose(r: Request, backend: str | None) -> tuple[str | None, str | None]:
-    return _choose_cached(r, backend, os.environ.get("REBALFER_BACKEND") or None)
+def _choose(backend: str | None, *r: Any) -> tuple[str | None, str | None]:  # torch.compile hands on plain constants
+    return _choose_cached(Request(*r), backend, os.environ.get("REBALFER_BACKEND") or None)
 
 
 @functools.lru_cache(maxsize=1024)
