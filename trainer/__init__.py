@@ -1,0 +1,1 @@
+"""A lean training loop around the fused head: ``python -m trainer --help``."""
