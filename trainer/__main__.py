@@ -1,80 +1,80 @@
-"""``python -m trainer train`` and ``python -m trainer demo``."""
+"""Train a classifier with re-balanced attention consistency and smooth labels, or plain cross-entropy beside it."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import logging
 import sys
+import time
+from pathlib import Path
 
-from .config import DEMO, Config
-from .loop import train
-
-_HELP = {
-    "data": "synthetic, or imagefolder:PATH with PATH/train/<class> and PATH/val/<class>",
-    "backbone": "a timm model with an exact linear CAM",
-    "method": "rebalanced, or baseline: plain cross-entropy on one view",
-    "decay": "ExponentialLR factor of an epoch",
-    "alpha": "mass moved from the label to rare classes, Eq. 8",
-    "consistency_weight": "lambda of Eq. 6",
-    "beta": "of Eq. 4",
-    "train_size": "images of the synthetic training set",
-    "backend": "of the fused head; chosen if left out",
-}
+from .config import DEMO, METHODS, Config
+from .loop import Result, train
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    trainer = commands.add_parser("train", help="one run; results under runs/NAME")
-    demo = commands.add_parser("demo", help="baseline against rebalanced on synthetic faces, minutes on a CPU")
-    for f in dataclasses.fields(Config):
-        if f.name in ("backbone_options", "channels_last"):
-            continue
-        kind = {"str | None": str}.get(str(f.type)) or {"str": str, "int": int, "float": float}[str(f.type)]
-        flag = "--" + f.name.replace("_", "-")
-        trainer.add_argument(flag, type=kind, default=f.default, help=f"{_HELP.get(f.name, '')} (default {f.default})")
-    trainer.add_argument("--channels-last", action="store_true")
-    trainer.add_argument("--resume", action="store_true", help="go on from runs/NAME/last.pt")
-    demo.add_argument("--seed", type=int, default=0)
-    options = vars(parser.parse_args(arguments))
+    """The command line; returns the exit status: 2 for bad input, 130 after Ctrl-C."""
+    options = vars(_parser().parse_args(arguments))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    command = options.pop("command")
+    started = time.perf_counter()
+    root, resume = Path(options.pop("root")), options.pop("resume", False)
     try:
-        if command == "demo":
-            configs = [
-                dataclasses.replace(DEMO, method=m, name=f"demo-{m}", seed=options["seed"])
-                for m in ("baseline", "rebalanced")
-            ]
-            results = [train(c) for c in configs]
+        if options.pop("command") == "demo":
+            configs = [dataclasses.replace(DEMO, method=m, name=f"demo-{m}", **options) for m in METHODS[::-1]]
         else:
-            resume = options.pop("resume")
             configs = [Config(**options)]
-            results = [train(configs[0], resume=resume)]
+        results = [train(c, resume=resume, root=root) for c in configs]
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     print(table([c.method for c in configs], results))
+    print(f"pictures ({time.perf_counter() - started:.0f} s in all):")
     for result in results:
-        print(f"pictures: {result['directory']}/confusion.png, {result['directory']}/cam.png")
+        print(f"  {result.directory / 'confusion.png'}\n  {result.directory / 'cam.png'}")
     return 0
 
 
-def table(methods: list[str], results: list[dict]) -> str:
-    """Accuracies in percent of the last epoch, a column for each run."""
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("train", help="one run", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    demo = commands.add_parser("demo", help="both methods on synthetic faces, minutes on two CPU cores")
+    kinds = {"str": str, "str | None": str, "int": int, "float": float, "dict": json.loads}
+    for f in dataclasses.fields(Config):
+        flag, kind = "--" + f.name.replace("_", "-"), str(f.type)
+        if kind == "bool":
+            run.add_argument(flag, action="store_true", help=f.metadata["help"])
+        else:
+            default = {} if kind == "dict" else f.default
+            run.add_argument(flag, type=kinds[kind], default=default, help=f.metadata["help"])
+    run.add_argument("--resume", action="store_true", help="go on from runs/NAME/last.pt, as if never interrupted")
+    demo.add_argument("--seed", type=int, default=DEMO.seed)
+    demo.add_argument("--epochs", type=int, default=DEMO.epochs)
+    for command in (run, demo):
+        command.add_argument("--root", default="runs", help="folder of the runs")
+    return parser
+
+
+def table(methods: list[str], results: list[Result]) -> str:
+    """Test accuracies in percent, a column for each run: the last epoch, and the best one by its mean accuracy."""
 
     def row(name: str, count: object, cells: list) -> str:
-        return f"{name:<12}{count!s:>8}" + "".join(
-            f"{c:>14.2f}" if isinstance(c, float) else f"{c or '-':>14}" for c in cells
-        )
+        texts = (f"{c:.2f}" if isinstance(c, float) else str(c or "-") for c in cells)
+        return f"{name:<18}{count!s:>7}" + "".join(f"{t:>13}" for t in texts)
 
-    lines = [row("class", "train", methods)]
-    for i, name in enumerate(results[0]["classes"]):
-        lines.append(row(name, results[0]["counts"][i], [r["per_class"][i] for r in results]))
-    lines.append(row("mean", "", [r["mean"] for r in results]))
-    lines.append(row("overall", "", [r["overall"] for r in results]))
+    first, last = results[0], [r.history[-1] for r in results]
+    best = [max(r.history, key=lambda h: h["mean"]) for r in results]
+    lines = [row("accuracy in %", "images", methods)]
+    for i, name in enumerate(first.classes):
+        lines.append(row(name, first.counts[i], [h["per_class"][i] for h in last]))
+    for key in ("mean", "overall"):
+        lines.append(row(key, sum(first.counts) if key == "overall" else "", [h[key] for h in last]))
+    for key in ("mean", "overall"):
+        lines.append(row(f"{key}, best epoch", "", [h[key] for h in best]))
     return "\n".join(lines)
 
 

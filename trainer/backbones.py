@@ -1,4 +1,4 @@
-"""timm backbones whose logits are a linear function of the pooled last feature maps, so that Eq. 2 is exact."""
+"""timm backbones whose logits are linear in the mean of the last feature maps, so that the CAM of Eq. 2 is exact."""
 
 from __future__ import annotations
 
@@ -8,38 +8,69 @@ from torch import Tensor, nn
 
 
 class Backbone(nn.Module):
-    """Images (M, 3, h, w) -> features (M, C, H, W); NHWC models come out as channels_last."""
+    """Images (M, 3, h, w) to features (M, C, H, W); NHWC models (Swin) come out as a channels_last view.
 
-    def __init__(self, name: str, options: dict) -> None:
+    A grey image (M, 1, h, w) is repeated for the three colours.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        if name not in timm.list_models():
-            raise ValueError(f"backbone: got {name!r}, expected a model of timm")
-        self.model = timm.create_model(name, num_classes=0, **options)
-        self.nhwc = str(getattr(self.model, "output_fmt", "NCHW")).endswith("NHWC")
-        self.channels = self.model.num_features
+        self.model = model
+        self.nhwc = str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC")
+        self.channels: int = model.num_features
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.model.forward_features(images.expand(-1, 3, -1, -1))
         return features.permute(0, 3, 1, 2) if self.nhwc else features
 
 
-def create(name: str, image_size: int, options: dict) -> Backbone:
-    """The backbone, after a numerical check that its own pooled output is the mean of its last maps.
+def create(name: str, image_size: int, options: dict | None = None) -> Backbone:
+    """The timm backbone, without its classifier, after checking that its CAM is exact.
+
+    In eval mode, ``model(x)`` must be W . mean_hw(forward_features(x)) + b with its own classifier W, b, which gets
+    random values here because some models start it at zero.
 
     Raises:
-        ValueError: an unknown name, or a model with something between the last maps and the classifier.
+        ValueError: timm can't build the model, or something stands between the last maps and the classifier.
     """
-    backbone = Backbone(name, options).eval()
+
+    def refuse(reason: str) -> ValueError:
+        return ValueError(
+            f"backbone: got {name!r}, whose class activation maps are not exact: {reason}; "
+            "expected a model such as resnet18, resnet50, mobilenetv2_100, efficientnet_b0, swin_tiny_patch4_window7_224"
+        )
+
+    if name not in timm.list_models():
+        raise ValueError(f"backbone: got {name!r}, expected a model of timm (see timm.list_models())")
+    try:
+        model = timm.create_model(name, num_classes=5, **(options or {})).eval()
+    except (TypeError, AttributeError, AssertionError, RuntimeError) as error:
+        raise ValueError(f"backbone_options: got {options} for {name!r}, which timm refuses: {error}") from error
+    backbone = Backbone(model)
+    classifier = model.get_classifier()
+    if not isinstance(classifier, nn.Linear):
+        raise refuse(f"its classifier is {type(classifier).__name__}, not Linear")
+
+    random = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-        features = backbone(images)
-        if features.dim() != 4:
-            raise ValueError(f"backbone: got {name!r} whose features have shape {tuple(features.shape)}, expected maps")
-        expected = features.mean((2, 3))
-        pooled = backbone.model(images)
-        if pooled.shape != expected.shape or not torch.allclose(pooled, expected, rtol=1e-4, atol=1e-5):
-            raise ValueError(
-                f"backbone: got {name!r}, whose classifier does not see the mean of its last maps (a layer follows "
-                "the pooling), expected one with an exact linear CAM, such as resnet18"
-            )
+        weight = torch.randn(classifier.weight.shape, generator=random)
+        bias = torch.randn(len(weight), generator=random)
+        classifier.weight.copy_(weight)
+        if classifier.bias is not None:
+            classifier.bias.copy_(bias)
+        images = torch.randn(2, 3, image_size, image_size, generator=random)
+        try:
+            features, logits = backbone(images), model(images)
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(f"image_size: got {image_size}, which {name!r} refuses: {error}") from error
+    if features.dim() != 4:
+        raise refuse(f"forward_features returns shape {tuple(features.shape)}, not maps (M, C, H, W)")
+    if features.shape[1] != weight.shape[1]:
+        raise refuse(f"its last maps have {features.shape[1]} channels but its classifier takes {weight.shape[1]}")
+    linear = nn.functional.linear(features.mean((2, 3)), weight, None if classifier.bias is None else bias)
+    error = ((logits - linear).norm() / logits.norm()).item()
+    if not error < 1e-4:
+        raise refuse(f"its logits differ from W . GAP(features) + b by {error:.0%}, so a layer follows the pooling")
+    model.reset_classifier(0)
+    backbone.channels = features.shape[1]
     return backbone.train()

@@ -1,4 +1,4 @@
-"""Atomic checkpoints: state dicts and the configuration, never whole modules."""
+"""Checkpoints: state dicts, random states and the configuration, never whole modules."""
 
 from __future__ import annotations
 
@@ -9,13 +9,33 @@ import torch
 
 
 def save(path: Path, state: dict) -> None:
-    """Write to a neighbour and rename, so that a reader or an interruption never meets half a file."""
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    """Write to a neighbour, then rename: a reader or a crash never meets half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read(path: Path) -> dict:
-    if not path.exists():
-        raise ValueError(f"resume: got no checkpoint at {path}, expected one written by an earlier run")
+    """The state on the CPU; runs no code of the file.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    if not path.is_file():
+        raise ValueError(f"resume: got no file {path}, expected the checkpoint of an earlier run of this name")
     return torch.load(path, weights_only=True, map_location="cpu")
+
+
+def random_state() -> dict:
+    """Of the generators that layers such as dropout draw from."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_state(state: dict) -> None:
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

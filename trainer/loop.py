@@ -1,15 +1,22 @@
-"""One training run, from data to pictures."""
+"""One training run from top to bottom: data, model, steps, evaluation, pictures."""
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import math
+import signal
+import threading
 import time
+import zlib
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import rebalfer_kernels as rk
@@ -20,123 +27,211 @@ from .config import Config
 logger = logging.getLogger(__name__)
 
 
-def train(config: Config, *, resume: bool = False, root: Path = Path("runs")) -> dict:
-    """Train, evaluate each epoch, save ``last`` and ``best``, draw; the final accuracies are returned."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+class Result(NamedTuple):
+    classes: tuple[str, ...]
+    counts: list[int]  #: training images per class
+    history: list[dict]  #: the rows of metrics.jsonl
+    directory: Path
+
+
+def train(config: Config, *, resume: bool = False, root: Path = Path("runs")) -> Result:
+    """Train and evaluate by epochs; ``last.pt``, ``best.pt``, ``metrics.jsonl`` and pictures go to ``root/NAME``.
+
+    "best" is the epoch with the highest mean accuracy on the test set, as is the field's custom; the last epoch is
+    the one that no test image chose. Ctrl-C finishes the step, saves ``last.pt`` and raises KeyboardInterrupt.
+
+    Raises:
+        ValueError: bad input, by the name of its option.
+    """
+    device = _device(config.device)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     directory = root / config.name
-    directory.mkdir(parents=True, exist_ok=True)
+    saved = checkpoint.read(directory / "last.pt") if resume else None
+    if saved and (changed := {k: v for k, v in config.differences(saved["config"]).items() if k != "epochs"}):
+        changes = ", ".join(f"{k} {was!r} -> {now!r}" for k, (was, now) in changed.items())
+        raise ValueError(f"resume: got other options than {directory / 'last.pt'} was made with: {changes}")
+
+    # The data lives on the device as uint8.
+    sets = data.load(config)
+    num_classes = len(sets.classes)
+    counts = torch.bincount(sets.train.labels, minlength=num_classes)
+    logger.info("%s", data.describe(sets))
+    images, labels = sets.train.images.to(device), sets.train.labels.to(device)
+    test_images, test_labels = sets.test.images.to(device), sets.test.labels.to(device)
 
     torch.manual_seed(config.seed)
-    sets = data.load(config.data, image_size=config.image_size, seed=config.seed, train_size=config.train_size)
-    images, labels = (t.to(device) for t in sets.train)
-    counts = torch.bincount(sets.train.labels, minlength=len(sets.classes))
     backbone = backbones.create(config.backbone, config.image_size, config.backbone_options)
-    backbone = backbone.to(device, memory_format=layout)
-    plain = config.method == "baseline"  # cross-entropy on one view
     head = rk.RebalancedHead(
-        backbone.channels, len(sets.classes), counts, beta=config.beta, alpha=config.alpha,
-        consistency_weight=config.consistency_weight, backend=config.backend, device=device,
+        backbone.channels, num_classes, counts, beta=config.beta, alpha=config.alpha,
+        consistency_weight=config.consistency_weight, backend=config.backend,
     )  # fmt: skip
-    model = torch.nn.ModuleDict({"backbone": backbone, "head": head})
+    model = nn.ModuleDict({"backbone": backbone, "head": head}).to(device, memory_format=layout)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, config.decay)
-    generator = torch.Generator().manual_seed(config.seed)
-    step_state = {"epoch": 0, "best": -1.0}
-    saved_parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+
+    # Where the run stands: steps done in this epoch, their summed losses, and a row for each finished epoch.
+    epoch, step, sums, history = 0, 0, torch.zeros(3, device=device), []
+    if saved:
+        for key, part in parts.items():
+            part.load_state_dict(saved[key])
+        checkpoint.set_random_state(saved["random"])
+        epoch, step, sums, history = saved["epoch"], saved["step"], saved["sums"].to(device), saved["history"]
 
     def state() -> dict:
-        states = {name: part.state_dict() for name, part in saved_parts.items()}
-        random = {"generator": generator.get_state(), "torch": torch.get_rng_state()}
-        return {**states, **random, **step_state, "config": asdict(config), "classes": list(sets.classes)}
+        states = {key: part.state_dict() for key, part in parts.items()}
+        where = {"epoch": epoch, "step": step, "sums": sums, "history": history}
+        about = {"config": asdict(config), "classes": list(sets.classes), "counts": counts}
+        return {**states, **where, **about, "random": checkpoint.random_state()}
 
-    if resume:
-        saved = checkpoint.read(directory / "last.pt")
-        for name, part in saved_parts.items():
-            part.load_state_dict(saved[name])
-        generator.set_state(saved["generator"])
-        torch.set_rng_state(saved["torch"])
-        step_state |= {k: saved[k] for k in step_state}
+    def features(x: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.amp == "bf16"):
+            return backbone(_normalize(x).contiguous(memory_format=layout))
 
-    result: dict = {}
-    log = directory / "metrics.jsonl"
-    with log.open("a" if resume else "w") as log_file:
-        for epoch in range(step_state["epoch"], config.epochs):
-            started, seen, total = time.perf_counter(), 0, torch.zeros(3)
-            before = state()
-            order = torch.randperm(len(labels), generator=generator).to(device)
-            batches = order.split(config.batch_size)
+    def losses(x: Tensor, y: Tensor) -> Tensor:
+        """(3,): loss, classification and consistency of a batch."""
+        if config.method == "baseline":
+            loss = nn.functional.cross_entropy(head(features(x)), y)
+            return torch.stack([loss, loss, loss.new_zeros(())])
+        out = head(features(torch.cat([x, x.flip(-1)])), y)  # both views in one pass
+        return torch.stack([out.loss, out.classification, out.consistency])
+
+    directory.mkdir(parents=True, exist_ok=True)
+    log = _Log(directory, history, config.tensorboard)
+    with _Interrupt() as interrupt:
+        while epoch < config.epochs:
+            started = time.perf_counter()
+            order = torch.randperm(len(labels), generator=_generator(config.seed, epoch, -1)).to(device)
+            batches = order.tensor_split(math.ceil(len(order) / config.batch_size))  # none is a leftover of one
+            title = f"{config.name} {epoch + 1}/{config.epochs}"
             model.train()
-            try:
-                for rows in tqdm(batches, desc=f"{config.name} {epoch + 1}/{config.epochs}", leave=False):
-                    x, y = _augment(images[rows], generator), labels[rows]
-                    if plain:
-                        loss = torch.nn.functional.cross_entropy(head(backbone(x.to(memory_format=layout))), y)
-                        parts = torch.stack([loss, loss, loss.new_zeros(())])
-                    else:
-                        pair = torch.cat([x, x.flip(-1)]).to(memory_format=layout)  # one pass for both views
-                        out = head(backbone(pair), y)
-                        loss, parts = out.loss, torch.stack(out[:3])
-                    optimizer.zero_grad(set_to_none=True)
-                    loss.backward()
+            with tqdm(total=len(batches), initial=step, desc=title, unit="step", leave=False) as progress:
+                while step < len(batches):
+                    rows = batches[step]
+                    x = augment(images[rows], _generator(config.seed, epoch, step))
+                    loss = losses(x, labels[rows])
+                    optimizer.zero_grad()
+                    loss[0].backward()
                     optimizer.step()
-                    total += parts.detach().cpu() * len(rows)
-                    seen += len(rows)
-            except KeyboardInterrupt:
-                checkpoint.save(directory / "last.pt", before)
-                logger.info("interrupted: epoch %d will be repeated by --resume", epoch + 1)
-                raise
+                    sums += loss.detach() * len(rows)
+                    step += 1
+                    progress.update()
+                    if interrupt.asked and step < len(batches):
+                        checkpoint.save(directory / "last.pt", state())
+                        logger.info("stopped in epoch %d; the same command with --resume goes on", epoch + 1)
+                        raise KeyboardInterrupt
             scheduler.step()
-            matrix = evaluate(backbone, head, sets.test, device, len(sets.classes))
-            result = metrics.accuracies(matrix)
-            mean_loss, classification, consistency = (total / seen).tolist()
-            row = {
-                "epoch": epoch + 1, "loss": mean_loss, "classification": classification, "consistency": consistency,
-                **result, "seconds": time.perf_counter() - started,
-            }  # fmt: skip
-            log_file.write(json.dumps(row) + "\n")
-            log_file.flush()
-            improved = result["mean"] > step_state["best"]
-            step_state |= {"epoch": epoch + 1, "best": max(step_state["best"], result["mean"])}
-            checkpoint.save(directory / "last.pt", state())
-            if improved:
-                checkpoint.save(directory / "best.pt", state())
 
-    matrix = evaluate(backbone, head, sets.test, device, len(sets.classes))
-    figures.confusion_matrix(directory / "confusion.png", matrix, sets.classes)
-    _picture(directory / "cam.png", backbone, head, sets, device)
-    return {**metrics.accuracies(matrix), "classes": sets.classes, "counts": counts.tolist(), "directory": directory}
+            matrix = evaluate(lambda x: head(features(x)), model, test_images, test_labels, num_classes)
+            means = dict(zip(("loss", "classification", "consistency"), (sums / len(labels)).tolist(), strict=True))
+            row = {"epoch": epoch + 1, **means, **metrics.accuracies(matrix), "seconds": time.perf_counter() - started}
+            best = row["mean"] > max((h["mean"] for h in history), default=-1.0)
+            history.append(row)
+            epoch, step, sums = epoch + 1, 0, torch.zeros(3, device=device)
+            checkpoint.save(directory / "last.pt", state())
+            if best:
+                checkpoint.save(directory / "best.pt", state())
+            log.write(row)
+            logger.info(
+                "%s: loss %.4f, overall %.2f %%, mean %.2f %%, %.1f s",
+                title, row["loss"], row["overall"], row["mean"], row["seconds"],
+            )  # fmt: skip
+            if interrupt.asked:
+                logger.info("stopped after epoch %d; the same command with --resume goes on", epoch)
+                raise KeyboardInterrupt
+
+    log.close()
+    matrix = evaluate(lambda x: head(features(x)), model, test_images, test_labels, num_classes)
+    figures.confusion_matrix(directory / "confusion.png", matrix.cpu(), sets.classes)
+    # Fig. 4: a face of each class, its twin, and the maps of all classes for both.
+    faces = torch.stack([test_images[(test_labels == c).nonzero()[0, 0]] for c in test_labels.unique().tolist()])
+    with torch.no_grad():
+        pair = features(torch.cat([faces, faces.flip(-1)])).float()
+        maps, predicted = head.maps(pair), head(pair).argmax(1)
+    figures.activation_maps(
+        directory / "cam.png", faces.cpu(), maps.cpu(), test_labels.unique().tolist(), predicted.tolist(), sets.classes
+    )
+    return Result(sets.classes, counts.tolist(), history, directory)
 
 
 @torch.no_grad()
-def evaluate(backbone, head, split: data.Split, device: torch.device, num_classes: int) -> Tensor:
-    """Confusion matrix of a split."""
-    backbone.eval()
-    predictions = [head(backbone(_normalize(x.to(device)))).argmax(1).cpu() for x in split.images.split(256)]
-    return metrics.confusion(split.labels, torch.cat(predictions), num_classes)
+def evaluate(logits, model: nn.Module, images: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """(L, L) confusion matrix of ``logits(images)``, with ``model`` in eval mode."""
+    model.eval()
+    predictions = torch.cat([logits(x).argmax(1) for x in images.split(256)])
+    return metrics.confusion(labels, predictions, num_classes)
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image mirrored or not and shifted by up to 1/16 of its side, the border repeated; uint8 in and out."""
+    n, _, height, width = images.shape
+    reach = max(height, width) // 16
+    shift_y, shift_x = (torch.randint(-reach, reach + 1, (n, 1), generator=generator) for _ in range(2))
+    mirrored = torch.rand(n, 1, generator=generator) < 0.5
+    y = (torch.arange(height) + shift_y).clamp(0, height - 1)
+    x = (torch.arange(width) + shift_x).clamp(0, width - 1)
+    x = torch.where(mirrored, width - 1 - x, x)
+    y, x, i = (t.to(images.device) for t in (y[:, :, None], x[:, None, :], torch.arange(n)[:, None, None]))
+    return images.movedim(1, -1)[i, y, x].movedim(-1, 1)
 
 
 def _normalize(images: Tensor) -> Tensor:
+    """uint8 to [-1, 1]."""
     return images.float() / 127.5 - 1
 
 
-def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """A random mirror image and a shift of up to 1/16 of the size, padded by the edge; the batch shares the shift."""
-    flip = torch.rand(len(images), 1, 1, 1, generator=generator).to(images.device) < 0.5
-    images = torch.where(flip, images.flip(-1), images)
-    size = images.shape[-1]
-    pad = max(1, size // 16)
-    dy, dx = torch.randint(0, 2 * pad + 1, (2,), generator=generator).tolist()
-    padded = torch.nn.functional.pad(_normalize(images), (pad,) * 4, mode="replicate")
-    return padded[..., dy : dy + size, dx : dx + size]
+def _generator(seed: int, epoch: int, step: int) -> torch.Generator:
+    """Random numbers by position, not by what was drawn before: a resumed run draws the same."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {epoch} {step}".encode()))
 
 
-@torch.no_grad()
-def _picture(path: Path, backbone, head, sets: data.Data, device: torch.device) -> None:
-    """The maps of the first test image of the rarest class."""
-    rare = int(torch.bincount(sets.train.labels, minlength=len(sets.classes)).argmin())
-    image = sets.test.images[(sets.test.labels == rare).nonzero()[0]].to(device)
-    pair = _normalize(torch.cat([image, image.flip(-1)]))
-    maps = head.maps(backbone.eval()(pair)).cpu()
-    faces = (pair.mean(1).cpu() + 1) / 2
-    figures.activation_maps(path, faces, maps, sets.classes, f"class activation maps, true class {sets.classes[rare]}")
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: got 'cuda', expected 'cpu' or 'auto': PyTorch sees no CUDA device here")
+    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
+
+
+class _Log:
+    """``metrics.jsonl``, begun with the rows of the checkpoint, and TensorBoard if wanted."""
+
+    def __init__(self, directory: Path, history: list[dict], tensorboard: bool) -> None:
+        self.file = (directory / "metrics.jsonl").open("w")
+        self.board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
+
+            self.board = SummaryWriter(str(directory), purge_step=len(history) + 1)
+        self.file.writelines(json.dumps(row) + "\n" for row in history)
+        self.file.flush()
+
+    def write(self, row: dict) -> None:
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        if self.board:
+            for key in ("loss", "classification", "consistency", "overall", "mean"):
+                self.board.add_scalar(key, row[key], row["epoch"])
+
+    def close(self) -> None:
+        self.file.close()
+        if self.board:
+            self.board.close()
+
+
+class _Interrupt(AbstractContextManager):
+    """Ctrl-C sets ``asked``, so that the step in progress ends; a second one stops at once."""
+
+    asked = False
+
+    def __enter__(self) -> _Interrupt:
+        self.before = None
+        if threading.current_thread() is threading.main_thread():
+            self.before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, self.before)
+
+    def __exit__(self, *_: object) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
