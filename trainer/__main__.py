@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     root, resume = Path(options.pop("root")), options.pop("resume", False)
     try:
         if options.pop("command") == "demo":
-            configs = [dataclasses.replace(DEMO, method=m, name=f"demo-{m}", **options) for m in METHODS[::-1]]
+            configs = [dataclasses.replace(DEMO, method=m, name=f"demo-{m}", **options) for m in reversed(METHODS)]
         else:
             configs = [Config(**options)]
         results = [train(c, resume=resume, root=root) for c in configs]

@@ -37,7 +37,7 @@ def create(name: str, image_size: int, options: dict | None = None) -> Backbone:
     def refuse(reason: str) -> ValueError:
         return ValueError(
             f"backbone: got {name!r}, whose class activation maps are not exact: {reason}; "
-            "expected a model such as resnet18, resnet50, mobilenetv2_100, efficientnet_b0, swin_tiny_patch4_window7_224"
+            "expected a model such as resnet18, resnet50, mobilenetv2_100, swin_tiny_patch4_window7_224"
         )
 
     if name not in timm.list_models():

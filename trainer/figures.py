@@ -19,7 +19,7 @@ def confusion_matrix(path: Path, matrix: Tensor, classes: tuple[str, ...]) -> No
     percent = 100 * matrix / total.clamp(min=1)
     side = 2.2 + 0.6 * len(classes)
     figure, axes = plt.subplots(figsize=(side + 0.6, side), layout="constrained")
-    shown = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+    shown = axes.imshow(percent.numpy(), cmap="Blues", vmin=0, vmax=100)
     for i in range(len(classes)):
         for j in range(len(classes)):
             tone = "white" if percent[i, j] > 55 else "black"
@@ -52,11 +52,11 @@ def activation_maps(
     for i in range(2 * k):
         row = axes[i % k][: columns // 2] if i < k else axes[i % k][columns // 2 :]
         for c, axis in enumerate(row, start=-1):
-            axis.imshow(views[i])
+            axis.imshow(views[i].numpy())
             if c < 0:
                 axis.set_title(f"→ {classes[predicted[i]]}", fontsize=7)
                 continue
-            axis.imshow(large[i, c], cmap="RdBu_r", vmin=-limit, vmax=limit, alpha=0.6)
+            axis.imshow(large[i, c].numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, alpha=0.6)
             if i % k == 0:
                 axis.set_title(classes[c], fontsize=7)
             if c == labels[i % k]:
