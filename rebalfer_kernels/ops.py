@@ -155,12 +155,9 @@ class _FirstOrderOnly(torch.autograd.Function):
     """Identity on the first ``count`` tensors; refuses to be differentiated, whichever input the path leads to."""
 
     @staticmethod
-    def forward(name: str, count: int, *tensors: Tensor | None):
+    def forward(ctx, name: str, count: int, *tensors: Tensor | None):
+        ctx.name = name
         return tuple(t if t is None else t.view_as(t) for t in tensors[:count])
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.name = inputs[0]
 
     @staticmethod
     def backward(ctx, *_):
@@ -175,13 +172,6 @@ def _first_order(name: str, grads: tuple[Tensor | None, ...], sources: tuple[Ten
     return _FirstOrderOnly.apply(name, len(grads), *grads, *sources) if torch.is_grad_enabled() else grads
 
 
-def _no_vmap(name: str):
-    raise RuntimeError(
-        f"{name}: the fused backends have no vmap rule; batch along the first dimension with "
-        'reduction="none", or use backend="reference"'
-    )
-
-
 class HeadLossFunction(torch.autograd.Function):
     """``head_forward`` and ``head_backward`` of one backend.
 
@@ -191,21 +181,14 @@ class HeadLossFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        features, features_anchor, weight, bias, targets, target_table, map_weights, backend, consistency_weight, p,
-        twin_map, both_views, detach, mean, with_maps, channels_last, save_residual, save_pooled,
+        ctx, features, features_anchor, weight, bias, targets, target_table, map_weights, backend, consistency_weight,
+        p, twin_map, both_views, detach, mean, with_maps, channels_last, save_residual, save_pooled,
     ):  # fmt: skip
-        return OPERATORS[backend]["head_forward"](
+        outputs = OPERATORS[backend]["head_forward"](
             features, weight, bias, targets, target_table, map_weights, consistency_weight, p, twin_map, both_views,
             mean, with_maps, save_residual, save_pooled, save_pooled and not detach,
         )  # fmt: skip
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        (
-            features, features_anchor, weight, bias, targets, target_table, map_weights, backend, consistency_weight,
-            p, twin_map, both_views, detach, mean, with_maps, channels_last, save_residual, save_pooled,
-        ) = inputs  # fmt: skip
-        _, _, _, logits, maps, residual, pooled, cam_grad = output
+        _, _, _, logits, maps, residual, pooled, cam_grad = outputs
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(maps, residual, pooled, cam_grad)
         ctx.save_for_backward(
@@ -215,6 +198,7 @@ class HeadLossFunction(torch.autograd.Function):
         ctx.dtype = features.dtype
         ctx.options = (consistency_weight, p, twin_map, both_views, mean)
         ctx.channels_last = channels_last
+        return outputs
 
     @staticmethod
     def backward(ctx, d_loss, d_classification, d_consistency, d_logits, *_):
@@ -235,24 +219,16 @@ class HeadLossFunction(torch.autograd.Function):
         )
         return d_features, None, d_weight, d_bias, *(None,) * 14
 
-    @staticmethod
-    def vmap(info, in_dims, *args):
-        _no_vmap("rebalanced_head_loss")
-
 
 class ClassActivationMapsFunction(torch.autograd.Function):
     """``cam_forward`` and ``cam_backward`` of one backend; saves the features only when the weight needs a gradient."""
 
     @staticmethod
-    def forward(features, features_anchor, weight, backend, channels_last):
-        return OPERATORS[backend]["cam_forward"](features, weight)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        features, features_anchor, weight, ctx.backend, ctx.channels_last = inputs
-        ctx.dtype = features.dtype
+    def forward(ctx, features, features_anchor, weight, backend, channels_last):
+        ctx.backend, ctx.channels_last, ctx.dtype = backend, channels_last, features.dtype
         # The features are read again for the weight's gradient alone.
         ctx.save_for_backward(features if weight.requires_grad else features_anchor, weight)
+        return OPERATORS[backend]["cam_forward"](features, weight)
 
     @staticmethod
     def backward(ctx, d_maps):
@@ -265,22 +241,15 @@ class ClassActivationMapsFunction(torch.autograd.Function):
         d_features, d_weight = _first_order("class_activation_maps", grads, (features, weight, d_maps))
         return d_features, None, d_weight, None, None
 
-    @staticmethod
-    def vmap(info, in_dims, *args):
-        _no_vmap("class_activation_maps")
-
 
 class CrossEntropyFunction(torch.autograd.Function):
     """``cross_entropy_forward`` and ``cross_entropy_backward`` of one backend; saves its inputs."""
 
     @staticmethod
-    def forward(logits, targets, target_table, backend, mean):
-        return OPERATORS[backend]["cross_entropy_forward"](logits, targets, target_table, mean)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        logits, targets, target_table, ctx.backend, ctx.mean = inputs
+    def forward(ctx, logits, targets, target_table, backend, mean):
+        ctx.backend, ctx.mean = backend, mean
         ctx.save_for_backward(logits, targets, target_table)
+        return OPERATORS[backend]["cross_entropy_forward"](logits, targets, target_table, mean)
 
     @staticmethod
     def backward(ctx, d_loss):
@@ -288,7 +257,3 @@ class CrossEntropyFunction(torch.autograd.Function):
         d_logits = OPERATORS[ctx.backend]["cross_entropy_backward"](d_loss, logits, targets, target_table, ctx.mean)
         (d_logits,) = _first_order("rebalanced_cross_entropy", (d_logits,), (logits, d_loss))
         return d_logits, None, None, None, None
-
-    @staticmethod
-    def vmap(info, in_dims, *args):
-        _no_vmap("rebalanced_cross_entropy")

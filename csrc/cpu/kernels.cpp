@@ -1,9 +1,13 @@
 // The kernels over the features, compiled once per instruction set (REBALFER_ISA names the exported table).
 //
 // NCHW keeps the sums of a tile of positions in registers and walks over the channels; channels_last keeps the sums of
-// a few rows as vectors over the channels and adds their lanes at the end. A row of an NCHW map is loaded as whole
-// vectors: the lanes behind its end hold the next channel and are ignored, and only rows at the view's very end, where
-// there is nothing behind, are copied first.
+// a few rows as vectors over the channels and adds their lanes at the end. Both take the difference of the two views on
+// the load, A - T(A~) = W (F - T F~), which halves the arithmetic: at the size of an L3 cache that is what a core
+// spends its time on. NCHW needs a permutation of lanes for it; without one it subtracts the maps of the two views.
+//
+// A row of an NCHW map is loaded as whole vectors: the lanes behind its end hold the next channel and are ignored, and
+// only rows at the view's very end, where there is nothing behind, are copied first. A short rest of the row (49 = 3 *
+// 16 + 1) is not worth a vector: its columns are gathered and treated as vectors over the channels.
 #include "kernels.h"
 
 #include <algorithm>
@@ -13,9 +17,9 @@
 namespace rebalfer {
 namespace {
 
-constexpr int64_t kStagingBytes = 16 * 1024;  // half an L1 cache
-constexpr int64_t kMinChannelBlock = 16;
-constexpr int kMaxClassGroup = 8;
+constexpr int64_t kBlockBytes = 8 * 1024;  // of one view: the block of a pair stays in an L1 cache
+constexpr int64_t kMaxColumns = 4;
+constexpr int kTile = kAccumulators >= 24 ? 3 : 2;  // vectors of positions, or rows of channels_last
 
 template <typename T>
 struct View {
@@ -25,10 +29,17 @@ struct View {
 
   static int64_t pitch(int64_t n) { return round_up(n, kN); }
 
-  // Channels of one block: whole cache lines of T, small enough to stay in L1 between the passes.
+  // How the positions of an NCHW row are divided: vectors, the last of which may be partial, then single columns.
+  struct Row {
+    explicit Row(int64_t HW) : vectors(HW / kN), columns(HW % kN), first_column(HW - HW % kN) {
+      if (columns > kMaxColumns) ++vectors, columns = 0;
+    }
+    int64_t vectors, columns, first_column;
+  };
+
+  // Channels of one NCHW block: whole cache lines of T, few enough to stay in L1 between the passes.
   static int64_t channel_block(Geometry g) {
-    const int64_t fit = kStagingBytes / (g.HW * int64_t(sizeof(T)));
-    return std::max<int64_t>(kMinChannelBlock * (4 / std::min<int64_t>(sizeof(T), 4)), fit / 32 * 32);
+    return std::max<int64_t>(32, kBlockBytes / (g.HW * int64_t(sizeof(T))) / 32 * 32);
   }
 
   static int64_t packed_size(Geometry g) { return g.L * pitch(g.C) + (g.channels_last ? 0 : g.C * g.L); }
@@ -48,22 +59,58 @@ struct View {
       for (int64_t l = 0; l < g.L; ++l) columns[c * g.L + l] = rows[l * p + c];
   }
 
-  // Staging of a block of T rows with room for the lanes behind the last, the constants of spread (pitch(C)), a row.
+  // Hands out pieces of the scratch, each on a cache line.
+  struct Scratch {
+    explicit Scratch(void* p) : next(static_cast<char*>(p)) {}
+    template <typename E>
+    E* take(int64_t count) {
+      E* piece = reinterpret_cast<E*>(next);
+      next += round_up(count * int64_t(sizeof(E)), 64);
+      return piece;
+    }
+    char* next;
+  };
+
+  // The most that any function takes: blocks of both views with room for two vectors behind, two rows of constants,
+  // two sets of maps, a block of rows in the compute type, columns and their sums.
   static int64_t scratch_bytes(Geometry g) {
-    return (channel_block(g) * g.HW + kN) * int64_t(sizeof(T)) + (pitch(g.C) + 4 * pitch(g.HW)) * int64_t(sizeof(A)) + 256;
+    const int64_t block = channel_block(g), of_t = sizeof(T), of_a = sizeof(A);
+    return 2 * (block * g.HW + 2 * kN) * of_t + 2 * pitch(g.C) * of_a + 2 * g.L * pitch(g.HW) * of_a +
+           (block * pitch(g.HW) + 2 * kN) * of_a + kMaxColumns * (block + g.L * kN) * of_a + 10 * 64;
   }
 
   // ------------------------------------------------------------------------------------------------ maps, NCHW
 
-  template <int LG, int TV>
-  static void maps_tile(int64_t channels, const T* f, int64_t stride, const A* w, int64_t L, A* maps, int64_t p,
-                        bool first) {
+  // What the sums run over: the features of a view, or the difference of a pair.
+  struct One {
+    const T* f;
+    static constexpr bool kPair = false;
+    V load(int64_t offset, int64_t t) const { return rebalfer::load(f + offset + t * kN); }
+    A at(int64_t offset, int64_t x) const { return widen(f[offset + x]); }
+    One from(int64_t offset) const { return {f + offset}; }
+  };
+  struct Pair {
+    const T *f, *f_twin;
+    Twin twin;
+    static constexpr bool kPair = true;
+    V load(int64_t offset, int64_t t) const {
+      const T* q = f_twin + offset + twin.base[t];
+      return rebalfer::load(f + offset + t * kN) -
+             permute(rebalfer::load(q), rebalfer::load(q + kN), twin.lanes + t * kN);
+    }
+    A at(int64_t offset, int64_t x) const { return widen(f[offset + x]) - widen(f_twin[offset + twin.index[x]]); }
+    Pair from(int64_t offset) const { return {f + offset, f_twin + offset, twin}; }
+  };
+
+  template <int LG, int TV, typename Source>
+  static void maps_tile(int64_t channels, int64_t HW, Source source, int64_t t0, const A* w, int64_t L, A* maps,
+                        int64_t p, bool first) {
     V acc[LG][TV];
     for (int l = 0; l < LG; ++l)
       for (int t = 0; t < TV; ++t) acc[l][t] = first ? zero<A>() : load(maps + l * p + t * kN);
-    for (int64_t c = 0; c < channels; ++c, f += stride, w += L) {
+    for (int64_t c = 0; c < channels; ++c, w += L) {
       V x[TV];
-      for (int t = 0; t < TV; ++t) x[t] = load(f + t * kN);
+      for (int t = 0; t < TV; ++t) x[t] = source.load(c * HW, t0 + t);
       for (int l = 0; l < LG; ++l)
         for (int t = 0; t < TV; ++t) acc[l][t] += w[l] * x[t];
     }
@@ -71,26 +118,33 @@ struct View {
       for (int t = 0; t < TV; ++t) store(maps + l * p + t * kN, acc[l][t]);
   }
 
-  template <int TV>
-  static void maps_group(int64_t group, int64_t channels, const T* f, int64_t stride, const A* w, int64_t L, A* maps,
-                         int64_t p, bool first) {
-    switch (group) {
-      case 1: return maps_tile<1, TV>(channels, f, stride, w, L, maps, p, first);
-      case 2: return maps_tile<2, TV>(channels, f, stride, w, L, maps, p, first);
-      case 3: return maps_tile<3, TV>(channels, f, stride, w, L, maps, p, first);
-      case 4: return maps_tile<4, TV>(channels, f, stride, w, L, maps, p, first);
-      case 5: return maps_tile<5, TV>(channels, f, stride, w, L, maps, p, first);
-      case 6: return maps_tile<6, TV>(channels, f, stride, w, L, maps, p, first);
-      case 7: return maps_tile<7, TV>(channels, f, stride, w, L, maps, p, first);
-      default: return maps_tile<8, TV>(channels, f, stride, w, L, maps, p, first);
+  // A block of channels whose rows may be loaded past their end; `first` starts the sums.
+  template <typename Source>
+  static void maps_block(Geometry g, int64_t c0, int64_t channels, Source source, const A* packed, A* maps, bool first,
+                         A* column, A* column_sums) {
+    const int64_t p = pitch(g.HW), pc = pitch(g.C);
+    const A* w = packed + g.L * pc + c0 * g.L;
+    const Row row(g.HW);
+    for_groups<kAccumulators / kTile>(g.L, [&]<int LG>(int64_t l) {
+      for_groups<kTile>(row.vectors, [&]<int TV>(int64_t t) {
+        maps_tile<LG, TV>(channels, g.HW, source, t, w + l, g.L, maps + l * p + t * kN, p, first);
+      });
+    });
+    for (int64_t r = 0; r < row.columns; ++r) {
+      const int64_t padded = round_up(channels, kN);
+      for (int64_t c = 0; c < channels; ++c) column[c] = source.at(c * g.HW, row.first_column + r);
+      for (int64_t c = channels; c < padded; ++c) column[c] = 0;
+      for (int64_t l = 0; l < g.L; ++l) {
+        V* sum = reinterpret_cast<V*>(column_sums + (r * g.L + l) * kN);
+        V total = first ? zero<A>() : *sum;
+        for (int64_t c = 0; c < padded; c += kN) total += load(packed + l * pc + c0 + c) * load(column + c);
+        *sum = total;
+      }
     }
   }
 
-  // A block of channels whose rows may be loaded past their end.
-  static void maps_block(Geometry g, int64_t c0, int64_t channels, const T* f, const A* columns, A* maps, A* pooled) {
-    const int64_t p = pitch(g.HW), vectors = p / kN;
-    constexpr int kGroup = kAccumulators / 2 < kMaxClassGroup ? kAccumulators / 2 : kMaxClassGroup;
-    // Pooled features: the lanes past the row's end are masked away in the last vector alone.
+  // Pooled features of a block; the lanes past a row's end are masked away in the last vector alone.
+  static void pool_block(Geometry g, int64_t channels, const T* f, A* pooled) {
     const int64_t whole = g.HW / kN, rest = g.HW % kN;
     using Bits = decltype(V{} < V{});
     Bits keep{};
@@ -108,145 +162,158 @@ struct View {
         }
         sums[i] = sum;
       }
-      store_first(pooled + c0 + c, lane_sums<A>(sums) * scale, here);
-    }
-    for (int64_t l = 0; l < g.L; l += kGroup) {
-      const int64_t group = std::min<int64_t>(kGroup, g.L - l);
-      for (int64_t t = 0; t < vectors;) {
-        A* out = maps + l * p + t * kN;
-        const A* w = columns + c0 * g.L + l;
-        if (vectors - t >= 2) {
-          maps_group<2>(group, channels, f + t * kN, g.HW, w, g.L, out, p, c0 == 0);
-          t += 2;
-        } else {
-          maps_group<1>(group, channels, f + t * kN, g.HW, w, g.L, out, p, c0 == 0);
-          t += 1;
-        }
-      }
+      store(pooled + c, lane_sums<A>(sums) * scale);
     }
   }
 
-  static void maps_nchw(Geometry g, const T* f, const A* packed, A* maps, A* pooled, T* scratch) {
-    const A* columns = packed + g.L * pitch(g.C);
-    const int64_t block = channel_block(g), p = pitch(g.HW);
-    // Rows from here on would be loaded past the view's end.
-    const int64_t safe = std::max<int64_t>(0, (g.C * g.HW - p) / g.HW + (g.C * g.HW >= p ? 1 : 0));
-    int64_t c = 0;
-    while (c < g.C) {
-      if (c < safe) {
-        const int64_t n = std::min(block, safe - c);
-        maps_block(g, c, n, f + c * g.HW, columns, maps, pooled);
-        c += n;
-      } else {
-        const int64_t n = std::min(block, g.C - c);
-        std::memcpy(scratch, f + c * g.HW, n * g.HW * sizeof(T));
-        std::memset(static_cast<void*>(scratch + n * g.HW), 0, kN * sizeof(T));
-        maps_block(g, c, n, scratch, columns, maps, pooled);
-        c += n;
+  template <typename Source>
+  static void maps_nchw(Geometry g, Source source, const A* packed, A* maps, A* pooled, A* pooled_twin,
+                        Scratch scratch) {
+    const int64_t block = channel_block(g), behind = 2 * kN;
+    T* copies[2] = {scratch.take<T>(block * g.HW + behind), scratch.take<T>(block * g.HW + behind)};
+    A* column = scratch.take<A>(block);
+    A* column_sums = scratch.take<A>(kMaxColumns * g.L * kN);
+    // The channels that have at least `behind` elements of their view after their row, in whole vectors of channels.
+    const int64_t safe = std::max<int64_t>(0, g.C - (behind + g.HW - 1) / g.HW) / kN * kN;
+    for (int64_t c = 0; c < g.C;) {
+      const int64_t n = std::min(block, c < safe ? safe - c : g.C - c);
+      Source here = source.from(c * g.HW);
+      if (c >= safe) {
+        here.f = copy_padded(copies[0], here.f, n * g.HW, behind);
+        if constexpr (Source::kPair) here.f_twin = copy_padded(copies[1], here.f_twin, n * g.HW, behind);
       }
+      if (pooled) pool_block(g, n, here.f, pooled + c);
+      if constexpr (Source::kPair) pool_block(g, n, here.f_twin, pooled_twin + c);
+      maps_block(g, c, n, here, packed, maps, c == 0, column, column_sums);
+      c += n;
     }
+    const Row row(g.HW);
+    for (int64_t r = 0; r < row.columns; ++r)
+      for (int64_t l = 0; l < g.L; ++l)
+        maps[l * pitch(g.HW) + row.first_column + r] = lane_sum<A>(load(column_sums + (r * g.L + l) * kN));
+  }
+
+  static const T* copy_padded(T* to, const T* from, int64_t count, int64_t behind) {
+    std::memcpy(static_cast<void*>(to), from, count * sizeof(T));
+    std::memset(static_cast<void*>(to + count), 0, behind * sizeof(T));
+    return to;
   }
 
   // --------------------------------------------------------------------------------------- maps, channels_last
 
-  template <int LG, int HT>
-  static void rows_tile(Geometry g, const T* f, const A* rows, A* maps, A* pooled) {
+  // HT positions from x on; the pair's difference is taken, and both views pooled, where there is a twin.
+  template <int LG, int HT, bool IsPair>
+  static void rows_tile(Geometry g, Pair pair, int64_t x, const A* rows, A* maps, A* pooled, A* pooled_twin) {
     const int64_t pc = pitch(g.C), p = pitch(g.HW);
+    const T *f[HT], *f_twin[HT];
+    for (int h = 0; h < HT; ++h) {
+      f[h] = pair.f + (x + h) * g.C;
+      if constexpr (IsPair) f_twin[h] = pair.f_twin + pair.twin.index[x + h] * g.C;
+    }
     V acc[LG][HT];
     for (int l = 0; l < LG; ++l)
       for (int h = 0; h < HT; ++h) acc[l][h] = zero<A>();
     auto step = [&](int64_t c, auto get) __attribute__((always_inline)) {
-      V x[HT];
-      for (int h = 0; h < HT; ++h) x[h] = get(f + h * g.C + c);
-      if (pooled) {
-        V sum = x[0];
-        for (int h = 1; h < HT; ++h) sum += x[h];
-        store(pooled + c, load(pooled + c) + sum);
+      V d[HT];
+      for (int h = 0; h < HT; ++h) d[h] = get(f[h] + c);
+      if constexpr (IsPair) {
+        V twin[HT];
+        for (int h = 0; h < HT; ++h) twin[h] = get(f_twin[h] + c);
+        if (pooled) {
+          V sum = d[0], sum_twin = twin[0];
+          for (int h = 1; h < HT; ++h) sum += d[h], sum_twin += twin[h];
+          store(pooled + c, load(pooled + c) + sum);
+          store(pooled_twin + c, load(pooled_twin + c) + sum_twin);
+        }
+        for (int h = 0; h < HT; ++h) d[h] -= twin[h];
       }
       for (int l = 0; l < LG; ++l) {
-        const V w = load(rows + l * pc + c);
-        for (int h = 0; h < HT; ++h) acc[l][h] += w * x[h];
+        const V w = in_register(load(rows + l * pc + c));
+        for (int h = 0; h < HT; ++h) acc[l][h] += w * d[h];
       }
     };
     const int64_t whole = g.C / kN * kN, rest = g.C - whole;
     for (int64_t c = 0; c < whole; c += kN) step(c, [](const T* q) { return load(q); });
     if (rest) step(whole, [rest](const T* q) { return load_first(q, rest); });
-    V flat[round_up_static(LG * HT)];
-    for (int i = 0; i < round_up_static(LG * HT); ++i) flat[i] = i < LG * HT ? acc[i / HT][i % HT] : zero<A>();
-    for (int i = 0; i < LG * HT; i += kN) {
-      V(&group)[kN] = reinterpret_cast<V(&)[kN]>(flat[i]);
-      const V sums = lane_sums<A>(group);
+    constexpr int kFlat = (LG * HT + kN - 1) / kN * kN;
+    V flat[kFlat];
+    for (int i = 0; i < kFlat; ++i) flat[i] = i < LG * HT ? acc[i / HT][i % HT] : zero<A>();
+    for (int i = 0; i < kFlat; i += kN) {
+      const V sums = lane_sums<A>(reinterpret_cast<V(&)[kN]>(flat[i]));
       for (int j = i; j < std::min(i + kN, LG * HT); ++j) maps[(j / HT) * p + j % HT] = sums[j - i];
     }
   }
-  static constexpr int round_up_static(int n) { return (n + kN - 1) / kN * kN; }
 
-  template <int HT>
-  static void rows_group(int64_t group, Geometry g, const T* f, const A* rows, A* maps, A* pooled) {
-    switch (group) {
-      case 1: return rows_tile<1, HT>(g, f, rows, maps, pooled);
-      case 2: return rows_tile<2, HT>(g, f, rows, maps, pooled);
-      case 3: return rows_tile<3, HT>(g, f, rows, maps, pooled);
-      case 4: return rows_tile<4, HT>(g, f, rows, maps, pooled);
-      case 5: return rows_tile<5, HT>(g, f, rows, maps, pooled);
-      case 6: return rows_tile<6, HT>(g, f, rows, maps, pooled);
-      case 7: return rows_tile<7, HT>(g, f, rows, maps, pooled);
-      default: return rows_tile<8, HT>(g, f, rows, maps, pooled);
-    }
-  }
-
-  static void maps_channels_last(Geometry g, const T* f, const A* rows, A* maps, A* pooled) {
+  template <bool IsPair>
+  static void maps_channels_last(Geometry g, Pair pair, const A* rows, A* maps, A* pooled, A* pooled_twin) {
     const int64_t pc = pitch(g.C), p = pitch(g.HW);
-    constexpr int kRows = 3, kGroup = kAccumulators / kRows;
-    std::fill(pooled, pooled + pc, A(0));
-    for (int64_t x = 0; x < g.HW;) {
-      const bool tile = g.HW - x >= kRows;
-      for (int64_t l = 0; l < g.L; l += kGroup) {
-        const int64_t group = std::min<int64_t>(kGroup, g.L - l);
-        A* sum = l == 0 ? pooled : nullptr;
-        if (tile)
-          rows_group<kRows>(group, g, f + x * g.C, rows + l * pc, maps + l * p + x, sum);
-        else
-          rows_group<1>(group, g, f + x * g.C, rows + l * pc, maps + l * p + x, sum);
-      }
-      x += tile ? kRows : 1;
-    }
-    const A scale = A(1) / A(g.HW);
-    for (int64_t c = 0; c < pc; c += kN) store(pooled + c, load(pooled + c) * scale);
+    for_groups<kTile>(g.HW, [&]<int HT>(int64_t x) {
+      for_groups<kAccumulators / kTile>(g.L, [&]<int LG>(int64_t l) {
+        rows_tile<LG, HT, IsPair>(g, pair, x, rows + l * pc, maps + l * p + x, l ? nullptr : pooled, pooled_twin);
+      });
+    });
   }
 
-  // pooled has room for pitch(C) elements.
-  static void maps(Geometry g, const void* features, const void* packed, void* maps, void* pooled, void* scratch) {
+  // ------------------------------------------------------------------------------------------ forward functions
+
+  static void residual(Geometry g, Twin twin, const void* original, const void* mirrored, const void* packed,
+                       void* residual, void* pooled, void* pooled_twin, void* scratch) {
+    const Pair pair{static_cast<const T*>(original), static_cast<const T*>(mirrored), twin};
+    const A* w = static_cast<const A*>(packed);
+    A *s = static_cast<A*>(residual), *pool = static_cast<A*>(pooled), *pool_twin = static_cast<A*>(pooled_twin);
+    if (g.channels_last) {
+      const int64_t pc = pitch(g.C);
+      const A scale = A(1) / A(g.HW);
+      std::fill(pool, pool + pc, A(0));
+      std::fill(pool_twin, pool_twin + pc, A(0));
+      maps_channels_last<true>(g, pair, w, s, pool, pool_twin);
+      for (int64_t c = 0; c < pc; ++c) pool[c] *= scale, pool_twin[c] *= scale;
+      return;
+    }
+    Scratch room(scratch);
+    if constexpr (kPermutes<A>)
+      if (twin.base) return maps_nchw(g, pair, w, s, pool, pool_twin, room);
+    const int64_t p = pitch(g.HW);
+    A* maps_twin = room.take<A>(g.L * p);
+    maps_nchw(g, One{pair.f}, w, s, pool, static_cast<A*>(nullptr), room);
+    maps_nchw(g, One{pair.f_twin}, w, maps_twin, pool_twin, static_cast<A*>(nullptr), room);
+    for (int64_t l = 0; l < g.L; ++l)
+      for (int64_t x = 0; x < g.HW; ++x) s[l * p + x] -= maps_twin[l * p + twin.index[x]];
+  }
+
+  static void maps(Geometry g, const void* features, const void* packed, void* maps, void* scratch) {
     const T* f = static_cast<const T*>(features);
     const A* w = static_cast<const A*>(packed);
     if (g.channels_last)
-      maps_channels_last(g, f, w, static_cast<A*>(maps), static_cast<A*>(pooled));
+      maps_channels_last<false>(g, Pair{f, nullptr, {}}, w, static_cast<A*>(maps), nullptr, nullptr);
     else
-      maps_nchw(g, f, w, static_cast<A*>(maps), static_cast<A*>(pooled), static_cast<T*>(scratch));
+      maps_nchw(g, One{f}, w, static_cast<A*>(maps), nullptr, nullptr, Scratch(scratch));
   }
 
   static void logits(Geometry g, const void* packed, const void* pooled, const void* bias, void* logits) {
     const A* rows = static_cast<const A*>(packed);
     const A* x = static_cast<const A*>(pooled);
     const int64_t pc = pitch(g.C), whole = g.C / kN * kN;
-    for (int64_t l = 0; l < g.L; ++l) {
-      V sum = zero<A>();
-      for (int64_t c = 0; c < whole; c += kN) sum += load(rows + l * pc + c) * load(x + c);
-      sum += load_first(rows + l * pc + whole, g.C - whole) * load_first(x + whole, g.C - whole);
-      A total = bias ? static_cast<const A*>(bias)[l] : A(0);
-      for (int i = 0; i < kN; ++i) total += sum[i];
-      static_cast<A*>(logits)[l] = total;
-    }
+    for_groups<8>(g.L, [&]<int LG>(int64_t l) {
+      V sum[LG] = {};
+      for (int64_t c = 0; c < whole; c += kN)
+        for (int i = 0; i < LG; ++i) sum[i] += load(rows + (l + i) * pc + c) * load(x + c);
+      for (int i = 0; i < LG; ++i) {
+        sum[i] += load_first(rows + (l + i) * pc + whole, g.C - whole) * load_first(x + whole, g.C - whole);
+        static_cast<A*>(logits)[l + i] = lane_sum<A>(sum[i]) + (bias ? static_cast<const A*>(bias)[l + i] : A(0));
+      }
+    });
   }
 
-  // ---------------------------------------------------------------------------------------------------- spread
+  // ---------------------------------------------------------------------------------------------- spread, NCHW
 
+  // CH rows of U, TV vectors each, pitch(HW) apart.
   template <int CH, int TV>
-  static void spread_tile(Geometry g, const A* columns, const A* d_maps, const A* constants, T* out) {
+  static void spread_tile(Geometry g, const A* columns, const A* d_maps, A* u) {
     const int64_t p = pitch(g.HW);
     V acc[CH][TV];
     for (int c = 0; c < CH; ++c)
-      for (int t = 0; t < TV; ++t) acc[c][t] = splat(constants[c]);
+      for (int t = 0; t < TV; ++t) acc[c][t] = zero<A>();
     for (int64_t l = 0; l < g.L; ++l) {
       V d[TV];
       for (int t = 0; t < TV; ++t) d[t] = load(d_maps + l * p + t * kN);
@@ -254,78 +321,167 @@ struct View {
         for (int t = 0; t < TV; ++t) acc[c][t] += columns[c * g.L + l] * d[t];
     }
     for (int c = 0; c < CH; ++c)
-      for (int t = 0; t < TV; ++t) store(out + c * g.HW + t * kN, acc[c][t]);
+      for (int t = 0; t < TV; ++t) store(u + c * p + t * kN, acc[c][t]);
   }
 
-  template <int TV>
-  static void spread_rows(Geometry g, int64_t channels, const A* columns, const A* d_maps, const A* constants, T* out) {
-    int64_t c = 0;
-    for (; c + 4 <= channels; c += 4)
-      spread_tile<4, TV>(g, columns + c * g.L, d_maps, constants + c, out + c * g.HW);
-    for (; c < channels; ++c) spread_tile<1, TV>(g, columns + c * g.L, d_maps, constants + c, out + c * g.HW);
+  static void spread_block(Geometry g, int64_t c0, int64_t channels, const A* packed, const A* d_maps, A* u) {
+    const int64_t p = pitch(g.HW), pc = pitch(g.C);
+    const A* columns = packed + g.L * pc + c0 * g.L;
+    const Row row(g.HW);
+    for_groups<kTile>(row.vectors, [&]<int TV>(int64_t t) {
+      for_groups<4>(channels, [&]<int CH>(int64_t c) {
+        spread_tile<CH, TV>(g, columns + c * g.L, d_maps + t * kN, u + c * p + t * kN);
+      });
+    });
+    for (int64_t x = row.first_column; x < row.first_column + row.columns; ++x)
+      for (int64_t c = 0; c < channels; c += kN) {
+        V sum = zero<A>();
+        for (int64_t l = 0; l < g.L; ++l) sum += d_maps[l * p + x] * load(packed + l * pc + c0 + c);
+        for (int64_t i = 0; i < std::min<int64_t>(kN, channels - c); ++i) u[(c + i) * p + x] = sum[i];
+      }
   }
 
-  static void spread_nchw(Geometry g, const A* packed, const A* d_maps, const A* constants, T* out, bool streaming,
-                          T* staging) {
-    const A* columns = packed + g.L * pitch(g.C);
-    const int64_t block = channel_block(g), vectors = pitch(g.HW) / kN;
+  // out[c, x] = constants[c] + U[c, x], or constants[c] - U[c, index[x]] where there is a twin.
+  template <bool IsTwin>
+  static void write_rows(Geometry g, Twin twin, int64_t channels, const A* constants, const A* u, T* out) {
+    const int64_t p = pitch(g.HW), whole = g.HW / kN, rest = g.HW - whole * kN;
+    const Row row(g.HW);
+    auto value = [&](const A* q, int64_t t) __attribute__((always_inline)) {
+      if constexpr (IsTwin)
+        return permute(load(q + twin.base[t]), load(q + twin.base[t] + kN), twin.lanes + t * kN);
+      else
+        return load(q + t * kN);
+    };
+    for (int64_t c = 0; c < channels; ++c, u += p, out += g.HW) {
+      const V constant = splat(constants[c]);
+      for (int64_t t = 0; t < whole; ++t)
+        store(out + t * kN, IsTwin ? constant - value(u, t) : constant + value(u, t));
+      if (row.vectors > whole)
+        store_first(out + whole * kN, IsTwin ? constant - value(u, whole) : constant + value(u, whole), rest);
+      for (int64_t x = row.first_column; x < row.first_column + row.columns; ++x)
+        out[x] = narrow<T>(IsTwin ? constants[c] - u[twin.index[x]] : constants[c] + u[x]);
+    }
+  }
+
+  // One view, or a pair whose second view is -T'(U).
+  static void spread_nchw(Geometry g, Twin inverse, const A* packed, const A* d_maps, const A* const (&constants)[2],
+                          T* const (&out)[2], bool streaming, Scratch scratch) {
+    const int64_t block = channel_block(g), p = pitch(g.HW);
+    A* u = scratch.take<A>(block * p + 2 * kN);
+    T* staging = scratch.take<T>(block * g.HW + kN);
+    const A* d_twin = nullptr;  // T'(d_maps), where vectors can't be permuted
+    if (out[1] && !(kPermutes<A> && inverse.base)) {
+      A* d = scratch.take<A>(g.L * p);
+      for (int64_t l = 0; l < g.L; ++l)
+        for (int64_t x = 0; x < p; ++x) d[l * p + x] = x < g.HW ? -d_maps[l * p + inverse.index[x]] : 0;
+      d_twin = d;
+    }
     for (int64_t c0 = 0; c0 < g.C; c0 += block) {
       const int64_t channels = std::min(block, g.C - c0), count = channels * g.HW;
-      // The last tile first: the lanes it writes behind a row's end belong to the next row's first tile.
-      for (int64_t t = vectors; t > 0;) {
-        const int64_t width = t % 2 ? 1 : 2;
-        t -= width;
-        const A* d = d_maps + t * kN;
-        if (width == 2)
-          spread_rows<2>(g, channels, columns + c0 * g.L, d, constants + c0, staging + t * kN);
-        else
-          spread_rows<1>(g, channels, columns + c0 * g.L, d, constants + c0, staging + t * kN);
+      for (int view = 0; view < (out[1] ? 2 : 1); ++view) {
+        T* to = streaming ? staging : out[view] + c0 * g.HW;
+        const A* k = constants[view] + c0;
+        if (view == 0 || d_twin) {
+          spread_block(g, c0, channels, packed, view ? d_twin : d_maps, u);
+          write_rows<false>(g, inverse, channels, k, u, to);
+        } else if constexpr (kPermutes<A>) {
+          write_rows<true>(g, inverse, channels, k, u, to);
+        }
+        if (streaming) copy_out(out[view] + c0 * g.HW, staging, count);
       }
-      copy_out(out + c0 * g.HW, staging, count, streaming);
     }
   }
 
+  // -------------------------------------------------------------------------------------- spread, channels_last
+
+  // HT positions of the twin (or of the one view) from x on, CV vectors of channels from c on.
   template <int HT, int CV>
-  static void spread_cells(Geometry g, const A* rows, const A* d_maps, const A* constants, T* out, int64_t stride,
-                           bool streaming) {
-    const int64_t pc = pitch(g.C), p = pitch(g.HW);
+  static void spread_cells(Geometry g, Twin inverse, int64_t x, int64_t c, const A* rows, const A* d_maps,
+                           const A* const (&constants)[2], T* const (&out)[2], bool streaming) {
+    const int64_t pc = pitch(g.C), p = pitch(g.HW), count = g.C - c;
+    int64_t source[HT];
+    for (int h = 0; h < HT; ++h) source[h] = out[1] ? inverse.index[x + h] : x + h;
     V acc[HT][CV];
     for (int h = 0; h < HT; ++h)
-      for (int c = 0; c < CV; ++c) acc[h][c] = load(constants + c * kN);
+      for (int i = 0; i < CV; ++i) acc[h][i] = zero<A>();
     for (int64_t l = 0; l < g.L; ++l) {
       V w[CV];
-      for (int c = 0; c < CV; ++c) w[c] = load(rows + l * pc + c * kN);
+      for (int i = 0; i < CV; ++i) w[i] = load(rows + l * pc + c + i * kN);
       for (int h = 0; h < HT; ++h)
-        for (int c = 0; c < CV; ++c) acc[h][c] += d_maps[l * p + h] * w[c];
+        for (int i = 0; i < CV; ++i) acc[h][i] += d_maps[l * p + source[h]] * w[i];
     }
+    auto put = [&](T* q, V v, int i) __attribute__((always_inline)) {
+      if (CV == 1)
+        store_first(q, v, count);
+      else if (streaming)
+        store_streaming(q + i * kN, v);
+      else
+        store(q + i * kN, v);
+    };
     for (int h = 0; h < HT; ++h)
-      for (int c = 0; c < CV; ++c) {
-        T* q = out + h * stride + c * kN;
-        if (streaming)
-          store_streaming(q, acc[h][c]);
-        else
-          store(q, acc[h][c]);
-      }
+      for (int i = 0; i < CV; ++i) put(out[0] + source[h] * g.C + c, acc[h][i] + load(constants[0] + c + i * kN), i);
+    if (!out[1]) return;
+    for (int h = 0; h < HT; ++h)
+      for (int i = 0; i < CV; ++i) put(out[1] + (x + h) * g.C + c, load(constants[1] + c + i * kN) - acc[h][i], i);
   }
 
-  static void spread_channels_last(Geometry g, const A* rows, const A* d_maps, const A* constants, T* out,
-                                   bool streaming) {
-    constexpr int kH = 4, kC = 2;
+  static void spread_channels_last(Geometry g, Twin twin, const A* rows, const A* d_maps,
+                                   const A* const (&constants)[2], T* const (&out)[2], bool streaming) {
+    constexpr int kC = 2;
     const int64_t whole = g.C / (kC * kN) * (kC * kN);
-    streaming = streaming && reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0 && (g.C * sizeof(T)) % kVectorBytes == 0;
-    int64_t x = 0;
-    for (; x + kH <= g.HW; x += kH)
+    const uintptr_t bases = reinterpret_cast<uintptr_t>(out[0]) | reinterpret_cast<uintptr_t>(out[1]);
+    streaming = streaming && bases % kVectorBytes == 0 && (g.C * sizeof(T)) % kVectorBytes == 0;
+    for_groups<4>(g.HW, [&]<int HT>(int64_t x) {
       for (int64_t c = 0; c < whole; c += kC * kN)
-        spread_cells<kH, kC>(g, rows + c, d_maps + x, constants + c, out + x * g.C + c, g.C, streaming);
-    for (; x < g.HW; ++x)
-      for (int64_t c = 0; c < whole; c += kC * kN)
-        spread_cells<1, kC>(g, rows + c, d_maps + x, constants + c, out + x * g.C + c, g.C, streaming);
-    for (int64_t c = whole; c < g.C; c += kN)  // the last channels, one vector at a time and no wider than the row
-      for (x = 0; x < g.HW; ++x) {
-        T cell[kN];
-        spread_cells<1, 1>(g, rows + c, d_maps + x, constants + c, cell, 0, false);
-        std::memcpy(static_cast<void*>(out + x * g.C + c), cell, std::min<int64_t>(kN, g.C - c) * sizeof(T));
-      }
+        spread_cells<HT, kC>(g, twin, x, c, rows, d_maps, constants, out, streaming);
+      for (int64_t c = whole; c < g.C; c += kN)
+        spread_cells<HT, 1>(g, twin, x, c, rows, d_maps, constants, out, false);
+    });
+  }
+
+  // ----------------------------------------------------------------------------------------- backward functions
+
+  // W^T dz / HW, or zeros.
+  static const A* spread_logits(Geometry g, const A* rows, const void* d_logits, A* constants) {
+    const A* dz = static_cast<const A*>(d_logits);
+    const int64_t pc = pitch(g.C);
+    const A scale = A(1) / A(g.HW);
+    for (int64_t c = 0; c < pc; c += kN) {
+      V sum = zero<A>();
+      if (dz)
+        for (int64_t l = 0; l < g.L; ++l) sum += dz[l] * load(rows + l * pc + c);
+      store(constants + c, sum * scale);
+    }
+    return constants;
+  }
+
+  static void spread_pair(Geometry g, Twin inverse, const void* packed, const void* d_residual, const void* dz,
+                          const void* dz_twin, void* d_original, void* d_twin, bool streaming, void* scratch) {
+    Scratch room(scratch);
+    const A* rows = static_cast<const A*>(packed);
+    A *one = room.take<A>(pitch(g.C)), *two = room.take<A>(pitch(g.C));
+    const A* const constants[2] = {spread_logits(g, rows, dz, one), spread_logits(g, rows, dz_twin, two)};
+    T* const out[2] = {static_cast<T*>(d_original), static_cast<T*>(d_twin)};
+    const A* d = static_cast<const A*>(d_residual);
+    if (g.channels_last)
+      spread_channels_last(g, inverse, rows, d, constants, out, streaming);
+    else
+      spread_nchw(g, inverse, rows, d, constants, out, streaming, room);
+    finish_streaming(streaming);
+  }
+
+  static void spread(Geometry g, const void* packed, const void* d_maps, void* d_features, bool streaming,
+                     void* scratch) {
+    Scratch room(scratch);
+    const A* rows = static_cast<const A*>(packed);
+    A* zeros = room.take<A>(pitch(g.C));
+    const A* const constants[2] = {spread_logits(g, rows, nullptr, zeros), nullptr};
+    T* const out[2] = {static_cast<T*>(d_features), nullptr};
+    if (g.channels_last)
+      spread_channels_last(g, {}, rows, static_cast<const A*>(d_maps), constants, out, streaming);
+    else
+      spread_nchw(g, {}, rows, static_cast<const A*>(d_maps), constants, out, streaming, room);
+    finish_streaming(streaming);
   }
 
   static void store_streaming(T* p, V v) {
@@ -341,10 +497,10 @@ struct View {
 #endif
   }
 
-  static void copy_out(T* out, const T* staging, int64_t count, bool streaming) {
+  static void copy_out(T* out, const T* staging, int64_t count) {
 #if defined(__SSE2__)
     const int64_t bytes = count * int64_t(sizeof(T));
-    if (streaming && reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0 && bytes % kVectorBytes == 0) {
+    if (reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0 && bytes % kVectorBytes == 0) {
       char* to = reinterpret_cast<char*>(out);
       const char* from = reinterpret_cast<const char*>(staging);
       for (int64_t i = 0; i < bytes; i += kVectorBytes) {
@@ -363,31 +519,13 @@ struct View {
     std::memcpy(static_cast<void*>(out), staging, count * sizeof(T));
   }
 
-  static void spread(Geometry g, const void* packed, const void* d_maps, const void* d_logits, void* d_features,
-                     bool streaming, void* scratch) {
-    const A* rows = static_cast<const A*>(packed);
-    const A* dz = static_cast<const A*>(d_logits);
-    const int64_t pc = pitch(g.C);
-    A* constants = static_cast<A*>(scratch);  // W^T dz / HW
-    const A scale = A(1) / A(g.HW);
-    for (int64_t c = 0; c < pc; c += kN) {
-      V sum = zero<A>();
-      if (dz)
-        for (int64_t l = 0; l < g.L; ++l) sum += dz[l] * load(rows + l * pc + c);
-      store(constants + c, sum * scale);
-    }
-    const A* d = static_cast<const A*>(d_maps);
-    T* out = static_cast<T*>(d_features);
-    if (g.channels_last)
-      spread_channels_last(g, rows, d, constants, out, streaming);
-    else
-      spread_nchw(g, rows, d, constants, out, streaming, reinterpret_cast<T*>(constants + pc));
+  static void finish_streaming(bool streaming) {
 #if defined(__SSE2__)
     if (streaming) _mm_sfence();
 #endif
   }
 
-  // ------------------------------------------------------------------------------------------------- correlate
+  // ------------------------------------------------------------------------------------------- weight gradients
 
   static void correlate(Geometry g, const void* features, const void* d_maps, void* d_weight, void* scratch) {
     const T* f = static_cast<const T*>(features);
@@ -397,18 +535,17 @@ struct View {
     if (g.channels_last) {
       for (int64_t c = 0; c < g.C; c += kN) {
         const int64_t here = std::min<int64_t>(kN, g.C - c);
-        for (int64_t l = 0; l < g.L; l += 4) {
-          const int64_t group = std::min<int64_t>(4, g.L - l);
-          V acc[4] = {};
+        for_groups<4>(g.L, [&]<int LG>(int64_t l) {
+          V acc[LG] = {};
           for (int64_t x = 0; x < g.HW; ++x) {
             const V v = load_first(f + x * g.C + c, here);
-            for (int64_t i = 0; i < group; ++i) acc[i] += d[(l + i) * p + x] * v;
+            for (int i = 0; i < LG; ++i) acc[i] += d[(l + i) * p + x] * v;
           }
-          for (int64_t i = 0; i < group; ++i) {
+          for (int i = 0; i < LG; ++i) {
             A* q = out + (l + i) * g.C + c;
             store_first(q, load_first(q, here) + acc[i], here);
           }
-        }
+        });
       }
       return;
     }
@@ -430,8 +567,27 @@ struct View {
     }
   }
 
+  static void accumulate(int64_t M, int64_t L, int64_t count, const void* factors, int64_t factor_stride,
+                         const void* rows, int64_t row_stride, void* sum, int64_t sum_stride) {
+    const A *factor = static_cast<const A*>(factors), *from = static_cast<const A*>(rows);
+    A* to = static_cast<A*>(sum);
+    for (int64_t c = 0; c < count; c += kN) {
+      const int64_t here = std::min<int64_t>(kN, count - c);
+      for_groups<8>(L, [&]<int LG>(int64_t l) {
+        V acc[LG];
+        for (int i = 0; i < LG; ++i) acc[i] = load_first(to + (l + i) * sum_stride + c, here);
+        for (int64_t m = 0; m < M; ++m) {
+          const V x = load_first(from + m * row_stride + c, here);
+          for (int i = 0; i < LG; ++i) acc[i] += factor[m * factor_stride + l + i] * x;
+        }
+        for (int i = 0; i < LG; ++i) store_first(to + (l + i) * sum_stride + c, acc[i], here);
+      });
+    }
+  }
+
   static constexpr Kernels table() {
-    return {kN, packed_size, pack, scratch_bytes, maps, logits, spread, correlate};
+    return {kN,   kPermutes<A>, packed_size, pack,   scratch_bytes, residual,
+            maps, logits,       spread_pair, spread, correlate,     accumulate};
   }
 };
 

@@ -221,24 +221,45 @@ struct Upstream {
   int64_t stride = 0;
 };
 
-struct Map {
-  int64_t H, W, L, pitch;
-  TwinMap twin;
+// A spatial map and, if wanted, its inverse as the kernels read them.
+class TwinTables {
+ public:
+  TwinTables(const Kernels& k, TwinMap map, int64_t H, int64_t W, bool inverse) : index_(H * W) {
+    const int64_t HW = H * W, lanes = k.lanes;
+    for (int64_t h = 0; h < H; ++h)
+      for (int64_t w = 0; w < W; ++w) {
+        const int64_t from = twin_index(map, h, w), to = h * W + w;
+        index_[inverse ? from : to] = int32_t(inverse ? to : from);
+      }
+    if (!k.permutes) return;
+    const int64_t vectors = (HW + lanes - 1) / lanes;
+    base_.resize(vectors);
+    lanes_.resize(vectors * lanes);
+    for (int64_t t = 0; t < vectors; ++t) {
+      const auto begin = index_.begin() + t * lanes, end = index_.begin() + std::min(HW, (t + 1) * lanes);
+      const auto [low, high] = std::minmax_element(begin, end);
+      fits_ = fits_ && *high - *low < 2 * lanes;
+      base_[t] = *low;
+      for (auto x = begin; x != end; ++x) lanes_[x - index_.begin()] = *x - *low;
+    }
+  }
+  Twin get() const { return {index_.data(), fits_ && !base_.empty() ? base_.data() : nullptr, lanes_.data()}; }
+
+ private:
+  std::vector<int32_t> index_, base_, lanes_;
+  bool fits_ = true;
 };
 
-// d of the two maps from g dS: the residual's gradient on the original, its negative where the twin was read.
+// g dS, in rows of a map.
 template <typename A>
-void residual_gradient(Map m, const A* residual, const A* v, int p, A g, A* d_maps, A* d_twin) {
-  const A scale = g / A(m.L * m.H * m.W);
-  for (int64_t l = 0; l < m.L; ++l)
-    for (int64_t h = 0; h < m.H; ++h)
-      for (int64_t w = 0; w < m.W; ++w) {
-        const int64_t x = h * m.W + w;
-        const A d = scale * consistency_gradient(v[l], residual[l * m.H * m.W + x], p);
-        d_maps[l * m.pitch + x] = d;
-        d_twin[l * m.pitch + twin_index(m.twin, h, w)] = -d;
-      }
+void residual_gradient(int64_t L, int64_t HW, int64_t pitch, const A* residual, const A* v, int p, A g, A* d_residual) {
+  const A scale = g / A(L * HW);
+  for (int64_t l = 0; l < L; ++l)
+    for (int64_t x = 0; x < HW; ++x)
+      d_residual[l * pitch + x] = scale * consistency_gradient(v[l], residual[l * HW + x], p);
 }
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 using HeadForward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -251,8 +272,8 @@ HeadForward head_forward_as(const Tensor& features, const Tensor& weight, const 
   const int64_t L = weight.size(0), HW = H * W;
   const Geometry g{C, HW, L, is_channels_last(features)};
   const Kernels& k = kernels(storage_of(features.scalar_type()));
-  const Map map{H, W, L, (HW + k.lanes - 1) / k.lanes * k.lanes, twin};
-  const int64_t row = (C + k.lanes - 1) / k.lanes * k.lanes, cams = L * map.pitch;
+  const TwinTables tables(k, twin, H, W, false);
+  const int64_t pitch = round_up(HW, k.lanes), row = round_up(C, k.lanes), cams = L * pitch;
   const bool classified = targets.has_value();
   const ScalarType dtype = kCompute<A>;
   std::optional<Targets<A>> target_rows;
@@ -274,46 +295,48 @@ HeadForward head_forward_as(const Tensor& features, const Tensor& weight, const 
   std::vector<A> cls(N), cons(N);
 
   torch::stable::parallel_for(0, N, 1, [&](int64_t begin, int64_t end) {
-    Buffer<A> cam(2 * cams), pool(2 * row), s(L * HW), z(2 * L), t(L), d(save_cam_grad ? 2 * cams : 0);
+    Buffer<A> s(cams), pool(2 * row), z(2 * L), t(L), cam(with_maps ? cams : 0), d(save_cam_grad ? 2 * cams : 0);
     Buffer<char> scratch(k.scratch_bytes(g));
     for (int64_t i = begin; i < end; ++i) {
+      const char* views[2] = {f + i * view_bytes, f + (N + i) * view_bytes};
+      k.residual(g, tables.get(), views[0], views[1], packed.get(), s.get(), pool.get(), pool.get() + row,
+                 scratch.get());
       for (int64_t view = 0; view < 2; ++view) {
         const int64_t m = view * N + i;
-        A* cam_view = cam.get() + view * cams;
-        A* pool_view = pool.get() + view * row;
-        k.maps(g, f + m * view_bytes, packed.get(), cam_view, pool_view, scratch.get());
+        const A* pool_view = pool.get() + view * row;
         if (save_pooled) std::memcpy(static_cast<A*>(pooled.data_ptr()) + m * C, pool_view, C * sizeof(A));
-        if (with_maps)
-          for (int64_t l = 0; l < L; ++l)
-            std::memcpy(static_cast<A*>(maps.data_ptr()) + (m * L + l) * HW, cam_view + l * map.pitch, HW * sizeof(A));
         if (classified) {
           k.logits(g, packed.get(), pool_view, b.empty() ? nullptr : b.data(), z.get() + view * L);
           std::memcpy(static_cast<A*>(logits.data_ptr()) + m * L, z.get() + view * L, L * sizeof(A));
         }
+        if (with_maps) {
+          k.maps(g, views[view], packed.get(), cam.get(), scratch.get());
+          for (int64_t l = 0; l < L; ++l)
+            std::memcpy(static_cast<A*>(maps.data_ptr()) + (m * L + l) * HW, cam.get() + l * pitch, HW * sizeof(A));
+        }
       }
       A sum = 0;
       for (int64_t l = 0; l < L; ++l) {
+        const A* row_s = s.get() + l * pitch;
         A of_class = 0;
-        for (int64_t h = 0; h < H; ++h)
-          for (int64_t w = 0; w < W; ++w) {
-            const A x = cam.get()[l * map.pitch + h * W + w] - cam.get()[cams + l * map.pitch + twin_index(twin, h, w)];
-            s.get()[l * HW + h * W + w] = x;
-            of_class += consistency_term(v[l], x, p);
-          }
+        for (int64_t x = 0; x < HW; ++x) of_class += consistency_term(v[l], row_s[x], p);
         sum += of_class;
+        if (save_residual)
+          std::memcpy(static_cast<A*>(residual.data_ptr()) + (i * L + l) * HW, row_s, HW * sizeof(A));
       }
       cons[i] = sum / A(L * HW);
-      if (save_residual) std::memcpy(static_cast<A*>(residual.data_ptr()) + i * L * HW, s.get(), L * HW * sizeof(A));
       if (classified) {
         const A* row_t = target_rows->row(i, t.get());
         cls[i] = cross_entropy(z.get(), row_t, L) + (both_views ? cross_entropy(z.get() + L, row_t, L) : A(0));
       }
       if (save_cam_grad) {
-        A* out = static_cast<A*>(cam_grad.data_ptr()) + i * L * C;
+        A *out = static_cast<A*>(cam_grad.data_ptr()) + i * L * C, *d_twin = d.get() + cams;
         std::memset(static_cast<void*>(out), 0, L * C * sizeof(A));
-        residual_gradient(map, s.get(), v, p, A(1), d.get(), d.get() + cams);
-        k.correlate(g, f + i * view_bytes, d.get(), out, scratch.get());
-        k.correlate(g, f + (N + i) * view_bytes, d.get() + cams, out, scratch.get());
+        residual_gradient(L, HW, pitch, static_cast<const A*>(residual.data_ptr()) + i * L * HW, v, p, A(1), d.get());
+        for (int64_t l = 0; l < L; ++l)
+          for (int64_t x = 0; x < HW; ++x) d_twin[l * pitch + tables.get().index[x]] = -d.get()[l * pitch + x];
+        k.correlate(g, views[0], d.get(), out, scratch.get());
+        k.correlate(g, views[1], d_twin, out, scratch.get());
       }
     }
   });
@@ -358,8 +381,8 @@ HeadBackward head_backward_as(const OptionalTensor& d_loss, const OptionalTensor
   const int64_t H = residual.size(2), W = residual.size(3), HW = H * W;
   const Geometry g{C, HW, L, channels_last};
   const Kernels& k = kernels(storage_of(dtype));
-  const Map map{H, W, L, (HW + k.lanes - 1) / k.lanes * k.lanes, twin};
-  const int64_t cams = L * map.pitch;
+  const TwinTables inverse(k, twin, H, W, true);
+  const int64_t pitch = round_up(HW, k.lanes);
   const bool classified = targets.has_value();
   std::optional<Targets<A>> target_rows;
   if (classified) target_rows.emplace(*targets, *target_table, L);
@@ -382,7 +405,7 @@ HeadBackward head_backward_as(const OptionalTensor& d_loss, const OptionalTensor
   std::vector<A> g_s(N);
 
   torch::stable::parallel_for(0, N, 1, [&](int64_t begin, int64_t end) {
-    Buffer<A> d(2 * cams), t(L);
+    Buffer<A> d(L * pitch), t(L);
     Buffer<char> scratch(k.scratch_bytes(g));
     for (int64_t i = begin; i < end; ++i) {
       g_s[i] = (A(consistency_weight) * g_loss[i] + g_cons[i]) * share;
@@ -399,14 +422,16 @@ HeadBackward head_backward_as(const OptionalTensor& d_loss, const OptionalTensor
           }
       }
       if (!need_features) continue;
-      residual_gradient(map, s + i * L * HW, v, p, g_s[i], d.get(), d.get() + cams);
-      for (int64_t view = 0; view < 2; ++view)
-        k.spread(g, packed.get(), d.get() + view * cams, classified ? dz_view[view] : nullptr,
-                 out + (view * N + i) * view_bytes, streaming, scratch.get());
+      residual_gradient(L, HW, pitch, s + i * L * HW, v, p, g_s[i], d.get());
+      k.spread_pair(g, inverse.get(), packed.get(), d.get(), classified ? dz_view[0] : nullptr,
+                    classified ? dz_view[1] : nullptr, out + i * view_bytes, out + (N + i) * view_bytes, streaming,
+                    scratch.get());
     }
   });
 
+  const ScalarType weight_dtype = weight.scalar_type();
   if (need_weight) {
+    void* to = d_weight.data_ptr();
     const A* P = pooled.numel() ? static_cast<const A*>(pooled.data_ptr()) : nullptr;
     const A* K = cam_grad.numel() ? static_cast<const A*>(cam_grad.data_ptr()) : nullptr;
     const int64_t chunks = (C + kChannelChunk - 1) / kChannelChunk;
@@ -415,19 +440,13 @@ HeadBackward head_backward_as(const OptionalTensor& d_loss, const OptionalTensor
       for (int64_t chunk = begin; chunk < end; ++chunk) {
         const int64_t c0 = chunk * kChannelChunk, here = std::min(kChannelChunk, C - c0);
         std::fill(sum.get(), sum.get() + L * kChannelChunk, A(0));
-        auto add = [&](A factor, const A* from, int64_t l) {
-          A* __restrict to = sum.get() + l * kChannelChunk;
-          for (int64_t c = 0; c < here; ++c) to[c] += factor * from[c];
-        };
-        if (classified && P)
-          for (int64_t m = 0; m < M; ++m)
-            for (int64_t l = 0; l < L; ++l) add(dz.get()[m * L + l], P + m * C + c0, l);
+        if (classified && P) k.accumulate(M, L, here, dz.get(), L, P + c0, C, sum.get(), kChannelChunk);
         if (K && (g_loss.data || g_cons.data))
-          for (int64_t i = 0; i < N; ++i)
-            for (int64_t l = 0; l < L; ++l) add(g_s[i], K + (i * L + l) * C + c0, l);
+          for (int64_t l = 0; l < L; ++l)
+            k.accumulate(N, 1, here, g_s.data(), 1, K + l * C + c0, L * C, sum.get() + l * kChannelChunk, kChannelChunk);
         for (int64_t l = 0; l < L; ++l)
           for (int64_t c = 0; c < here; ++c)
-            write(d_weight.data_ptr(), weight.scalar_type(), l * C + c0 + c, sum.get()[l * kChannelChunk + c]);
+            write(to, weight_dtype, l * C + c0 + c, sum.get()[l * kChannelChunk + c]);
       }
     });
   }
@@ -435,7 +454,7 @@ HeadBackward head_backward_as(const OptionalTensor& d_loss, const OptionalTensor
     for (int64_t l = 0; l < L; ++l) {
       A sum = 0;
       for (int64_t m = 0; m < M; ++m) sum += dz.get()[m * L + l];
-      write(d_bias.data_ptr(), weight.scalar_type(), l, sum);
+      write(d_bias.data_ptr(), weight_dtype, l, sum);
     }
   return {d_features, d_weight, d_bias};
 }
@@ -458,16 +477,16 @@ Tensor cam_forward_as(const Tensor& features, const Tensor& weight) {
   const int64_t L = weight.size(0), HW = H * W;
   const Geometry g{C, HW, L, is_channels_last(features)};
   const Kernels& k = kernels(storage_of(features.scalar_type()));
-  const int64_t pitch = (HW + k.lanes - 1) / k.lanes * k.lanes, row = (C + k.lanes - 1) / k.lanes * k.lanes;
+  const int64_t pitch = round_up(HW, k.lanes);
   Tensor maps = output(features, {M, L, H, W}, kCompute<A>);
   const auto packed = pack<A>(k, g, weight);
   const char* f = static_cast<const char*>(features.data_ptr());
   const int64_t view_bytes = C * HW * bytes_of(features.scalar_type());
   torch::stable::parallel_for(0, M, 1, [&](int64_t begin, int64_t end) {
-    Buffer<A> cam(L * pitch), pool(row);
+    Buffer<A> cam(L * pitch);
     Buffer<char> scratch(k.scratch_bytes(g));
     for (int64_t m = begin; m < end; ++m) {
-      k.maps(g, f + m * view_bytes, packed.get(), cam.get(), pool.get(), scratch.get());
+      k.maps(g, f + m * view_bytes, packed.get(), cam.get(), scratch.get());
       for (int64_t l = 0; l < L; ++l)
         std::memcpy(static_cast<A*>(maps.data_ptr()) + (m * L + l) * HW, cam.get() + l * pitch, HW * sizeof(A));
     }
@@ -487,7 +506,7 @@ std::tuple<Tensor, Tensor> cam_backward_as(const Tensor& d_maps, const Tensor& f
   const int64_t C = weight.size(1);
   const Geometry g{C, HW, L, channels_last};
   const Kernels& k = kernels(storage_of(dtype));
-  const int64_t pitch = (HW + k.lanes - 1) / k.lanes * k.lanes;
+  const int64_t pitch = round_up(HW, k.lanes);
   Tensor d_features = feature_output(weight, {M, C, H, W}, dtype, channels_last, need_features);
   Tensor d_weight = output(weight, {L, C}, weight.scalar_type(), need_weight);
   const auto packed = need_features ? pack<A>(k, g, weight) : Buffer<A>(0);
@@ -501,19 +520,22 @@ std::tuple<Tensor, Tensor> cam_backward_as(const Tensor& d_maps, const Tensor& f
       for (int64_t l = 0; l < L; ++l)
         std::memcpy(d.get() + l * pitch, static_cast<const A*>(d_maps.data_ptr()) + (m * L + l) * HW, HW * sizeof(A));
       if (need_features)
-        k.spread(g, packed.get(), d.get(), nullptr, static_cast<char*>(d_features.data_ptr()) + m * view_bytes,
+        k.spread(g, packed.get(), d.get(), static_cast<char*>(d_features.data_ptr()) + m * view_bytes,
                  streaming, scratch.get());
       if (need_weight)
         k.correlate(g, static_cast<const char*>(features.data_ptr()) + m * view_bytes, d.get(),
                     partial.get() + m * L * C, scratch.get());
     }
   });
-  if (need_weight)
+  if (need_weight) {
+    void* to = d_weight.data_ptr();
+    const ScalarType weight_dtype = weight.scalar_type();
     for (int64_t i = 0; i < L * C; ++i) {
       A sum = 0;
       for (int64_t m = 0; m < M; ++m) sum += partial.get()[m * L * C + i];
-      write(d_weight.data_ptr(), weight.scalar_type(), i, sum);
+      write(to, weight_dtype, i, sum);
     }
+  }
   return {d_features, d_weight};
 }
 

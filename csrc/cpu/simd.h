@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #if defined(__AVX512F__) || defined(__F16C__) || defined(__SSE2__)
@@ -62,6 +63,18 @@ inline Vec<A> zero() {
 template <typename A>
 inline Vec<A> splat(A x) {
   return x - Vec<A>{};  // exact for every x, signed zeros included
+}
+
+// Keeps a vector that several multiplications share in its register: GCC would read it from memory for each, and loads
+// are what such a loop waits for.
+template <typename V>
+inline V in_register(V v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__SSE2__)
+  asm("" : "+x"(v));
+#endif
+  return v;
 }
 
 // Scalars.
@@ -192,16 +205,44 @@ inline Vec<typename Compute<T>::type> load_first(const T* p, int64_t n) {
   constexpr int lanes = kLanes<typename Compute<T>::type>;
   if (n >= lanes) return load(p);
   T padded[lanes] = {};
-  std::memcpy(padded, p, n * sizeof(T));
+  std::memcpy(static_cast<void*>(padded), p, n * sizeof(T));
   return load(padded);
 }
 template <typename T>
 inline void store_first(T* p, Vec<typename Compute<T>::type> v, int64_t n) {
   constexpr int lanes = kLanes<typename Compute<T>::type>;
   if (n >= lanes) return store(p, v);
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) return _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
+#endif
   T padded[lanes];
   store(padded, v);
-  std::memcpy(p, padded, n * sizeof(T));
+  std::memcpy(static_cast<void*>(p), padded, n * sizeof(T));
+}
+
+// Whether there is an instruction that picks lanes out of two vectors of the compute type, and that instruction.
+#if defined(__AVX512F__)
+template <typename A>
+constexpr bool kPermutes = std::is_same_v<A, float>;
+inline VecF permute(VecF a, VecF b, const int32_t* lanes) {
+  return (VecF)_mm512_permutex2var_ps((__m512)a, _mm512_loadu_si512(lanes), (__m512)b);
+}
+inline VecD permute(VecD a, VecD, const int32_t*) { return a; }  // never called
+#else
+template <typename A>
+constexpr bool kPermutes = false;
+template <typename V>
+inline V permute(V a, V, const int32_t*) {  // never called
+  return a;
+}
+#endif
+
+// Calls f<n>(start) for [0, count) in groups of n = Most, then of the smaller sizes that a loop is compiled for.
+template <int Most, typename F>
+inline void for_groups(int64_t count, F f, int64_t start = 0) {
+  for (; count - start >= Most; start += Most) f.template operator()<Most>(start);
+  constexpr int next = Most > 7 ? 7 : Most > 4 ? 4 : Most - 1;
+  if constexpr (next > 0) for_groups<next>(count, f, start);
 }
 
 // Sums of the lanes of kLanes vectors, as one vector: a tree of pairwise additions that transposes on the way, about
@@ -219,6 +260,13 @@ template <typename A>
 inline Vec<A> lane_sums(Vec<A> (&v)[kLanes<A>]) {
   fold<A, kLanes<A>>(v, std::make_integer_sequence<int, kLanes<A>>{});
   return v[0];
+}
+
+template <typename A>
+inline A lane_sum(Vec<A> v) {
+  A sum = 0;
+  for (int i = 0; i < kLanes<A>; ++i) sum += v[i];
+  return sum;
 }
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
