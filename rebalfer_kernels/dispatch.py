@@ -32,6 +32,7 @@ class Request(NamedTuple):
     height: int
     width: int
     classes: int
+    functorch: bool  #: called under torch.func (vmap, grad, jvp, ...)
 
 
 class Verdict(NamedTuple):
@@ -53,6 +54,7 @@ def request(op: str, features: Tensor, weight: Tensor) -> Request:
     return Request(
         op, device.type, device.index, features.dtype, weight.dtype, layout, channels, height, width,
         int(weight.shape[0] if op != "cross_entropy" else features.shape[1]),
+        not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active(),
     )  # fmt: skip
 
 
@@ -63,6 +65,8 @@ def _reference(r: Request | None) -> Verdict:
 def _cpu(r: Request | None) -> Verdict:
     if r is not None and r.device != "cpu":
         return Verdict(False, f"serves CPU tensors, got {r.device}")
+    if r is not None and r.functorch:
+        return Verdict(False, "the fused backends do not serve torch.func transforms (vmap, grad, ...)")
     return Verdict(*native.load("cpu"))
 
 

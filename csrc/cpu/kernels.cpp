@@ -72,45 +72,68 @@ struct View {
   };
 
   // The most that any function takes: blocks of both views with room for two vectors behind, two rows of constants,
-  // two sets of maps, a block of rows in the compute type, columns and their sums.
+  // two sets of maps, a block of rows in the compute type, columns and sums.
   static int64_t scratch_bytes(Geometry g) {
     const int64_t block = channel_block(g), of_t = sizeof(T), of_a = sizeof(A);
     return 2 * (block * g.HW + 2 * kN) * of_t + 2 * pitch(g.C) * of_a + 2 * g.L * pitch(g.HW) * of_a +
-           (block * pitch(g.HW) + 2 * kN) * of_a + kMaxColumns * (block + g.L * kN) * of_a + 10 * 64;
+           (block * (pitch(g.HW) + 2 * kN + 3) + 2 * kN) * of_a + kMaxColumns * g.L * kN * of_a + 16 * 64;
   }
 
   // ------------------------------------------------------------------------------------------------ maps, NCHW
 
-  // What the sums run over: the features of a view, or the difference of a pair.
+  // What the sums run over: the features of a view, or the difference of a pair. `own` and `twin` are the two views.
   struct One {
     const T* f;
     static constexpr bool kPair = false;
-    V load(int64_t offset, int64_t t) const { return rebalfer::load(f + offset + t * kN); }
-    A at(int64_t offset, int64_t x) const { return widen(f[offset + x]); }
+    V load(int64_t offset, int64_t t, V& own, V&) const { return own = rebalfer::load(f + offset + t * kN); }
+    A at(int64_t offset, int64_t x, A& own, A&) const { return own = widen(f[offset + x]); }
     One from(int64_t offset) const { return {f + offset}; }
   };
   struct Pair {
     const T *f, *f_twin;
-    Twin twin;
+    Twin table;
     static constexpr bool kPair = true;
-    V load(int64_t offset, int64_t t) const {
-      const T* q = f_twin + offset + twin.base[t];
-      return rebalfer::load(f + offset + t * kN) -
-             permute(rebalfer::load(q), rebalfer::load(q + kN), twin.lanes + t * kN);
+    V load(int64_t offset, int64_t t, V& own, V& twin) const {
+      const T* q = f_twin + offset + table.base[t];
+      own = rebalfer::load(f + offset + t * kN);
+      twin = permute(rebalfer::load(q), rebalfer::load(q + kN), table.lanes + t * kN);
+      return own - twin;
     }
-    A at(int64_t offset, int64_t x) const { return widen(f[offset + x]) - widen(f_twin[offset + twin.index[x]]); }
-    Pair from(int64_t offset) const { return {f + offset, f_twin + offset, twin}; }
+    A at(int64_t offset, int64_t x, A& own, A& twin) const {
+      own = widen(f[offset + x]);
+      twin = widen(f_twin[offset + table.index[x]]);
+      return own - twin;
+    }
+    Pair from(int64_t offset) const { return {f + offset, f_twin + offset, table}; }
   };
 
-  template <int LG, int TV, typename Source>
-  static void maps_tile(int64_t channels, int64_t HW, Source source, int64_t t0, const A* w, int64_t L, A* maps,
-                        int64_t p, bool first) {
+  // Sums over the positions of each channel of a block, as vectors and, of the single columns, as numbers.
+  struct Sums {
+    A *own, *twin, *own_column, *twin_column;
+  };
+
+  template <int LG, int TV, bool Pool, typename Source>
+  static void maps_tile(Geometry g, int64_t channels, Source source, int64_t t0, const A* w, A* maps, bool first,
+                        Sums sums) {
+    const int64_t p = pitch(g.HW), partial = g.HW - (t0 + TV - 1) * kN;  // lanes of the tile's last vector
+    using Bits = decltype(V{} < V{});
+    Bits keep;
+    for (int i = 0; i < kN; ++i) keep[i] = i < partial ? -1 : 0;
     V acc[LG][TV];
     for (int l = 0; l < LG; ++l)
       for (int t = 0; t < TV; ++t) acc[l][t] = first ? zero<A>() : load(maps + l * p + t * kN);
-    for (int64_t c = 0; c < channels; ++c, w += L) {
-      V x[TV];
-      for (int t = 0; t < TV; ++t) x[t] = source.load(c * HW, t0 + t);
+    for (int64_t c = 0; c < channels; ++c, w += g.L) {
+      V x[TV], own[TV], twin[TV];
+      for (int t = 0; t < TV; ++t) x[t] = source.load(c * g.HW, t0 + t, own[t], twin[t]);
+      if constexpr (Pool) {
+        auto pool = [&](A* to, V(&v)[TV]) __attribute__((always_inline)) {
+          V sum = (V)((Bits)v[TV - 1] & keep);
+          for (int t = 0; t < TV - 1; ++t) sum += v[t];
+          store(to + c * kN, t0 ? load(to + c * kN) + sum : sum);
+        };
+        pool(sums.own, own);
+        if constexpr (Source::kPair) pool(sums.twin, twin);
+      }
       for (int l = 0; l < LG; ++l)
         for (int t = 0; t < TV; ++t) acc[l][t] += w[l] * x[t];
     }
@@ -119,60 +142,65 @@ struct View {
   }
 
   // A block of channels whose rows may be loaded past their end; `first` starts the sums.
-  template <typename Source>
+  template <bool Pool, typename Source>
   static void maps_block(Geometry g, int64_t c0, int64_t channels, Source source, const A* packed, A* maps, bool first,
-                         A* column, A* column_sums) {
-    const int64_t p = pitch(g.HW), pc = pitch(g.C);
+                         A* column, A* column_sums, Sums sums) {
+    const int64_t p = pitch(g.HW), pc = pitch(g.C), padded = round_up(channels, kN);
     const A* w = packed + g.L * pc + c0 * g.L;
     const Row row(g.HW);
-    for_groups<kAccumulators / kTile>(g.L, [&]<int LG>(int64_t l) {
-      for_groups<kTile>(row.vectors, [&]<int TV>(int64_t t) {
-        maps_tile<LG, TV>(channels, g.HW, source, t, w + l, g.L, maps + l * p + t * kN, p, first);
+    for_groups<kTile>(row.vectors, [&]<int TV>(int64_t t) {
+      for_groups<kAccumulators / kTile>(g.L, [&]<int LG>(int64_t l) {
+        A* out = maps + l * p + t * kN;
+        if (Pool && l == 0)
+          maps_tile<LG, TV, Pool>(g, channels, source, t, w + l, out, first, sums);
+        else
+          maps_tile<LG, TV, false>(g, channels, source, t, w + l, out, first, sums);
       });
     });
+    if (Pool) std::fill(sums.own_column, sums.own_column + padded, A(0));
+    if (Pool) std::fill(sums.twin_column, sums.twin_column + padded, A(0));
     for (int64_t r = 0; r < row.columns; ++r) {
-      const int64_t padded = round_up(channels, kN);
-      for (int64_t c = 0; c < channels; ++c) column[c] = source.at(c * g.HW, row.first_column + r);
-      for (int64_t c = channels; c < padded; ++c) column[c] = 0;
-      for (int64_t l = 0; l < g.L; ++l) {
-        V* sum = reinterpret_cast<V*>(column_sums + (r * g.L + l) * kN);
-        V total = first ? zero<A>() : *sum;
-        for (int64_t c = 0; c < padded; c += kN) total += load(packed + l * pc + c0 + c) * load(column + c);
-        *sum = total;
+      for (int64_t c = 0; c < channels; ++c) {
+        A own = 0, twin = 0;
+        column[c] = source.at(c * g.HW, row.first_column + r, own, twin);
+        if (Pool) sums.own_column[c] += own, sums.twin_column[c] += twin;
       }
+      for (int64_t c = channels; c < padded; ++c) column[c] = 0;
+      for_groups<8>(g.L, [&]<int LG>(int64_t l) {
+        A* q = column_sums + (r * g.L + l) * kN;
+        V total[LG];
+        for (int i = 0; i < LG; ++i) total[i] = first ? zero<A>() : load(q + i * kN);
+        for (int64_t c = 0; c < padded; c += kN)
+          for (int i = 0; i < LG; ++i) total[i] += load(packed + (l + i) * pc + c0 + c) * load(column + c);
+        for (int i = 0; i < LG; ++i) store(q + i * kN, total[i]);
+      });
     }
   }
 
-  // Pooled features of a block; the lanes past a row's end are masked away in the last vector alone.
-  static void pool_block(Geometry g, int64_t channels, const T* f, A* pooled) {
-    const int64_t whole = g.HW / kN, rest = g.HW % kN;
-    using Bits = decltype(V{} < V{});
-    Bits keep{};
-    for (int i = 0; i < kN; ++i) keep[i] = i < rest ? -1 : 0;
+  // Pooled features of a block from its sums; the vectors are absent where a row has none.
+  static void pool_block(Geometry g, int64_t channels, const A* vectors, const A* columns, A* pooled) {
     const A scale = A(1) / A(g.HW);
     for (int64_t c = 0; c < channels; c += kN) {
-      V sums[kN];
-      const int64_t here = std::min<int64_t>(kN, channels - c);
-      for (int64_t i = 0; i < kN; ++i) {
-        V sum = zero<A>();
-        if (i < here) {
-          const T* row = f + (c + i) * g.HW;
-          for (int64_t t = 0; t < whole; ++t) sum += load(row + t * kN);
-          if (rest) sum += keep ? load(row + whole * kN) : zero<A>();
-        }
-        sums[i] = sum;
+      V total = load(columns + c);
+      if (Row(g.HW).vectors) {
+        V sums[kN];
+        for (int64_t i = 0; i < kN; ++i) sums[i] = c + i < channels ? load(vectors + (c + i) * kN) : zero<A>();
+        total += lane_sums<A>(sums);
       }
-      store(pooled + c, lane_sums<A>(sums) * scale);
+      store(pooled + c, total * scale);
     }
   }
 
-  template <typename Source>
+  // Maps, and pooled features if Pool.
+  template <bool Pool, typename Source>
   static void maps_nchw(Geometry g, Source source, const A* packed, A* maps, A* pooled, A* pooled_twin,
                         Scratch scratch) {
     const int64_t block = channel_block(g), behind = 2 * kN;
     T* copies[2] = {scratch.take<T>(block * g.HW + behind), scratch.take<T>(block * g.HW + behind)};
     A* column = scratch.take<A>(block);
     A* column_sums = scratch.take<A>(kMaxColumns * g.L * kN);
+    const Sums sums{scratch.take<A>(block * kN), scratch.take<A>(block * kN), scratch.take<A>(block),
+                    scratch.take<A>(block)};
     // The channels that have at least `behind` elements of their view after their row, in whole vectors of channels.
     const int64_t safe = std::max<int64_t>(0, g.C - (behind + g.HW - 1) / g.HW) / kN * kN;
     for (int64_t c = 0; c < g.C;) {
@@ -182,9 +210,9 @@ struct View {
         here.f = copy_padded(copies[0], here.f, n * g.HW, behind);
         if constexpr (Source::kPair) here.f_twin = copy_padded(copies[1], here.f_twin, n * g.HW, behind);
       }
-      if (pooled) pool_block(g, n, here.f, pooled + c);
-      if constexpr (Source::kPair) pool_block(g, n, here.f_twin, pooled_twin + c);
-      maps_block(g, c, n, here, packed, maps, c == 0, column, column_sums);
+      maps_block<Pool>(g, c, n, here, packed, maps, c == 0, column, column_sums, sums);
+      if (Pool) pool_block(g, n, sums.own, sums.own_column, pooled + c);
+      if (Pool && Source::kPair) pool_block(g, n, sums.twin, sums.twin_column, pooled_twin + c);
       c += n;
     }
     const Row row(g.HW);
@@ -208,7 +236,7 @@ struct View {
     const T *f[HT], *f_twin[HT];
     for (int h = 0; h < HT; ++h) {
       f[h] = pair.f + (x + h) * g.C;
-      if constexpr (IsPair) f_twin[h] = pair.f_twin + pair.twin.index[x + h] * g.C;
+      if constexpr (IsPair) f_twin[h] = pair.f_twin + pair.table.index[x + h] * g.C;
     }
     V acc[LG][HT];
     for (int l = 0; l < LG; ++l)
@@ -272,11 +300,11 @@ struct View {
     }
     Scratch room(scratch);
     if constexpr (kPermutes<A>)
-      if (twin.base) return maps_nchw(g, pair, w, s, pool, pool_twin, room);
+      if (twin.base) return maps_nchw<true>(g, pair, w, s, pool, pool_twin, room);
     const int64_t p = pitch(g.HW);
     A* maps_twin = room.take<A>(g.L * p);
-    maps_nchw(g, One{pair.f}, w, s, pool, static_cast<A*>(nullptr), room);
-    maps_nchw(g, One{pair.f_twin}, w, maps_twin, pool_twin, static_cast<A*>(nullptr), room);
+    maps_nchw<true>(g, One{pair.f}, w, s, pool, nullptr, room);
+    maps_nchw<true>(g, One{pair.f_twin}, w, maps_twin, pool_twin, nullptr, room);
     for (int64_t l = 0; l < g.L; ++l)
       for (int64_t x = 0; x < g.HW; ++x) s[l * p + x] -= maps_twin[l * p + twin.index[x]];
   }
@@ -287,7 +315,7 @@ struct View {
     if (g.channels_last)
       maps_channels_last<false>(g, Pair{f, nullptr, {}}, w, static_cast<A*>(maps), nullptr, nullptr);
     else
-      maps_nchw(g, One{f}, w, static_cast<A*>(maps), nullptr, nullptr, Scratch(scratch));
+      maps_nchw<false>(g, One{f}, w, static_cast<A*>(maps), nullptr, nullptr, Scratch(scratch));
   }
 
   static void logits(Geometry g, const void* packed, const void* pooled, const void* bias, void* logits) {
@@ -394,49 +422,41 @@ struct View {
 
   // -------------------------------------------------------------------------------------- spread, channels_last
 
-  // HT positions of the twin (or of the one view) from x on, CV vectors of channels from c on.
-  template <int HT, int CV>
-  static void spread_cells(Geometry g, Twin inverse, int64_t x, int64_t c, const A* rows, const A* d_maps,
-                           const A* const (&constants)[2], T* const (&out)[2], bool streaming) {
-    const int64_t pc = pitch(g.C), p = pitch(g.HW), count = g.C - c;
-    int64_t source[HT];
-    for (int h = 0; h < HT; ++h) source[h] = out[1] ? inverse.index[x + h] : x + h;
-    V acc[HT][CV];
-    for (int h = 0; h < HT; ++h)
-      for (int i = 0; i < CV; ++i) acc[h][i] = zero<A>();
-    for (int64_t l = 0; l < g.L; ++l) {
-      V w[CV];
-      for (int i = 0; i < CV; ++i) w[i] = load(rows + l * pc + c + i * kN);
-      for (int h = 0; h < HT; ++h)
-        for (int i = 0; i < CV; ++i) acc[h][i] += d_maps[l * p + source[h]] * w[i];
-    }
-    auto put = [&](T* q, V v, int i) __attribute__((always_inline)) {
+  // CV vectors of channels from c on, at position x of the view, or of the twin and where it comes from; the last of
+  // them has `count` lanes.
+  template <int CV>
+  static void spread_cell(Geometry g, Twin inverse, int64_t x, int64_t c, const A* rows, const A* d_maps,
+                          const A* const (&constants)[2], T* const (&out)[2], int64_t count, bool streaming) {
+    const int64_t pc = pitch(g.C), p = pitch(g.HW), source = out[1] ? inverse.index[x] : x;
+    V acc[CV] = {};
+    for (int64_t l = 0; l < g.L; ++l)
+      for (int i = 0; i < CV; ++i) acc[i] += d_maps[l * p + source] * load(rows + l * pc + c + i * kN);
+    auto put = [&](T* q, V v) __attribute__((always_inline)) {
       if (CV == 1)
         store_first(q, v, count);
       else if (streaming)
-        store_streaming(q + i * kN, v);
+        store_streaming(q, v);
       else
-        store(q + i * kN, v);
+        store(q, v);
     };
-    for (int h = 0; h < HT; ++h)
-      for (int i = 0; i < CV; ++i) put(out[0] + source[h] * g.C + c, acc[h][i] + load(constants[0] + c + i * kN), i);
+    T* original = out[0] + source * g.C + c;
+    for (int i = 0; i < CV; ++i) put(original + i * kN, acc[i] + load(constants[0] + c + i * kN));
     if (!out[1]) return;
-    for (int h = 0; h < HT; ++h)
-      for (int i = 0; i < CV; ++i) put(out[1] + (x + h) * g.C + c, load(constants[1] + c + i * kN) - acc[h][i], i);
+    T* twin = out[1] + x * g.C + c;
+    for (int i = 0; i < CV; ++i) put(twin + i * kN, load(constants[1] + c + i * kN) - acc[i]);
   }
 
-  static void spread_channels_last(Geometry g, Twin twin, const A* rows, const A* d_maps,
+  static void spread_channels_last(Geometry g, Twin inverse, const A* rows, const A* d_maps,
                                    const A* const (&constants)[2], T* const (&out)[2], bool streaming) {
-    constexpr int kC = 2;
-    const int64_t whole = g.C / (kC * kN) * (kC * kN);
+    const int64_t whole = g.C / kN, rest = g.C % kN;
     const uintptr_t bases = reinterpret_cast<uintptr_t>(out[0]) | reinterpret_cast<uintptr_t>(out[1]);
     streaming = streaming && bases % kVectorBytes == 0 && (g.C * sizeof(T)) % kVectorBytes == 0;
-    for_groups<4>(g.HW, [&]<int HT>(int64_t x) {
-      for (int64_t c = 0; c < whole; c += kC * kN)
-        spread_cells<HT, kC>(g, twin, x, c, rows, d_maps, constants, out, streaming);
-      for (int64_t c = whole; c < g.C; c += kN)
-        spread_cells<HT, 1>(g, twin, x, c, rows, d_maps, constants, out, false);
-    });
+    for (int64_t x = 0; x < g.HW; ++x) {
+      for_groups<8>(whole, [&]<int CV>(int64_t i) {
+        spread_cell<CV>(g, inverse, x, i * kN, rows, d_maps, constants, out, kN, streaming);
+      });
+      if (rest) spread_cell<1>(g, inverse, x, whole * kN, rows, d_maps, constants, out, rest, false);
+    }
   }
 
   // ----------------------------------------------------------------------------------------- backward functions
