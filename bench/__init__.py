@@ -1,0 +1,1 @@
+"""Benchmarks of rebalfer_kernels against what else computes the same; see ``python -m bench --help``."""

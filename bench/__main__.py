@@ -1,0 +1,101 @@
+"""Measure the head's loss against other ways to compute it, and write the README's numbers.
+
+    python -m bench op                         every case, into bench/results/; taskset picks the cores
+    python -m bench op --memory reused         the same where no page is fresh
+    python -m bench op --cases C512 --seconds 5 --out DIR
+    python -m bench report                     the README's section from the newest results (--check: only compare)
+    python -m pytest tests/bench -o addopts= --benchmark-only      micro-benchmarks of the public functions
+
+What memory costs decides much on a CPU, so malloc's rules are fixed, in one of two ways. "fresh": a tensor of 128 KiB
+and more gets pages of its own from the system and gives them back (glibc's threshold when a process begins, held
+there). "reused": nothing is given back, so that pages are rarely touched for the first time. Left alone, glibc moves
+between the two by what was freed before.
+
+Not measured: launches and host time (of a GPU), and bytes moved by compiled contenders.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+MEMORY = {
+    "fresh": {"MALLOC_MMAP_THRESHOLD_": str(128 * 2**10)},
+    "reused": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)},
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status: 1 for a stale README or disturbed times, 2 for what was refused."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    op = commands.add_parser("op", help="time the loss, forward and backward")
+    op.add_argument("--device", default="cpu")
+    op.add_argument("--cases", default="", metavar="SUBSTRING", help="those whose name has it, as in N32-C512-nchw")
+    op.add_argument("--seconds", type=float, default=20.0, help="of timing for each case")
+    op.add_argument("--memory", choices=MEMORY, default="fresh", help="see python -m bench --help")
+    op.add_argument("--out", type=Path, help="folder of the result, bench/results unless given")
+    op.add_argument("--allow-load", action="store_true", help="go on beside other programs; the README won't use it")
+    report = commands.add_parser("report", help="write the README's section")
+    report.add_argument("--check", action="store_true", help="fail if the README differs, write nothing")
+    options = parser.parse_args(arguments)
+    return _report(options.check) if options.command == "report" else _op(options)
+
+
+def _op(options: argparse.Namespace) -> int:
+    _settle(options.memory)
+    from . import op, timing
+    from .cases import CASES
+
+    cases = [c for c in CASES if c.device == options.device and options.cases in c.name]
+    if not cases:
+        print(f"error: no case of {options.device!r} has {options.cases!r} in its name", file=sys.stderr)
+        return 2
+    meter = timing.LoadMeter()
+    time.sleep(1)
+    foreign = meter.foreign_cores()
+    print({key: value for key, value in op.environment().items() if key != "backends"}, f"foreign cores {foreign:.2f}")
+    if foreign > op.FOREIGN_LIMIT and not options.allow_load:
+        print("error: other programs are running here, so no time would be right (--allow-load)", file=sys.stderr)
+        return 2
+    result = op.run(cases, options.seconds, options.memory)
+    for goal in result["goals"]:
+        figure = "-" if goal["figure"] is None else f"{goal['figure']:.2f}"
+        print(f"{'met' if goal['met'] else 'NOT'}  {goal['goal']}: {figure}, {goal['sense']} {goal['bound']:g}")
+    print(op.write(result, options.out or op.RESULTS))
+    return 0 if result["quiet"] and not result["rejected"] else 1
+
+
+def _report(check: bool) -> int:
+    from . import report
+
+    text = report.README.read_text()
+    wanted = report.insert(text, report.render(report.newest()))
+    if check:
+        if text != wanted:
+            print("error: README.md is not what `python -m bench report` writes", file=sys.stderr)
+        return int(text != wanted)
+    report.README.write_text(wanted)
+    return 0
+
+
+def _settle(memory: str) -> None:
+    """Start again, if need be, with what must be set before a process begins: pinned threads, and malloc's rules."""
+    wanted = {
+        "OMP_PROC_BIND": "true",
+        "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+        "KINETO_LOG_LEVEL": "99",  # the profiler counts allocations here and would print at each start
+        **MEMORY[memory],
+    }
+    if not wanted.items() <= os.environ.items():
+        others = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+        os.execve(sys.executable, [sys.executable, "-m", "bench", *sys.argv[1:]], {**others, **wanted})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""What is measured: the sizes, and the tensors of one size."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import rebalfer_kernels as rk
+
+L, H, W = 7, 7, 7
+#: Training images per class: RAF-DB's long tail.
+CLASS_COUNTS = (1290, 281, 717, 4772, 1982, 705, 2524)
+
+
+class Case(NamedTuple):
+    """One size of the head's input, (2N, C, 7, 7) and 7 classes."""
+
+    N: int
+    C: int
+    layout: str  #: "nchw" or "channels_last"
+    dtype: torch.dtype  #: of features, weight and bias
+    device: str = "cpu"
+
+    @property
+    def name(self) -> str:
+        """What ``--cases`` looks in.
+
+        >>> Case(32, 512, "nchw", torch.float32).name
+        'N32-C512-nchw-float32'
+        """
+        return f"N{self.N}-C{self.C}-{self.layout}-{str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def floor_bytes(self) -> int:
+        """4s: both views' features read once, their gradient written once."""
+        return 2 * (2 * self.N * self.C * H * W) * self.dtype.itemsize
+
+
+_SIZES = (
+    (32, 512, "nchw"),
+    (32, 512, "channels_last"),
+    (64, 768, "channels_last"),
+    (64, 2048, "nchw"),
+    (64, 2048, "channels_last"),
+)
+CASES = [Case(*size, dtype) for dtype in (torch.float32, torch.bfloat16) for size in _SIZES]
+
+
+class Problem(NamedTuple):
+    """The arguments every formulation takes, in this order; the first three require a gradient."""
+
+    features: Tensor  #: (2N, C, H, W), not negative, as after a ReLU
+    weight: Tensor  #: (L, C)
+    bias: Tensor  #: (L,)
+    targets: Tensor  #: (N,) int64
+    table: Tensor  #: (L, L) float32
+    map_weights: Tensor  #: (L,) float32
+    consistency_weight: float
+
+    def double(self) -> Problem:
+        """The same numbers in float64, as new leaves."""
+        leaves = (t.detach().double().requires_grad_() for t in self[:3])
+        return Problem(*leaves, self.targets, self.table.double(), self.map_weights.double(), self.consistency_weight)
+
+
+def problem(case: Case, seed: int = 0) -> Problem:
+    """Random tensors of a case; losses and gradients of order one, so that a wrong factor shows in any of them."""
+    g = torch.Generator().manual_seed(seed)
+    features = torch.randn(2 * case.N, case.C, H, W, generator=g).relu_()
+    if case.layout == "channels_last":
+        features = features.contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(L, case.C, generator=g) / case.C**0.5, torch.randn(L, generator=g)
+    targets = torch.randint(0, L, (case.N,), generator=g)
+    B = rk.effective_number_weights(CLASS_COUNTS)
+    leaves = (t.to(case.device, case.dtype).requires_grad_() for t in (features, weight, bias))
+    constants = (t.to(case.device) for t in (targets, rk.target_table(B), B.sqrt()))
+    return Problem(*leaves, *constants, consistency_weight=2.0)
