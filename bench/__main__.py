@@ -40,7 +40,11 @@ def main(arguments: list[str] | None = None) -> int:
     op.add_argument("--seconds", type=float, default=20.0, help="of timing for each case")
     op.add_argument("--memory", choices=MEMORY, default="fresh", help="see python -m bench --help")
     op.add_argument("--out", type=Path, help="folder of the result, bench/results unless given")
-    op.add_argument("--allow-load", action="store_true", help="go on beside other programs; the README won't use it")
+    op.add_argument(
+        "--allow-load",
+        action="store_true",
+        help="go on beside other programs; the README takes only undisturbed results",
+    )
     report = commands.add_parser("report", help="write the README's section")
     report.add_argument("--check", action="store_true", help="fail if the README differs, write nothing")
     options = parser.parse_args(arguments)

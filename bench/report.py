@@ -12,7 +12,7 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 COLUMNS = ("identity", "plain eager, compiled", "best eager, compiled", "released")
 MEMORY = {
     "fresh": "Fresh memory: every large tensor gets pages from the system and gives them back",
-    "reused": "Reused memory: no page is touched for the first time",
+    "reused": "Reused memory: nothing is given back, so that pages are rarely touched for the first time",
 }
 INTRODUCTION = """## Benchmark
 
