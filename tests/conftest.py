@@ -1,0 +1,10 @@
+"""How many random configurations are tried: 1,000 a backend, always the same; HYPOTHESIS_PROFILE=long for more."""
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+_common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.differing_executors]}
+settings.register_profile("ci", max_examples=1000, derandomize=True, database=None, **_common)
+settings.register_profile("long", max_examples=20000, **_common)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
