@@ -350,5 +350,5 @@ def explain(
     if not detach_cam_weight:
         saved += n * classes * channels
     maps = features.shape[0] * classes * request.height * request.width * return_maps
-    moved = 2 * pair_bytes + (2 * saved + maps) * dtype.itemsize + copied_bytes
+    moved = (2 + return_maps) * pair_bytes + (2 * saved + maps) * dtype.itemsize + copied_bytes
     return Explanation(name, passed_over, tuple(copies), None if name == "reference" else moved, 2 * pair_bytes)
