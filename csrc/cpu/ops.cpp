@@ -250,13 +250,14 @@ class TwinTables {
   bool fits_ = true;
 };
 
-// g dS, in rows of a map.
+// g dS, in rows `pitch` apart; those of the residual are residual_pitch apart.
 template <typename A>
-void residual_gradient(int64_t L, int64_t HW, int64_t pitch, const A* residual, const A* v, int p, A g, A* d_residual) {
+void residual_gradient(int64_t L, int64_t HW, const A* residual, int64_t residual_pitch, const A* v, int p, A g,
+                       A* d_residual, int64_t pitch) {
   const A scale = g / A(L * HW);
   for (int64_t l = 0; l < L; ++l)
     for (int64_t x = 0; x < HW; ++x)
-      d_residual[l * pitch + x] = scale * consistency_gradient(v[l], residual[l * HW + x], p);
+      d_residual[l * pitch + x] = scale * consistency_gradient(v[l], residual[l * residual_pitch + x], p);
 }
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -332,7 +333,7 @@ HeadForward head_forward_as(const Tensor& features, const Tensor& weight, const 
       if (save_cam_grad) {
         A *out = static_cast<A*>(cam_grad.data_ptr()) + i * L * C, *d_twin = d.get() + cams;
         std::memset(static_cast<void*>(out), 0, L * C * sizeof(A));
-        residual_gradient(L, HW, pitch, static_cast<const A*>(residual.data_ptr()) + i * L * HW, v, p, A(1), d.get());
+        residual_gradient(L, HW, s.get(), pitch, v, p, A(1), d.get(), pitch);
         for (int64_t l = 0; l < L; ++l)
           for (int64_t x = 0; x < HW; ++x) d_twin[l * pitch + tables.get().index[x]] = -d.get()[l * pitch + x];
         k.correlate(g, views[0], d.get(), out, scratch.get());
@@ -422,7 +423,7 @@ HeadBackward head_backward_as(const OptionalTensor& d_loss, const OptionalTensor
           }
       }
       if (!need_features) continue;
-      residual_gradient(L, HW, pitch, s + i * L * HW, v, p, g_s[i], d.get());
+      residual_gradient(L, HW, s + i * L * HW, HW, v, p, g_s[i], d.get(), pitch);
       k.spread_pair(g, inverse.get(), packed.get(), d.get(), classified ? dz_view[0] : nullptr,
                     classified ? dz_view[1] : nullptr, out + i * view_bytes, out + (N + i) * view_bytes, streaming,
                     scratch.get());
