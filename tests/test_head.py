@@ -200,6 +200,15 @@ def test_second_order_is_refused(backend):
                 total.backward()
             else:
                 torch.autograd.grad(total, f if wanted == "features" else w)
+    # Where the weight is a constant, the only way back to the features leads through the call itself.
+    for call in (
+        lambda f: rk.class_activation_maps(f, weight, backend=backend).square().sum(),
+        lambda f: rk.attention_consistency(f, weight, v, backend=backend),
+    ):
+        f = features.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(call(f), f, create_graph=True)
+        with pytest.raises(RuntimeError, match="second-order"):
+            torch.autograd.grad(grad.square().sum(), f)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
