@@ -136,6 +136,9 @@ for _backend in FUSED_BACKENDS:
         torch.library.register_fake(f"rebalfer_kernels::{_name}_{_backend}", _FAKES[_name], lib=_library)
         OPERATORS[_backend][_name] = getattr(torch.ops.rebalfer_kernels, f"{_name}_{_backend}").default
 
+# The instruction set that the CPU kernels run on: the widest of the CPU's, or the one REBALFER_CPU_ISA names.
+_library.define("cpu_isa() -> str")
+
 
 def register(backend: str, name: str, implementation: Any, dispatch_key: str) -> None:
     """Give operator ``name`` of ``backend`` an implementation written in Python."""

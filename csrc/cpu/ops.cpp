@@ -38,22 +38,36 @@ constexpr int64_t kHugePage = 2 << 20;         // bytes
 constexpr int64_t kStreamingBytes = 24 << 20;  // gradients from this size on are written past the caches
 constexpr int64_t kChannelChunk = 128;  // channels of one task in sums over the batch
 
-const Kernels& kernels(Storage storage) {
-  using Getter = const Kernels& (*)(Storage);
-  static const Getter getter = []() -> Getter {
+struct Isa {
+  const char* name;
+  const Kernels& (*kernels)(Storage);
+};
+
+// The widest instruction set of this CPU, or the one that REBALFER_CPU_ISA names.
+const Isa& isa() {
+  static const Isa chosen = [] {
+    std::vector<Isa> available;
 #if defined(__x86_64__)
-    const char* asked = std::getenv("REBALFER_CPU_ISA");
-    const std::string isa = asked ? asked : "";
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    if (avx512 && (isa.empty() || isa == "avx512")) return kernels_avx512;
-    if (avx2 && isa != "baseline") return kernels_avx2;
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (avx512) available.push_back({"avx512", kernels_avx512});
+    if (avx2) available.push_back({"avx2", kernels_avx2});
 #endif
-    return kernels_baseline;
+    available.push_back({"baseline", kernels_baseline});
+    const char* asked = std::getenv("REBALFER_CPU_ISA");
+    if (!asked || !*asked) return available.front();
+    std::string names;
+    for (const Isa& i : available) {
+      if (std::string(i.name) == asked) return i;
+      names += (names.empty() ? "" : ", ") + std::string(i.name);
+    }
+    STD_TORCH_CHECK(false, "REBALFER_CPU_ISA: got '", asked, "', expected one of this CPU's: ", names);
   }();
-  return getter(storage);
+  return chosen;
 }
+
+const Kernels& kernels(Storage storage) { return isa().kernels(storage); }
 
 Storage storage_of(ScalarType dtype) {
   switch (dtype) {
@@ -605,6 +619,8 @@ Tensor cross_entropy_backward(Tensor d_loss, Tensor logits, Tensor targets, Tens
   return run(d_loss, logits, targets, target_table, mean);
 }
 
+std::string cpu_isa() { return isa().name; }
+
 }  // namespace
 }  // namespace rebalfer
 
@@ -615,4 +631,8 @@ STABLE_TORCH_LIBRARY_IMPL(rebalfer_kernels, CPU, m) {
   m.impl("cam_backward_cpu", TORCH_BOX(&rebalfer::cam_backward));
   m.impl("cross_entropy_forward_cpu", TORCH_BOX(&rebalfer::cross_entropy_forward));
   m.impl("cross_entropy_backward_cpu", TORCH_BOX(&rebalfer::cross_entropy_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rebalfer_kernels, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&rebalfer::cpu_isa));
 }
