@@ -223,19 +223,6 @@ def test_labels_out_of_range(backend):
             rk.rebalanced_cross_entropy(torch.zeros(3, 3), wrong, table, backend=backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_compiles_fullgraph_without_recompiling_for_the_batch(backend):
-    head = rk.RebalancedHead(6, 3, [9, 5, 2], backend=backend)
-    compiled = torch.compile(lambda f, y: head(f, y).loss, fullgraph=True, backend="aot_eager")
-    for n in (2, 3, 5, 6):
-        with torch._dynamo.config.patch(error_on_recompile=n > 3):
-            f = torch.randn(2 * n, 6, 3, 3, requires_grad=True)
-            y = torch.randint(0, 3, (n,))
-            (got,) = torch.autograd.grad(compiled(f, y), f)
-            (expected,) = torch.autograd.grad(head(f, y).loss, f)
-            torch.testing.assert_close(got, expected)
-
-
 ERRORS = [
     (dict(features=torch.zeros(2, 3, 4)), ValueError, r"features: got shape \(2, 3, 4\)"),
     (dict(features=torch.zeros(3, 3, 2, 2)), ValueError, "features: got a batch of 3"),
