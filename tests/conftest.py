@@ -1,4 +1,5 @@
-"""How many random configurations are tried: 1,000 a backend, always the same; HYPOTHESIS_PROFILE=long for more."""
+"""How many random configurations are tried: 1,000 a backend, always the same, 200 of Triton's interpreter or with
+HYPOTHESIS_PROFILE=short (on a GPU, where each is compiled); HYPOTHESIS_PROFILE=long for more."""
 
 import os
 
@@ -6,5 +7,8 @@ from hypothesis import HealthCheck, settings
 
 _common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.differing_executors]}
 settings.register_profile("ci", max_examples=1000, derandomize=True, database=None, **_common)
+settings.register_profile("short", parent=settings.get_profile("ci"), max_examples=200)
 settings.register_profile("long", max_examples=20000, **_common)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+settings.load_profile(
+    os.environ.get("HYPOTHESIS_PROFILE", "short" if os.environ.get("TRITON_INTERPRET") == "1" else "ci")
+)
