@@ -33,6 +33,7 @@ class Request(NamedTuple):
     width: int
     classes: int
     functorch: bool  #: called under torch.func (vmap, grad, jvp, ...)
+    forced: bool = False  #: asked for by name
 
 
 class Verdict(NamedTuple):
@@ -65,8 +66,6 @@ def _reference(r: Request | None) -> Verdict:
 def _cpu(r: Request | None) -> Verdict:
     if r is not None and r.device != "cpu":
         return Verdict(False, f"serves CPU tensors, got {r.device}")
-    if r is not None and r.functorch:
-        return Verdict(False, "the fused backends do not serve torch.func transforms (vmap, grad, ...)")
     return Verdict(*native.load("cpu"))
 
 
@@ -116,7 +115,7 @@ def _choose_cached(r: Request, backend: str | None, default: str | None) -> tupl
         source = "backend" if backend is not None else "REBALFER_BACKEND"
         if forced not in BACKENDS:
             return None, f"{source}: got {forced!r}, expected one of {', '.join(map(repr, reversed(BACKENDS)))}"
-        verdict = BACKENDS[forced](r)
+        verdict = _answer(forced, r._replace(forced=True))
         return forced, None if verdict.ok else f"{source}: {forced!r} cannot serve this call: {verdict.reason}"
     for name, passed_over in verdicts(r).items():
         if passed_over.ok:
@@ -125,11 +124,17 @@ def _choose_cached(r: Request, backend: str | None, default: str | None) -> tupl
     raise AssertionError("the reference serves everything")
 
 
+def _answer(name: str, r: Request) -> Verdict:
+    if r.functorch and name != "reference":
+        return Verdict(False, "the fused backends do not serve torch.func transforms (vmap, grad, ...)")
+    return BACKENDS[name](r)
+
+
 def verdicts(r: Request) -> dict[str, Verdict]:
     """Each backend's answer to a request, in order of preference, up to the first that serves."""
     answers = {}
-    for name, predicate in BACKENDS.items():
-        answers[name] = predicate(r)
+    for name in BACKENDS:
+        answers[name] = _answer(name, r)
         if answers[name].ok:
             break
     return answers

@@ -4,7 +4,8 @@ notices what it is there to notice."""
 import oracle
 import pytest
 import torch
-from test_head import BACKENDS, case
+from backends import with_dtypes
+from test_head import case
 
 import rebalfer_kernels as rk
 
@@ -39,14 +40,11 @@ OPTIONS = [
 OUTPUTS = ("loss", "classification", "consistency", "logits")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), with_dtypes(torch.float64, torch.float32, torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("shape", [(8, 64, 7, 7, 7), (5, 130, 5, 3, 3)], ids=str)
 def test_error_rule(backend, layout, dtype, options, shape):
-    if backend == "triton" and dtype == torch.float64:
-        pytest.skip("float64 is served by the reference and the CPU kernels")
     data = features, weight, bias, targets, table, v = case(*shape, dtype, layout, seed=3)
     n, classes = len(targets), len(weight)
     mean = options["mean"]
@@ -55,20 +53,23 @@ def test_error_rule(backend, layout, dtype, options, shape):
     ups.append(torch.randn(2 * n, classes, generator=g, dtype=torch.float64))
     truth = oracle.head(*data, g_loss=ups[0], g_cls=ups[1], g_cons=ups[2], g_logits=ups[3], **options)
 
-    def run(function):
-        inputs = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in data[:3]]
-        out = function(*inputs)
-        grads = torch.autograd.grad(out, inputs, [u.to(o.dtype) for u, o in zip(ups, out, strict=True)])
-        return dict(zip((*OUTPUTS, "d_features", "d_weight", "d_bias"), (*out, *grads), strict=True))
+    def run(function, device):
+        inputs = [
+            x.detach().to(device, copy=True, memory_format=torch.preserve_format).requires_grad_() for x in data[:3]
+        ]
+        out = function(*inputs, *(x.to(device) for x in (targets, table, v)))
+        grads = torch.autograd.grad(out, inputs, [u.to(o) for u, o in zip(ups, out, strict=True)])
+        both = (x.cpu() for x in (*out, *grads))
+        return dict(zip((*OUTPUTS, "d_features", "d_weight", "d_bias"), both, strict=True))
 
-    def ours(f, w, b):
+    def ours(f, w, b, targets, table, v):
         return rk.rebalanced_head_loss(
             f, w, b, targets, target_table=table, map_weights=v, consistency_weight=options["lam"], p=options["p"],
             transform=options["transform"], views=options["views"], detach_cam_weight=options["detach"],
-            reduction="mean" if mean else "none", backend=backend,
+            reduction="mean" if mean else "none", backend=backend.name,
         )[:4]  # fmt: skip
 
-    got, other = run(ours), run(lambda f, w, b: eager(f, w, b, targets, table, v, **options))
+    got, other = run(ours, backend.device), run(lambda *x: eager(*x, **options), "cpu")
     keep = slice(None)
     if options["p"] == 1:  # d_features without the band; in d_weight a flip of eager's counts as its error
         keep = oracle.settled(truth["residual"], dtype).reshape(n, *features.shape[2:])

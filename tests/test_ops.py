@@ -4,13 +4,12 @@ import inspect
 
 import pytest
 import torch
-from test_head import BACKENDS, case
+from backends import BACKENDS, FUSED
+from test_head import case
 
 import rebalfer_kernels as rk
 from rebalfer_kernels import ops
 from rebalfer_kernels.transforms import twin_map
-
-FUSED = [b for b in BACKENDS if b.values[0] != "reference"]
 
 
 def head_forward(dtype, layout, *, soft=False, mean=True, cam_grad=False, alone=False):
@@ -76,11 +75,11 @@ VARIANTS = [{}, {"soft": True, "mean": False}, {"cam_grad": True, "mean": False}
 @pytest.mark.parametrize("name", SAMPLES)
 def test_opcheck(backend, name, variant):
     """Schema (nothing mutated or aliased), fakes (shapes, dtypes and strides of every output), dynamic shapes."""
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        if backend != "cpu" and dtype == torch.float64:
-            continue  # served by the reference and the CPU kernels alone
+    for dtype in backend.dtypes[:2]:
         for layout in ("nchw", "channels_last"):
-            torch.library.opcheck(ops.OPERATORS[backend][name], SAMPLES[name](dtype, layout, **variant))
+            arguments = SAMPLES[name](dtype, layout, **variant)
+            moved = tuple(x.to(backend.device) if isinstance(x, torch.Tensor) else x for x in arguments)
+            torch.library.opcheck(ops.OPERATORS[backend.name][name], moved)
 
 
 def test_every_operator_has_a_sample():
@@ -108,7 +107,7 @@ MODULES = {name: rk.RebalancedHead(6, 3, [9, 5, 2], backend=name) for name in rk
 
 
 def _rebalanced_head(backend, f, w, b, y, table, v):
-    return torch.func.functional_call(MODULES[backend], {"weight": w, "bias": b}, (f, y)).loss
+    return torch.func.functional_call(MODULES[backend].to(f.device), {"weight": w, "bias": b}, (f, y)).loss
 
 
 #: public name -> one call of it, to be compiled
@@ -127,12 +126,12 @@ def test_compiles_fullgraph_and_the_batch_recompiles_once_at_most(backend, name)
     torch._dynamo.reset()
     compiled = torch.compile(CALLS[name], fullgraph=True, backend="aot_eager")
     for n in (2, 3, 5, 8, 13):
-        features, weight, bias, targets, table, v = case(n, 6, 3, 3, 3, torch.float32, seed=n)
+        features, weight, bias, targets, table, v = case(n, 6, 3, 3, 3, torch.float32, seed=n, device=backend.device)
         results = []
         with torch._dynamo.config.patch(error_on_recompile=n > 3):
             for call in (compiled, CALLS[name]):
                 f, w = features.clone().requires_grad_(), weight.clone().requires_grad_()
-                out = call(backend, f, w, bias, targets, table, v)
+                out = call(backend.name, f, w, bias, targets, table, v)
                 grads = torch.autograd.grad(out, (f, w), torch.ones_like(out), allow_unused=True)
                 results.append((out, *grads))
         for got, expected in zip(*results, strict=True):
