@@ -41,7 +41,7 @@ class Library:
         self._library = ctypes.CDLL(str(out))
 
     def __call__(self, function: str, *arguments: Any, order: str = "forward") -> dict[str, int]:
-        """Calls an entry point: integers as int64, floats as float, arrays and tensors as their addresses, None as null.
+        """Calls an entry point: integers as int64, floats as float, arrays and tensors as addresses, None as null.
 
         Blocks and threads run in ``order``, "forward" or "reverse". Returns COUNTERS, bytes but for launches and mma.
         Raises RuntimeError with what the emulator found wrong.

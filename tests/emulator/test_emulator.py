@@ -4,11 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import emulate
 import numpy as np
 import pytest
 import torch
-
-from tests.emulator import emulate
 
 SOURCE = Path(__file__).with_name("selftest.cu")
 ORDERS = ("forward", "reverse")
@@ -162,7 +161,7 @@ def test_before_sm_90_there_is_no_bulk_copy_and_no_cluster():
 
 OUT_OF_BOUNDS = """
 import numpy as np
-from tests.emulator import emulate
+import emulate
 run = emulate.Library(emulate.HERE / "selftest.cu")
 x, out = np.arange(1024, dtype=np.uint32)[-128:].copy(), np.zeros(32, np.uint32)
 run("run_odd", x, out, 0)
@@ -174,7 +173,7 @@ run("run_odd", x, out, 2)
 
 def test_asan_sees_what_lies_outside_of_global_memory():
     result = subprocess.run(
-        [sys.executable, "-c", OUT_OF_BOUNDS], env=emulate.asan_environment(), cwd=emulate.HERE.parents[1],
+        [sys.executable, "-c", OUT_OF_BOUNDS], env=emulate.asan_environment(), cwd=emulate.HERE,
         capture_output=True, text=True,
     )  # fmt: skip
     assert result.stdout == "sound\n", result.stderr
