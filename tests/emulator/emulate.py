@@ -11,6 +11,7 @@ import hashlib
 import os
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,12 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
-FLAGS = "-x c++ -std=c++20 -O2 -g1 -fPIC -shared -ffp-contract=off -Wall -Wextra -Werror -Wno-unknown-pragmas".split()
-COUNTERS = ("launches", "streamed_loads", "streamed_stores", "cp_async_copies", "bulk_copies", "mma")
+FLAGS = "-x c++ -std=c++20 -O2 -g1 -fPIC -ffp-contract=off -Wall -Wextra -Werror -Wno-unknown-pragmas".split()
+COUNTERS = (
+    "launches", "mma",
+    "streamed_loads", "streamed_stores", "cp_async_copies", "bulk_copies",  # bytes
+    "blocks", "threads", "cluster", "shared_bytes",  # of the last launch
+)  # fmt: skip
 
 _directory = tempfile.TemporaryDirectory(prefix="rebalfer-emulator-")
 
@@ -34,16 +39,15 @@ class Library:
         key = hashlib.sha256(repr((sources, flags)).encode()).hexdigest()[:16]
         out = Path(_directory.name) / f"{sources[0].stem}-{key}.so"
         if not out.exists():
-            command = ["g++", *FLAGS, *flags, f"-I{HERE}", f"-I{CSRC}", *map(str, sources), "-o", str(out)]
-            run = subprocess.run(command, capture_output=True, text=True)
-            if run.returncode:
-                raise RuntimeError(f"{' '.join(command)}\n{run.stderr[-6000:]}")
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = list(pool.map(lambda source: _compile(source, flags, key), sources))
+            _run(["g++", "-shared", *flags, *map(str, objects), "-o", str(out)])
         self._library = ctypes.CDLL(str(out))
 
     def __call__(self, function: str, *arguments: Any, order: str = "forward") -> dict[str, int]:
         """Calls an entry point: integers as int64, floats as float, arrays and tensors as addresses, None as null.
 
-        Blocks and threads run in ``order``, "forward" or "reverse". Returns COUNTERS, bytes but for launches and mma.
+        Blocks and threads run in ``order``, "forward" or "reverse". Returns COUNTERS.
         Raises RuntimeError with what the emulator found wrong.
         """
         entry = getattr(self._library, function)
@@ -55,6 +59,18 @@ class Library:
         counters = (ctypes.c_uint64 * len(COUNTERS))()
         self._library.rebalfer_emulator_counters(counters)
         return dict(zip(COUNTERS, counters, strict=True))
+
+
+def _compile(source: Path, flags: list[str], key: str) -> Path:
+    out = Path(_directory.name) / f"{source.stem}-{key}.o"
+    _run(["g++", *FLAGS, *flags, f"-I{HERE}", f"-I{CSRC}", "-c", str(source), "-o", str(out)])
+    return out
+
+
+def _run(command: list[str]) -> None:
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{run.stderr[-6000:]}")
 
 
 def _argument(value: Any) -> Any:

@@ -35,9 +35,11 @@ namespace rebalfer::emulator {
 
 enum class Order { forward, reverse };
 
-// What a launch did, for tests that count bytes. A thread's ordinary loads and stores are not seen.
+// What launches did, for tests that count bytes. A thread's ordinary loads and stores are not seen.
 struct Counters {
-  uint64_t launches, streamed_loads, streamed_stores, cp_async_copies, bulk_copies, mma;  // in bytes but the ends
+  uint64_t launches, mma;
+  uint64_t streamed_loads, streamed_stores, cp_async_copies, bulk_copies;  // bytes
+  uint64_t blocks, threads, cluster, shared_bytes;                         // of the last launch
 };
 
 struct Copy {
@@ -139,12 +141,14 @@ class Machine {
       throw std::runtime_error("kernel launch: invalid configuration");
     }
     ++counters.launches;
+    counters.blocks = uint64_t(g.x) * g.y * g.z;
+    counters.threads = count, counters.cluster = cluster, counters.shared_bytes = bytes;
     grid = g, block_shape = b, cluster_size = cluster, shared_bytes = bytes, body_ = std::move(body);
     error_.clear();
     while (threads_.size() < size_t(count) * cluster) threads_.push_back(std::make_unique<Thread>());
     blocks.clear();
     blocks.resize(cluster);
-    const uint64_t clusters = uint64_t(g.x) * g.y * g.z / cluster;
+    const uint64_t clusters = counters.blocks / cluster;
     for (uint64_t i = 0; i < clusters && error_.empty(); ++i) {
       run_cluster((order == Order::forward ? i : clusters - 1 - i) * cluster, count);
     }
@@ -256,7 +260,8 @@ class Machine {
     fiber_started(m.scheduler_);
     m.body_();
     Thread& self = *m.current;
-    if (!self.open_group.empty() || !self.groups.empty()) m.fail("exits while a cp.async of its is under way");
+    const bool copies = std::any_of(self.groups.begin(), self.groups.end(), [](const auto& g) { return !g.empty(); });
+    if (!self.open_group.empty() || copies) m.fail("exits while a cp.async of its is under way");
     self.finished = true;
     self.warp->alive &= ~(1u << self.lane);
     --self.block->gate.alive;

@@ -99,7 +99,8 @@ def test_faults_of_the_ring_that_show_in_the_result(run, fault):
 @pytest.mark.parametrize("size", [1, 2, 8])
 def test_cluster(run, order, size):
     out = np.full(16, np.nan, np.float32)
-    run("run_cluster", out, 16, size, 0, order=order)
+    counters = run("run_cluster", out, 16, size, 0, order=order)
+    assert [counters[x] for x in ("blocks", "threads", "cluster", "shared_bytes")] == [16, 64, size, 4]
     assert np.array_equal(out, (np.arange(16) + 1) % size + 1)
 
 
