@@ -4,12 +4,15 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
+#include <utility>
 
 #ifdef __CUDACC__
-#define REBALFER_HD static __host__ __device__ __forceinline__
+#define REBALFER_HD_MEMBER __host__ __device__ __forceinline__
 #else
-#define REBALFER_HD static inline
+#define REBALFER_HD_MEMBER inline
 #endif
+#define REBALFER_HD static REBALFER_HD_MEMBER
 
 namespace rebalfer {
 
@@ -37,9 +40,30 @@ REBALFER_HD A consistency_gradient(A v, A s, int p) {
   return x > 0 ? v : x < 0 ? -v : x * v;
 }
 
-// log sum_l exp(z_l), safe for large logits.
+// Rows of logits, targets and gradients below are pointers, or anything else with an index operator.
+template <typename Row>
+using Element = std::remove_cvref_t<decltype(std::declval<const Row&>()[0])>;
+
+// Target distribution of one sample: row `label` of the table (L, L), or soft (L) @ table where soft is not null. A
+// label outside [0, L) reads nothing and gives NaN.
 template <typename A>
-REBALFER_HD A log_sum_exp(const A* z, int64_t L) {
+struct TargetRow {
+  const A* table;
+  const A* soft;
+  int64_t label, L;
+
+  REBALFER_HD_MEMBER A operator[](int64_t l) const {
+    if (!soft) return label >= 0 && label < L ? table[label * L + l] : A(NAN);
+    A sum = 0;
+    for (int64_t y = 0; y < L; ++y) sum += soft[y] * table[y * L + l];
+    return sum;
+  }
+};
+
+// log sum_l exp(z_l), safe for large logits.
+template <typename Z>
+REBALFER_HD Element<Z> log_sum_exp(const Z& z, int64_t L) {
+  using A = Element<Z>;
   A top = z[0];
   for (int64_t l = 1; l < L; ++l) top = z[l] > top ? z[l] : top;
   A sum = 0;
@@ -48,19 +72,19 @@ REBALFER_HD A log_sum_exp(const A* z, int64_t L) {
 }
 
 // -sum_l t_l log softmax(z)_l. A zero target takes no part in the value, as in torch where it meets a finite log.
-template <typename A>
-REBALFER_HD A cross_entropy(const A* z, const A* t, int64_t L) {
-  const A lse = log_sum_exp(z, L);
-  A loss = 0;
+template <typename Z, typename T>
+REBALFER_HD Element<Z> cross_entropy(const Z& z, const T& t, int64_t L) {
+  const auto lse = log_sum_exp(z, L);
+  Element<Z> loss = 0;
   for (int64_t l = 0; l < L; ++l) loss += t[l] * (lse - z[l]);
   return loss;
 }
 
 // dz_l += g ((sum t) softmax(z)_l - t_l): the rows of the target table need not sum to 1.
-template <typename A>
-REBALFER_HD void cross_entropy_gradient(const A* z, const A* t, int64_t L, A g, A* dz) {
-  const A lse = log_sum_exp(z, L);
-  A total = 0;
+template <typename Z, typename T, typename D>
+REBALFER_HD void cross_entropy_gradient(const Z& z, const T& t, int64_t L, Element<Z> g, const D& dz) {
+  const auto lse = log_sum_exp(z, L);
+  Element<Z> total = 0;
   for (int64_t l = 0; l < L; ++l) total += t[l];
   for (int64_t l = 0; l < L; ++l) dz[l] += g * (total * std::exp(z[l] - lse) - t[l]);
 }

@@ -1,0 +1,117 @@
+// What the operators (ops.cu) ask of the kernels: plain parameters, plain launch functions, no torch.
+//
+// Served: L <= 16 classes, H W <= 64 positions, any C, NCHW and channels_last, float32, bfloat16 and float16 features
+// with a weight of the same dtype or float32 (see `serves`); the cross-entropy serves any L. One launch forward and one
+// backward for the head; class_activation_maps is one launch forward, and two backward where the weight needs a gradient.
+#pragma once
+
+#include "intrinsics.cuh"
+
+#include "../head_math.h"
+
+namespace rebalfer::gpu {
+
+constexpr int kMaxClasses = 16, kMaxPositions = 64;
+
+inline bool serves(int64_t C, int64_t HW, int64_t L) {
+  return C >= 1 && C < (int64_t(1) << 30) && HW >= 1 && HW <= kMaxPositions && L >= 1 && L <= kMaxClasses;
+}
+
+// Blocks that share one pair's channels, from what a sample is, never from how many there are: its sums keep their
+// order in every batch. About 12 KiB of each view a block, enough blocks at N = 32 to occupy the chip. Clusters came
+// with sm_90.
+inline int cluster_blocks(int64_t C, int64_t HW, int64_t element_bytes, int compute_capability_major) {
+  constexpr int64_t kViewBytes = 12 * 1024;
+  int blocks = 1;
+  while (compute_capability_major >= 9 && blocks < 8 && C * HW * element_bytes >= 2 * blocks * kViewBytes) blocks *= 2;
+  return blocks;
+}
+
+enum class Storage { f32, bf16, f16 };
+
+// (L, C) of the classifier, or (L,) of its bias: float32 or the features' dtype.
+struct Parameter {
+  const void* data;
+  bool is_float;
+};
+
+struct Geometry {
+  int64_t N;  // pairs of views, or single views
+  int C, H, W, L, views;
+  bool channels_last;
+  TwinMap twin;
+};
+
+struct Targets {  // both null: consistency alone
+  const int64_t* labels;
+  const float* soft;   // (N, L), in place of labels
+  const float* table;  // (L, L)
+};
+
+// Null pointers are inputs that are not there and outputs that nobody wants.
+struct ForwardParams {
+  Geometry g;
+  const void* features;  // (views N, C, H, W)
+  Parameter weight, bias;
+  Targets targets;
+  const float* map_weights;  // (L,)
+  float consistency_weight;
+  int p;
+  bool both_views;
+  int cluster;  // blocks of one pair
+
+  float *loss, *classification, *consistency;  // (N,), or () with per_sample and ticket
+  float* per_sample;                           // (2, N) scratch: classification and consistency
+  unsigned* ticket;                            // zero before and after
+  float *logits, *maps, *residual, *pooled;    // (2N, L), (views N, L, H, W), (N, L, H, W), (2N, C)
+  float* cam_grad;                             // (N, L, C)
+  const float* d_maps;                         // (N, L, H, W): nothing but cam_grad, of these, is computed; one view
+};
+
+struct Upstream {  // absent, a scalar (stride 0), or one a sample
+  const float* data;
+  int64_t stride;
+};
+
+struct BackwardParams {
+  Geometry g;
+  Upstream d_loss, d_classification, d_consistency;
+  const float* d_logits;  // (2N, L)
+  Parameter weight;
+  Targets targets;
+  const float *map_weights, *logits, *residual, *pooled, *cam_grad;
+  const float* d_maps;  // (N, L, H, W) of single views, in place of a residual
+  float consistency_weight, share;  // share: 1 / N under "mean"
+  int p;
+  bool both_views;
+
+  void* d_features;
+  void *d_weight, *d_bias;  // of the weight's dtype
+};
+
+struct CrossEntropyParams {
+  int64_t M, L;
+  const void* logits;
+  Targets targets;
+  // Forward.
+  float* loss;
+  float* per_sample;
+  unsigned* ticket;
+  // Backward.
+  Upstream d_loss;
+  float share;
+  void* d_logits;
+};
+
+void launch_forward(Storage storage, const ForwardParams& p, cudaStream_t stream);
+void launch_backward(Storage storage, const BackwardParams& p, cudaStream_t stream);
+void launch_cross_entropy_forward(Storage storage, const CrossEntropyParams& p, cudaStream_t stream);
+void launch_cross_entropy_backward(Storage storage, const CrossEntropyParams& p, cudaStream_t stream);
+
+// Of one dtype, each in a file of its own so that they compile side by side.
+template <typename T>
+void launch_forward_as(const ForwardParams& p, cudaStream_t stream);
+template <typename T>
+void launch_backward_as(const BackwardParams& p, cudaStream_t stream);
+
+}  // namespace rebalfer::gpu

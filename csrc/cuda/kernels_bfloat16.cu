@@ -1,0 +1,10 @@
+// The kernels for bfloat16 features.
+#include "kernels_backward.cuh"
+#include "kernels_forward.cuh"
+
+namespace rebalfer::gpu {
+
+template void launch_forward_as<BFloat16>(const ForwardParams&, cudaStream_t);
+template void launch_backward_as<BFloat16>(const BackwardParams&, cudaStream_t);
+
+}  // namespace rebalfer::gpu

@@ -1,0 +1,153 @@
+// What the forward and the backward kernels share: how a warp's lanes divide channels and positions, the weight as
+// float32, and sums over lanes.
+#pragma once
+
+#include "kernels.cuh"
+
+namespace rebalfer::gpu {
+
+constexpr int kThreads = 128, kWarps = kThreads / 32;
+constexpr int kGroup = 32;                                   // channels that a warp takes at a time
+constexpr unsigned kAll = ~0u;
+
+__device__ __forceinline__ int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
+
+// The 16-bit or 32-bit elements of 16 bytes as float32.
+template <typename T>
+__device__ __forceinline__ void unpack(const uint4& v, float (&x)[16 / sizeof(T)]) {
+  const uint32_t r[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      x[i] = __uint_as_float(r[i]);
+    } else {
+      x[2 * i] = to_float(T{uint16_t(r[i])});
+      x[2 * i + 1] = to_float(T{uint16_t(r[i] >> 16)});
+    }
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ uint4 pack(const float (&x)[16 / sizeof(T)]) {
+  if constexpr (sizeof(T) == 4) {
+    return {__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])};
+  } else {
+    return {pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]), pack2<T>(x[6], x[7])};
+  }
+}
+
+// The classifier's weight (L, C), or its bias with C = 1, whatever its dtype; zero outside.
+template <typename T>
+struct Weights {
+  Parameter parameter;
+  int L, C;
+  bool vectors;  // rows may be read 16 bytes at a time
+
+  __device__ Weights(const Parameter& parameter, int L, int C)
+      : parameter(parameter), L(L), C(C),
+        vectors(C % 8 == 0 && reinterpret_cast<uintptr_t>(parameter.data) % 16 == 0) {}
+
+  __device__ __forceinline__ float at(int l, int c) const {
+    if (l >= L || c >= C) return 0;
+    const int64_t i = int64_t(l) * C + c;
+    return parameter.is_float ? __ldg(static_cast<const float*>(parameter.data) + i)
+                              : to_float(static_cast<const T*>(parameter.data)[i]);
+  }
+
+  // n consecutive channels; n is 4 for float32 features, 8 for others, and c a multiple of it.
+  template <int n>
+  __device__ __forceinline__ void load(float (&w)[n], int l, int c) const {
+    if (!vectors || l >= L || c >= C) {
+#pragma unroll
+      for (int i = 0; i < n; ++i) w[i] = at(l, c + i);
+      return;
+    }
+    const int64_t offset = int64_t(l) * C + c;
+    if (sizeof(T) == 4 || parameter.is_float) {
+      const float4* from = reinterpret_cast<const float4*>(static_cast<const float*>(parameter.data) + offset);
+#pragma unroll
+      for (int i = 0; i < n / 4; ++i) {
+        const float4 v = __ldg(from + i);
+        w[4 * i] = v.x, w[4 * i + 1] = v.y, w[4 * i + 2] = v.z, w[4 * i + 3] = v.w;
+      }
+    } else if constexpr (sizeof(T) == 2) {
+      unpack<T>(__ldg(reinterpret_cast<const uint4*>(static_cast<const T*>(parameter.data) + offset)), w);
+    }
+  }
+};
+
+// x = high + low / kScale to about twice the digits of T. float16 has few exponents, so its low part is kept large.
+template <typename T>
+constexpr float kLowScale = std::is_same_v<T, Half> ? 2048.0f : 1.0f;
+
+template <typename T>
+__device__ __forceinline__ void split2(float x0, float x1, uint32_t& high, uint32_t& low) {
+  high = pack2<T>(x0, x1);
+  const float r0 = x0 - to_float(T{uint16_t(high)}), r1 = x1 - to_float(T{uint16_t(high >> 16)});
+  low = pack2<T>(r0 * kLowScale<T>, r1 * kLowScale<T>);
+}
+
+// Sums v over the lanes that differ in the bits first, first / 2, ..., last of their number, in a fixed order. The
+// sums are spread over these lanes: with b such bits, taken as a number, lane b keeps the b-th piece of n / 2^bits
+// values in v[0...]; where there are fewer values than lanes, the lanes of the lowest bits keep the same.
+template <int first, int last, int n>
+__device__ __forceinline__ void sum_and_spread(float* v, int lane) {
+  if constexpr (first >= last) {
+    if constexpr (n > 1) {
+      const bool upper = lane & first;
+#pragma unroll
+      for (int i = 0; i < n / 2; ++i) {
+        const float send = upper ? v[i] : v[i + n / 2], keep = upper ? v[i + n / 2] : v[i];
+        v[i] = keep + __shfl_xor_sync(kAll, send, first);
+      }
+      sum_and_spread<first / 2, last, n / 2>(v, lane);
+    } else {
+      v[0] += __shfl_xor_sync(kAll, v[0], first);
+      sum_and_spread<first / 2, last, 1>(v, lane);
+    }
+  }
+}
+
+template <typename A>
+__device__ __forceinline__ A warp_sum(A x) {
+#pragma unroll
+  for (int bit = 16; bit; bit /= 2) x += __shfl_xor_sync(kAll, x, bit);
+  return x;
+}
+
+__device__ __forceinline__ TargetRow<float> target_row(const Targets& t, int64_t i, int64_t L) {
+  return {t.table, t.soft ? t.soft + i * L : nullptr, t.soft ? 0 : __ldg(t.labels + i), L};
+}
+
+// Called by all threads of a block whose thread 0 has written what the last of `blocks` blocks is to read: whether
+// this is that block. `room` is shared.
+__device__ __forceinline__ bool is_last_block(unsigned* ticket, int64_t blocks, int* room) {
+  if (threadIdx.x == 0) {
+    const bool last = ticket_increment(ticket) == unsigned(blocks - 1);
+    if (last) ticket_reset(ticket);
+    *room = last;
+  }
+  __syncthreads();
+  return *room;
+}
+
+// The mean of value(i) over i < N, in an order that depends on N alone; thread 0 has it. `room` is shared.
+template <typename Value>
+__device__ __forceinline__ float block_mean(int64_t N, double* room, const Value& value) {
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < N; i += kThreads) sum += double(value(i));
+  sum = warp_sum(sum);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = sum;
+  __syncthreads();
+  double total = 0;
+  for (int w = 0; w < kWarps; ++w) total += room[w];
+  return float(total / double(N));
+}
+
+// The position of the twin that meets each position; table is shared, kMaxPositions long.
+__device__ __forceinline__ void fill_twin_table(const Geometry& g, int* table) {
+  for (int x = threadIdx.x; x < g.H * g.W; x += kThreads) table[x] = int(twin_index(g.twin, x / g.W, x % g.W));
+}
+
+}  // namespace rebalfer::gpu

@@ -1,0 +1,10 @@
+// The kernels for float32 features.
+#include "kernels_backward.cuh"
+#include "kernels_forward.cuh"
+
+namespace rebalfer::gpu {
+
+template void launch_forward_as<float>(const ForwardParams&, cudaStream_t);
+template void launch_backward_as<float>(const BackwardParams&, cudaStream_t);
+
+}  // namespace rebalfer::gpu

@@ -1,0 +1,505 @@
+// The forward kernel: maps, pooled features, residual, logits and losses of a pair of views in one launch that reads
+// the features once.
+//
+// A cluster serves one pair, each of its blocks some of the channels, each warp one view and 32 channels at a time.
+// A warp is 8 groups of 4 lanes: group g holds the positions g, g + 8, ..., lane `quarter` of it 16 bytes of
+// consecutive channels, which is what a 16-byte load of channels_last gives, and (with the channels of an mma's K axis
+// renumbered, for the weight alike) the B operand of mma.m16n8k16. Its A operand holds 8 classes of the weight's
+// high parts in rows 0-7 and of their low parts in rows 8-15, so a float32 weight costs no more than a 16-bit one.
+// float32 features take the same road with FMAs. Both views' maps are summed and subtracted at the end, on the map:
+// taking the difference on the load would halve the FMAs of float32, but at L = 7 they need 40 % of the time that the
+// memory does, and the maps of both views would no longer be there for the logits, for return_maps and for the twin's
+// index, which moves no feature here.
+//
+// NCHW: channels are strided by H W elements, 98 bytes for 7 x 7 at 16 bits, so a warp cannot load them as vectors.
+// Slabs of whole channels, which are contiguous, come through a ring in shared memory: by the bulk copy engine where
+// all of them are multiples of 16 bytes, by cp.async where only the base is aligned or before sm_90, else by
+// element. Reading 8 channels a quarter apart costs at worst a two-way bank conflict at 7 x 7.
+//
+// Order of the sums: channels of a warp, warps, blocks of the cluster; it depends on C, H W, L, layout and dtype alone.
+#pragma once
+
+#include "kernels_common.cuh"
+
+namespace rebalfer::gpu {
+
+constexpr int kTiles = kMaxPositions / 8;
+constexpr int kPitch = kMaxPositions + 8;  // of a map's row in shared memory; 8 rows apart hit different banks
+
+struct ForwardShared {  // the fixed part of a block's shared memory
+  uint64_t full[4];
+  double room[kWarps];
+  float z[2][kMaxClasses], losses[2], sums[kWarps];
+  int twin[kMaxPositions], last;
+};
+
+// A block's slabs of NCHW channels, `passes` times over, through kStages stages. A stage holds kChannels / views
+// channels of each view. If all slabs fit into the stages they are fetched once and stay.
+template <typename T>
+struct Ring {
+  static constexpr int kStages = sizeof(T) == 2 ? 4 : 3;
+  static constexpr int kChannels = kWarps * kGroup;
+  enum How { kBulk, kVectors, kElements };
+
+  static __host__ __device__ int64_t stage_bytes(int64_t HW) { return kChannels * HW * int64_t(sizeof(T)); }
+
+  T* stages;
+  uint64_t* full;
+  const T* source;  // the first view of the pair, from the block's first channel on
+  int64_t to_twin;
+  int C, HW, views, channels, chunks, slots, total, issued = 0, consumed = 0;
+  How how;
+
+  __device__ __forceinline__ Ring(const Geometry& g, const T* features, int64_t pair, int first, int chunks, int passes,
+                                  T* stages, uint64_t* full)
+      : stages(stages), full(full), to_twin(g.N * g.C * g.H * g.W), C(g.C), HW(g.H * g.W), views(g.views),
+        channels(kChannels / g.views), chunks(chunks), slots(min(chunks, kStages)),
+        total(chunks <= kStages ? chunks : chunks * passes) {
+    const int64_t view = int64_t(C) * HW;
+    source = features + pair * view + int64_t(first) * channels * HW;
+    C -= first * channels;
+    const bool aligned = reinterpret_cast<uintptr_t>(features) % 16 == 0 && view * int64_t(sizeof(T)) % 16 == 0;
+    how = !aligned ? kElements : REBALFER_HAS_BULK && C % channels == 0 ? kBulk : kVectors;
+    if (how == kBulk) {
+      if (threadIdx.x == 0) {
+        for (int s = 0; s < kStages; ++s) mbarrier_init(full + s, 1);
+        mbarrier_fence_init();
+      }
+      __syncthreads();
+    }
+#pragma unroll 1
+    for (int s = 0; s < kStages; ++s) issue();
+  }
+
+  __device__ __forceinline__ T* stage(int use) const { return stages + int64_t(use % slots) * kChannels * HW; }
+
+  __device__ __forceinline__ void issue() {
+    if (issued < total) {
+      const int c0 = issued % chunks * channels, here = min(channels, C - c0) * HW, room = channels * HW;
+      T* to = stage(issued);
+      const T* from = source + int64_t(c0) * HW;
+      if (how == kBulk) {
+        if (threadIdx.x == 0) {
+          uint64_t* barrier = full + issued % slots;
+          const unsigned bytes = here * sizeof(T);
+          mbarrier_arrive_expect_tx(barrier, views * bytes);
+          for (int view = 0; view < views; ++view, to += room, from += to_twin)
+            bulk_copy_to_shared(to, from, bytes, barrier);
+        }
+      } else {
+        constexpr int kVector = 16 / sizeof(T);
+        const int vectors = how == kVectors ? here / kVector : 0;
+        for (int view = 0; view < views; ++view, to += room, from += to_twin) {
+          for (int i = threadIdx.x; i < vectors; i += kThreads) cp_async_16(to + i * kVector, from + i * kVector);
+          for (int i = vectors * kVector + threadIdx.x; i < room; i += kThreads) to[i] = i < here ? from[i] : T{};
+        }
+      }
+    }
+    if (how != kBulk) cp_async_commit();
+    ++issued;
+  }
+
+  // The next slab, whole and visible to all threads.
+  __device__ __forceinline__ const T* wait() {
+    if (consumed < total) {
+      if (how == kBulk) {
+        mbarrier_wait_parity(full + consumed % slots, (consumed / slots) & 1);
+      } else {
+        cp_async_wait<kStages - 1>();
+        __syncthreads();
+      }
+    }
+    return stage(consumed++);
+  }
+
+  // The slab that was waited for may be overwritten.
+  __device__ __forceinline__ void release() {
+    if (issued < total) __syncthreads();
+    issue();
+  }
+};
+
+template <typename T, bool kChannelsLast, int kBlocks>
+struct Forward {
+  static constexpr int kSlots = 16 / sizeof(T);        // channels of a lane
+  static constexpr int kSteps = kGroup / (4 * kSlots);  // of a warp through its 32 channels
+  static constexpr int kClasses = 8 * kBlocks;
+  static constexpr int kMap = kClasses * kPitch;  // floats of one view's maps in shared memory
+  static constexpr bool kTensorCore = sizeof(T) == 2;
+  using Map = float[kClasses][kPitch];
+
+  static __host__ __device__ int64_t maps_offset() { return (sizeof(ForwardShared) + 127) / 128 * 128; }
+  static __host__ __device__ int64_t ring_offset() { return maps_offset() + kWarps * kMap * sizeof(float); }
+
+  const ForwardParams& p;
+  const Weights<T> weights;
+  ForwardShared& shared;
+  Map* const maps;  // of each warp, then summed over the warps of a view in place; from maps + views on of the cluster
+  const int64_t pair;
+  const int HW, views, lane, warp, group, quarter, view, slice, channels;
+
+  __device__ Forward(const ForwardParams& p, unsigned char* memory)
+      : p(p), weights(p.weight, p.g.L, p.g.C), shared(*reinterpret_cast<ForwardShared*>(memory)),
+        maps(reinterpret_cast<Map*>(memory + maps_offset())), pair(blockIdx.x / p.cluster), HW(p.g.H * p.g.W),
+        views(p.g.views), lane(threadIdx.x % 32), warp(threadIdx.x / 32), group(lane / 4), quarter(lane % 4),
+        view(warp % views), slice(warp / views), channels(kWarps * kGroup / views) {}
+
+  // The first of this lane's kSlots channels, relative to the warp's 32.
+  __device__ __forceinline__ int lane_channel(int step) const {
+    if constexpr (kTensorCore) return 8 * quarter;
+    return kChannelsLast ? 16 * step + 4 * quarter : 8 * quarter + 4 * step;
+  }
+
+  // This lane's features: channels c ... c + kSlots - 1 at the positions group + 8 j; zero outside.
+  __device__ __forceinline__ void load(uint4 (&f)[kTiles], const T* features, const T* stage, int step, int c) const {
+    if constexpr (kChannelsLast) {
+      const T* from = features + c;
+      if (p.g.C % kSlots == 0 && reinterpret_cast<uintptr_t>(features) % 16 == 0) {
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+          const int x = 8 * j + group;
+          f[j] = uint4{0, 0, 0, 0};
+          if (x < HW && c < p.g.C) f[j] = load_16B_streaming(from + int64_t(x) * p.g.C);
+        }
+        return;
+      }
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        const int x = 8 * j + group;
+        gather(f[j], [&](int i) { return x < HW && c + i < p.g.C ? from[int64_t(x) * p.g.C + i] : T{}; });
+      }
+    } else {
+      const T* row = stage + ((view * channels) + slice * kGroup + lane_channel(step)) * HW + group;
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        if (8 * j >= HW) {
+          f[j] = uint4{0, 0, 0, 0};
+          continue;
+        }
+        const bool inside = 8 * j + group < HW;
+        gather(f[j], [&](int i) { return inside ? row[i * HW + 8 * j] : T{}; });
+      }
+    }
+  }
+
+  template <typename Get>
+  static __device__ __forceinline__ void gather(uint4& f, const Get& get) {
+    uint32_t r[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (sizeof(T) == 4) {
+        r[i] = __float_as_uint(get(i));
+      } else {
+        r[i] = uint32_t(get(2 * i).bits) | uint32_t(get(2 * i + 1).bits) << 16;
+      }
+    }
+    f = uint4{r[0], r[1], r[2], r[3]};
+  }
+
+  // Calls use(features, c) for each piece of the block's channels that this warp takes; slabs first ... of NCHW
+  // come from the ring.
+  template <typename Use>
+  __device__ __forceinline__ void for_channels(Ring<T>* ring, int first, int chunks, const Use& use) const {
+    const T* features =
+        static_cast<const T*>(p.features) + (view * p.g.N + pair) * int64_t(p.g.C) * HW;  // used by channels_last
+    for (int k = 0; k < chunks; ++k) {
+      const T* stage = nullptr;
+      if constexpr (!kChannelsLast) stage = ring->wait();
+#pragma unroll 1
+      for (int step = 0; step < kSteps; ++step) {
+        const int c = (first + k) * channels + slice * kGroup + lane_channel(step);
+        uint4 f[kTiles];
+        load(f, features, stage, step, c);
+        use(f, c);
+      }
+      if constexpr (!kChannelsLast) ring->release();
+    }
+  }
+
+  // acc += W F, for this lane's share: of mma, D's fragments; else positions group + 8 j, all classes.
+  using Sums = std::conditional_t<kTensorCore, float[kBlocks][kTiles][4], float[kTiles][kClasses]>;
+
+  __device__ __forceinline__ void accumulate(Sums& acc, const uint4 (&f)[kTiles], int c) const {
+    if constexpr (kTensorCore) {
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        float w[kSlots];
+        weights.load(w, 8 * b + group, c);
+        uint32_t a[2][4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          split2<T>(w[2 * i], w[2 * i + 1], a[i / 2][2 * (i % 2)], a[i / 2][2 * (i % 2) + 1]);
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+          if (8 * j >= HW) break;
+          mma_m16n8k16<T>(acc[b][j], a[0], {f[j].x, f[j].y});
+          mma_m16n8k16<T>(acc[b][j], a[1], {f[j].z, f[j].w});
+        }
+      }
+    } else {
+#pragma unroll
+      for (int l = 0; l < kClasses; ++l) {
+        if (l >= p.g.L) break;
+        float w[kSlots];
+        weights.load(w, l, c);
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+          float x[kSlots];
+          unpack<T>(f[j], x);
+#pragma unroll
+          for (int i = 0; i < kSlots; ++i) acc[j][l] = fmaf(w[i], x[i], acc[j][l]);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void pool(const uint4 (&f)[kTiles], int c) const {
+    float sums[kSlots] = {};
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      float x[kSlots];
+      unpack<T>(f[j], x);
+#pragma unroll
+      for (int i = 0; i < kSlots; ++i) sums[i] += x[i];
+    }
+    sum_and_spread<16, 4, kSlots>(sums, lane);
+    const int slot = group * kSlots / 8;
+    if (c + slot < p.g.C && group % (8 / kSlots) == 0)
+      p.pooled[(view * p.g.N + pair) * p.g.C + c + slot] = sums[0] / float(HW);
+  }
+
+  // This warp's sums to its maps in shared memory.
+  __device__ __forceinline__ void store(Sums& acc) const {
+    Map& to = maps[warp];
+    if constexpr (kTensorCore) {
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+          float* d = acc[b][j];
+          constexpr float scale = 1.0f / kLowScale<T>;
+          *reinterpret_cast<float2*>(&to[8 * b + group][8 * j + 2 * quarter]) =
+              make_float2(fmaf(d[2], scale, d[0]), fmaf(d[3], scale, d[1]));
+        }
+    } else {
+      sum_and_spread<2, 1, kTiles * kClasses>(&acc[0][0], lane);
+#pragma unroll
+      for (int j = 0; j < kTiles / 4; ++j)
+#pragma unroll
+        for (int l = 0; l < kClasses; ++l) to[l][8 * (kTiles / 4 * quarter + j) + group] = acc[j][l];
+    }
+  }
+
+  // Sums the maps of a view over its warps and the blocks of the cluster; all blocks get them.
+  __device__ __forceinline__ void combine() const {
+    float* own = &maps[0][0][0];
+    __syncthreads();
+    for (int e = threadIdx.x; e < views * kMap; e += kThreads) {
+      float sum = own[e];
+      for (int s = 1; s < kWarps / views; ++s) sum += own[s * views * kMap + e];
+      own[e] = sum;
+    }
+    if (p.cluster > 1) {
+      cluster_sync();
+    } else {
+      __syncthreads();
+    }
+    if (cluster_rank() == 0 || p.cam_grad) {
+      for (int e = threadIdx.x; e < views * kMap; e += kThreads) {
+        float sum = 0;
+        for (int r = 0; r < p.cluster; ++r) sum += *map_shared_rank(own + e, r);
+        own[views * kMap + e] = sum;
+      }
+    }
+    if (p.cluster > 1) {
+      cluster_sync();  // no block leaves before its maps are read
+    } else {
+      __syncthreads();
+    }
+  }
+
+  // Of the whole maps: maps, residual, logits and losses to global memory; leaves the residual in place of the first
+  // view's maps.
+  __device__ __forceinline__ void finish(Map* total, bool writes) const {
+    const int L = p.g.L;
+    for (int row = warp; row < views * L; row += kWarps) {
+      const int v = row / L, l = row % L;
+      float sum = 0;
+      for (int x = lane; x < HW; x += 32) {
+        sum += total[v][l][x];
+        if (p.maps && writes) p.maps[((v * p.g.N + pair) * L + l) * HW + x] = total[v][l][x];
+      }
+      sum = warp_sum(sum);
+      if (lane == 0) shared.z[v][l] = sum / float(HW) + (p.bias.data ? Weights<T>(p.bias, L, 1).at(l, 0) : 0.0f);
+    }
+    __syncthreads();
+    if (views == 1) return;
+    float sum = 0;
+    for (int l = warp; l < L; l += kWarps) {
+      const float v = __ldg(p.map_weights + l);
+      for (int x = lane; x < HW; x += 32) {
+        const float s = total[0][l][x] - total[1][l][shared.twin[x]];
+        sum += consistency_term(v, s, p.p);
+        total[0][l][x] = s;
+        if (p.residual && writes) p.residual[(pair * L + l) * HW + x] = s;
+      }
+    }
+    if (!writes) return;
+    sum = warp_sum(sum);
+    if (lane == 0) shared.sums[warp] = sum;
+    const bool classified = p.targets.table;
+    if (classified) {
+      for (int row = threadIdx.x; row < 2 * L; row += kThreads)
+        p.logits[(row / L * p.g.N + pair) * L + row % L] = shared.z[row / L][row % L];
+      if (lane == 0 && warp < 2)
+        shared.losses[warp] = warp == 1 && !p.both_views
+                                  ? 0.0f
+                                  : cross_entropy(shared.z[warp], target_row(p.targets, pair, L), L);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      float sum = 0;
+      for (int w = 0; w < kWarps; ++w) sum += shared.sums[w];
+      const float cons = sum / float(L * HW), cls = shared.losses[0] + shared.losses[1];
+      if (p.ticket) {
+        p.per_sample[p.g.N + pair] = cons;
+        if (classified) p.per_sample[pair] = cls;
+      } else {
+        p.consistency[pair] = cons;
+        if (classified) p.classification[pair] = cls, p.loss[pair] = cls + p.consistency_weight * cons;
+      }
+    }
+    if (!p.ticket || !is_last_block(p.ticket, p.g.N, &shared.last)) return;
+    const float *cls = p.per_sample, *cons = p.per_sample + p.g.N;
+    const auto give = [&](float* to, const auto& value) {
+      const float mean = block_mean(p.g.N, shared.room, value);
+      if (threadIdx.x == 0) *to = mean;
+    };
+    give(p.consistency, [&](int64_t i) { return cons[i]; });
+    if (!classified) return;
+    give(p.classification, [&](int64_t i) { return cls[i]; });
+    give(p.loss, [&](int64_t i) { return cls[i] + p.consistency_weight * cons[i]; });
+  }
+
+  // K = <d, F> (minus the twin's): d (L, HW) of this warp's view meets each channel.
+  __device__ __forceinline__ void correlate(const Map& d, const uint4 (&f)[kTiles], int c) const {
+#pragma unroll 1
+    for (int b = 0; b < kBlocks; ++b) {
+      float sums[8][kSlots] = {};
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        if (8 * j >= HW) break;
+        float x[kSlots];
+        unpack<T>(f[j], x);
+#pragma unroll
+        for (int l = 0; l < 8; ++l) {
+          const float factor = d[8 * b + l][8 * j + group];
+#pragma unroll
+          for (int i = 0; i < kSlots; ++i) sums[l][i] = fmaf(factor, x[i], sums[l][i]);
+        }
+      }
+      sum_and_spread<16, 4, 8 * kSlots>(&sums[0][0], lane);  // class 8 b + group, all slots
+      if (views == 2) {
+        float* exchange = &maps[0][0][0] + slice * 32 * kSlots + lane;
+        __syncthreads();
+        if (view == 1)
+#pragma unroll
+          for (int i = 0; i < kSlots; ++i) exchange[32 * i] = sums[0][i];
+        __syncthreads();
+        if (view == 1) continue;
+#pragma unroll
+        for (int i = 0; i < kSlots; ++i) sums[0][i] += exchange[32 * i];
+      }
+      const int l = 8 * b + group;
+      if (l >= p.g.L) continue;
+      float* to = p.cam_grad + (pair * p.g.L + l) * p.g.C + c;
+#pragma unroll
+      for (int i = 0; i < kSlots; ++i)
+        if (c + i < p.g.C) to[i] = sums[0][i];
+    }
+  }
+
+  // total[0] (the residual) becomes the gradient of the consistency with respect to the first view's maps, total[1]
+  // that of the twin's; rows and positions outside become zero.
+  __device__ __forceinline__ void differentiate(Map* total) const {
+    for (int e = threadIdx.x; e < kMap; e += kThreads) {
+      const int l = e / kPitch, x = e % kPitch;
+      if (l >= p.g.L || x >= HW) {
+        total[0][l][x] = total[views - 1][l][x] = 0;
+        continue;
+      }
+      if (p.d_maps) {
+        total[0][l][x] = p.d_maps[(pair * p.g.L + l) * HW + x];
+        continue;
+      }
+      const float d = consistency_gradient(__ldg(p.map_weights + l), total[0][l][x], p.p) / float(p.g.L * HW);
+      total[0][l][x] = d;
+      total[1][l][shared.twin[x]] = -d;
+    }
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ void run(unsigned char* memory) {
+    const int all = int(ceil_div(p.g.C, channels)), each = int(ceil_div(all, p.cluster)), rank = int(cluster_rank());
+    const int first = min(rank * each, all), chunks = min(each, all - first);
+    const bool forward = !p.d_maps;
+    if (views == 2) fill_twin_table(p.g, shared.twin);
+    std::conditional_t<kChannelsLast, int, Ring<T>> ring = [&] {
+      if constexpr (kChannelsLast) {
+        return 0;
+      } else {
+        return Ring<T>(p.g, static_cast<const T*>(p.features), pair, first, chunks, int(forward) + (p.cam_grad != nullptr),
+                       reinterpret_cast<T*>(memory + ring_offset()), shared.full);
+      }
+    }();
+    Ring<T>* const source = [&]() -> Ring<T>* {
+      if constexpr (kChannelsLast) {
+        return nullptr;
+      } else {
+        return &ring;
+      }
+    }();
+    Map* const total = maps + views;
+    if (forward) {
+      Sums acc = {};
+      for_channels(source, first, chunks, [&](const uint4(&f)[kTiles], int c) {
+        accumulate(acc, f, c);
+        if (p.pooled) pool(f, c);
+      });
+      store(acc);
+      combine();
+      if (rank == 0 || p.cam_grad) finish(total, rank == 0);
+    }
+    if (!p.cam_grad) return;
+    __syncthreads();
+    differentiate(total);
+    for_channels(source, first, chunks, [&](const uint4(&f)[kTiles], int c) { correlate(total[view], f, c); });
+  }
+};
+
+template <typename T, bool kChannelsLast, int kBlocks>
+__global__ __launch_bounds__(kThreads, sizeof(T) == 4 ? 4 - kBlocks : 5 - kBlocks) void forward_kernel(
+    const __grid_constant__ ForwardParams p) {
+  REBALFER_DYNAMIC_SHARED(unsigned char, memory);
+  Forward<T, kChannelsLast, kBlocks>(p, memory).run(memory);
+}
+
+template <typename T>
+void launch_forward_as(const ForwardParams& p, cudaStream_t stream) {
+  const auto start = [&](auto* kernel, int64_t fixed) {
+    const int HW = p.g.H * p.g.W, channels = Ring<T>::kChannels / p.g.views;
+    const int64_t chunks = ((p.g.C + channels - 1) / channels + p.cluster - 1) / p.cluster;
+    const int64_t ring = p.g.channels_last ? 0 : std::min<int64_t>(chunks, Ring<T>::kStages) * Ring<T>::stage_bytes(HW);
+    launch(kernel, dim3(unsigned(p.g.N * p.cluster)), dim3(kThreads), unsigned(p.cluster), size_t(fixed + ring), stream, p);
+  };
+  const bool one = p.g.L <= 8;
+  if (p.g.channels_last) {
+    one ? start(forward_kernel<T, true, 1>, Forward<T, true, 1>::ring_offset())
+        : start(forward_kernel<T, true, 2>, Forward<T, true, 2>::ring_offset());
+  } else {
+    one ? start(forward_kernel<T, false, 1>, Forward<T, false, 1>::ring_offset())
+        : start(forward_kernel<T, false, 2>, Forward<T, false, 2>::ring_offset());
+  }
+}
+
+}  // namespace rebalfer::gpu

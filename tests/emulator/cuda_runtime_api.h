@@ -1,0 +1,4 @@
+// The name under which plain C++ sources ask for CUDA types.
+#pragma once
+
+#include "emulator.h"

@@ -1,0 +1,65 @@
+// The launch functions of csrc/cuda for Python: test_cuda_kernels.py.
+#include "cuda/kernels.cuh"
+
+using namespace rebalfer::gpu;
+using rebalfer::emulator::attempt;
+
+namespace {
+
+Geometry geometry(int64_t N, int64_t C, int64_t H, int64_t W, int64_t L, int64_t views, int64_t channels_last,
+                  const int64_t* twin) {
+  return {N, int(C), int(H), int(W), int(L), int(views), channels_last != 0, {twin[0], twin[1], twin[2]}};
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t cluster_of(int64_t C, int64_t HW, int64_t bytes, int64_t major) { return cluster_blocks(C, HW, bytes, int(major)); }
+
+const char* run_forward(int64_t storage, int64_t N, int64_t C, int64_t H, int64_t W, int64_t L, int64_t views,
+                        int64_t channels_last, const int64_t* twin, const void* features, const void* weight,
+                        int64_t weight_is_float, const void* bias, const int64_t* labels, const float* soft,
+                        const float* table, const float* map_weights, float consistency_weight, int64_t p,
+                        int64_t both_views, int64_t cluster, float* loss, float* classification, float* consistency,
+                        float* per_sample, unsigned* ticket, float* logits, float* maps, float* residual, float* pooled,
+                        float* cam_grad, const float* d_maps) {
+  return attempt([&] {
+    const ForwardParams params{
+        geometry(N, C, H, W, L, views, channels_last, twin), features, {weight, weight_is_float != 0},
+        {bias, weight_is_float != 0}, {labels, soft, table}, map_weights, consistency_weight, int(p), both_views != 0,
+        int(cluster), loss, classification, consistency, per_sample, ticket, logits, maps, residual, pooled, cam_grad,
+        d_maps};
+    launch_forward(Storage(storage), params, nullptr);
+  });
+}
+
+const char* run_backward(int64_t storage, int64_t N, int64_t C, int64_t H, int64_t W, int64_t L, int64_t views,
+                         int64_t channels_last, const int64_t* twin, const float* d_loss, int64_t loss_stride,
+                         const float* d_classification, int64_t classification_stride, const float* d_consistency,
+                         int64_t consistency_stride, const float* d_logits, const void* weight, int64_t weight_is_float,
+                         const int64_t* labels, const float* soft, const float* table, const float* map_weights,
+                         const float* logits, const float* residual, const float* pooled, const float* cam_grad,
+                         const float* d_maps, float consistency_weight, float share, int64_t p, int64_t both_views,
+                         void* d_features, void* d_weight, void* d_bias) {
+  return attempt([&] {
+    const BackwardParams params{
+        geometry(N, C, H, W, L, views, channels_last, twin), {d_loss, loss_stride},
+        {d_classification, classification_stride}, {d_consistency, consistency_stride}, d_logits,
+        {weight, weight_is_float != 0}, {labels, soft, table}, map_weights, logits, residual, pooled, cam_grad, d_maps,
+        consistency_weight, share, int(p), both_views != 0, d_features, d_weight, d_bias};
+    launch_backward(Storage(storage), params, nullptr);
+  });
+}
+
+const char* run_cross_entropy(int64_t storage, int64_t M, int64_t L, const void* logits, const int64_t* labels,
+                              const float* soft, const float* table, float* loss, float* per_sample, unsigned* ticket,
+                              const float* d_loss, int64_t stride, float share, void* d_logits) {
+  return attempt([&] {
+    const CrossEntropyParams params{M, L, logits, {labels, soft, table}, loss, per_sample, ticket, {d_loss, stride},
+                                    share, d_logits};
+    (d_logits ? launch_cross_entropy_backward : launch_cross_entropy_forward)(Storage(storage), params, nullptr);
+  });
+}
+
+}  // extern "C"
