@@ -37,32 +37,35 @@ REBALFER_HD A consistency_gradient(A v, A s, int p) {
   return x > 0 ? v : x < 0 ? -v : x * v;
 }
 
-// log sum_l exp(z_l), safe for large logits.
+// log sum_l exp(z_l - top), where top is the largest logit: no exponential overflows, and since the differences are
+// taken first, logits that are all large lose no digits.
 template <typename A>
-REBALFER_HD A log_sum_exp(const A* z, int64_t L) {
-  A top = z[0];
+REBALFER_HD A log_sum_exp(const A* z, int64_t L, A& top) {
+  top = z[0];
   for (int64_t l = 1; l < L; ++l) top = z[l] > top ? z[l] : top;
   A sum = 0;
   for (int64_t l = 0; l < L; ++l) sum += std::exp(z[l] - top);
-  return top + std::log(sum);
+  return std::log(sum);
 }
 
 // -sum_l t_l log softmax(z)_l. A zero target takes no part in the value, as in torch where it meets a finite log.
 template <typename A>
 REBALFER_HD A cross_entropy(const A* z, const A* t, int64_t L) {
-  const A lse = log_sum_exp(z, L);
+  A top;
+  const A lse = log_sum_exp(z, L, top);
   A loss = 0;
-  for (int64_t l = 0; l < L; ++l) loss += t[l] * (lse - z[l]);
+  for (int64_t l = 0; l < L; ++l) loss += t[l] * (lse - (z[l] - top));
   return loss;
 }
 
 // dz_l += g ((sum t) softmax(z)_l - t_l): the rows of the target table need not sum to 1.
 template <typename A>
 REBALFER_HD void cross_entropy_gradient(const A* z, const A* t, int64_t L, A g, A* dz) {
-  const A lse = log_sum_exp(z, L);
+  A top;
+  const A lse = log_sum_exp(z, L, top);
   A total = 0;
   for (int64_t l = 0; l < L; ++l) total += t[l];
-  for (int64_t l = 0; l < L; ++l) dz[l] += g * (total * std::exp(z[l] - lse) - t[l]);
+  for (int64_t l = 0; l < L; ++l) dz[l] += g * (total * std::exp(z[l] - top - lse) - t[l]);
 }
 
 }  // namespace rebalfer
