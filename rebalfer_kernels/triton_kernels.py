@@ -76,24 +76,27 @@ def accumulate_cams(f, weight, k, c, acc, acc_lo, C: tl.constexpr, L: tl.constex
 
 @triton.jit
 def spread(d, weight, k, part, c, acc, C: tl.constexpr, L: tl.constexpr, PARTS: tl.constexpr):
-    """acc += d @ W for d (rows, slot) and W (slot, channels) with classes k[slot]: the rank-L gradient of the features.
+    """acc += d @ W for d (rows, slots) and W (slots, channels): the rank-L gradient of the features.
 
-    PARTS 1: float32. Otherwise every class comes PARTS times, and part[slot] says which of d_hi W_hi, d_lo W_hi, d_hi W_lo
-    (and, counting for nothing, d_lo W_lo) it adds: 8 classes fill the 16 columns of a tensor core's operand. bfloat16
-    is exact for W in it (2 parts), never underflows, and holds float16 and float32 to 16 bits in two (4 parts).
+    PARTS 1: float32, a slot is a class. Otherwise every class k has PARTS slots, and part says which of d_hi W_hi,
+    d_lo W_hi, d_hi W_lo (and, counting for nothing, d_lo W_lo) a slot adds: so 8 classes fill the 16 slots that a
+    tensor core takes at once. bfloat16 is exact for W in it (2 parts), never underflows, and holds float16 and float32
+    to 16 bits in two (4 parts).
     """
     w = tl.load(weight + k[:, None] * C + c[None, :], mask=(k < L)[:, None] & (c < C)[None, :], other=0.0)
     if PARTS == 1:
-        return dot(d, w.to(tl.float32), acc)
-    d_hi = narrow(d, tl.bfloat16)
-    d_lo = narrow(d - d_hi.to(tl.float32), tl.bfloat16)
-    d = tl.where((part % 2 == 0)[None, :], d_hi, d_lo)
-    if PARTS == 2:
-        return dot(d, w, acc)
-    w = w.to(tl.float32)
-    w_hi = narrow(w, tl.bfloat16)
-    w_lo = narrow(w - w_hi.to(tl.float32), tl.bfloat16)
-    return dot(d, tl.where((part < 2)[:, None], w_hi, w_lo), acc)
+        acc = dot(d, w, acc)
+    else:
+        d_hi = narrow(d, tl.bfloat16)
+        d_parts = tl.where((part % 2 == 0)[None, :], d_hi, narrow(d - d_hi.to(tl.float32), tl.bfloat16))
+        if PARTS == 2:
+            acc = dot(d_parts, w, acc)
+        else:
+            w = w.to(tl.float32)
+            w_hi = narrow(w, tl.bfloat16)
+            w_parts = tl.where((part < 2)[:, None], w_hi, narrow(w - w_hi.to(tl.float32), tl.bfloat16))
+            acc = dot(d_parts, w_parts, acc)
+    return acc
 
 
 @triton.jit
@@ -106,9 +109,10 @@ def correlate(f, d, acc, SPLIT: tl.constexpr):
         hi = narrow(d, f.dtype)
         lo = narrow(d - hi.to(tl.float32), f.dtype)
         f = tl.trans(f)
-        part = dot(f, hi, tl.zeros_like(acc))
-        return acc + top * dot(f, lo, part)
-    return dot(tl.trans(f), d, acc)
+        acc += top * dot(f, lo, dot(f, hi, tl.zeros_like(acc)))
+    else:
+        acc = dot(tl.trans(f), d, acc)
+    return acc
 
 
 @triton.jit
@@ -127,7 +131,7 @@ def consistency_gradient(v, s, P: tl.constexpr):
 
 @triton.jit
 def target_rows(targets, target_table, samples, ok, k, L: tl.constexpr, SOFT: tl.constexpr):
-    """(samples, classes) target distributions t: rows of the table, or targets @ table; NaN for a class not in [0, L)."""
+    """(samples, classes) target distributions t: rows of the table, or targets @ table; NaN for no class of [0, L)."""
     inside = (k < L)[None, :]
     if SOFT:
         t = tl.zeros([samples.shape[0], k.shape[0]], tl.float32)
@@ -135,11 +139,12 @@ def target_rows(targets, target_table, samples, ok, k, L: tl.constexpr, SOFT: tl
             share = tl.load(targets + samples * L + y, mask=ok, other=0.0)
             t += share[:, None] * tl.load(target_table + y * L + k[None, :], mask=inside, other=0.0)
         return t
-    y = tl.load(targets + samples, mask=ok, other=0)
-    known = (y >= 0) & (y < L)
-    row = tl.where(known, y, 0)
-    t = tl.load(target_table + row[:, None] * L + k[None, :], mask=inside & ok[:, None], other=0.0)
-    return tl.where(known[:, None], t, float("nan"))
+    else:
+        y = tl.load(targets + samples, mask=ok, other=0)
+        known = (y >= 0) & (y < L)
+        row = tl.where(known, y, 0)
+        t = tl.load(target_table + row[:, None] * L + k[None, :], mask=inside & ok[:, None], other=0.0)
+        return tl.where(known[:, None], t, float("nan"))
 
 
 @triton.jit
@@ -171,8 +176,10 @@ def cross_entropy_gradient(
 
 
 @triton.jit
-def store_losses(loss, classification, consistency, logits, bias, targets, target_table, z, z_twin, cons, i, N, lam,
-                 k, L: tl.constexpr, SOFT: tl.constexpr, BOTH_VIEWS: tl.constexpr):  # fmt: skip
+def store_losses(
+    loss, classification, consistency, logits, bias, targets, target_table, z, z_twin, cons, i, N, lam, k,
+    L: tl.constexpr, SOFT: tl.constexpr, BOTH_VIEWS: tl.constexpr,
+):  # fmt: skip
     """What follows the pooling, for pair i: the logits of both views and the losses of the pair (Eq. 1, 5, 6)."""
     tl.store(consistency + i, cons)
     if targets is not None:
@@ -245,8 +252,10 @@ def head_forward_kernel(
     cons = tl.sum(tl.sum(consistency_term(v[None, :], s, P), 0), 0) * (1.0 / (L * HW))
     z = tl.sum(acc, 0) * (1.0 / HW)
     z_twin = tl.sum(acc_twin, 0) * (1.0 / HW)
-    store_losses(loss, classification, consistency, logits, bias, targets, target_table, z, z_twin, cons, i, N, lam, k,
-                 L, SOFT, BOTH_VIEWS)  # fmt: skip
+    store_losses(
+        loss, classification, consistency, logits, bias, targets, target_table, z, z_twin, cons, i, N, lam, k, L, SOFT,
+        BOTH_VIEWS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -325,8 +334,10 @@ def head_finish_kernel(
             for tile in range(ROW_TILES):
                 p += tl.load(pooled_tiles + (row * ROW_TILES + tile) * C + c, mask=c < C, other=0.0)
             tl.store(pooled + row * C + c, p, mask=c < C)
-    store_losses(loss, classification, consistency, logits, bias, targets, target_table, z * (1.0 / HW),
-                 z_twin * (1.0 / HW), tl.sum(cons, 0) * (1.0 / (L * HW)), i, N, lam, k, L, SOFT, BOTH_VIEWS)  # fmt: skip
+    store_losses(
+        loss, classification, consistency, logits, bias, targets, target_table, z * (1.0 / HW), z_twin * (1.0 / HW),
+        tl.sum(cons, 0) * (1.0 / (L * HW)), i, N, lam, k, L, SOFT, BOTH_VIEWS,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -387,7 +398,8 @@ def upstream(g, samples, stride, ok):
     """An upstream gradient of samples; 0 where there is none."""
     if g is None:
         return tl.zeros([samples.shape[0]], tl.float32)
-    return tl.load(g + samples * stride, mask=ok, other=0.0)
+    else:
+        return tl.load(g + samples * stride, mask=ok, other=0.0)
 
 
 @triton.jit
@@ -421,9 +433,9 @@ def residual_upstream(d_loss, d_consistency, samples, ok, lam, share, d_loss_str
 
 @triton.jit
 def weight_gradient(
-    d_loss, d_classification, d_consistency, d_logits, targets, target_table, logits, pooled, cam_grad, d_weight, d_bias,
-    pid, N, d_loss_stride, d_classification_stride, d_consistency_stride, lam, share, C: tl.constexpr, L: tl.constexpr,
-    BOTH_VIEWS: tl.constexpr, SOFT: tl.constexpr, B_C: tl.constexpr, B_L: tl.constexpr, B_ALL: tl.constexpr,
+    d_loss, d_classification, d_consistency, d_logits, targets, target_table, logits, pooled, cam_grad, d_weight,
+    d_bias, pid, N, d_loss_stride, d_classification_stride, d_consistency_stride, lam, share, C: tl.constexpr,
+    L: tl.constexpr, BOTH_VIEWS: tl.constexpr, SOFT: tl.constexpr, B_C: tl.constexpr, B_L: tl.constexpr, B_ALL: tl.constexpr,
     B_BATCH: tl.constexpr,
 ):  # fmt: skip
     """dW = dz^T P + dz~^T P~ + sum_i g_S,i K_i and db = sum dz + dz~, of one block of channels and classes.

@@ -4,7 +4,7 @@ Launches of one call:
 
     forward     1, under "mean" 1 more that sums the N per-sample losses in one order: a counter by which the last
                 program finds itself needs memory that is zeroed, which is a launch too, or that is kept per device,
-                stream and graph. Maps beyond one tile (triton_tiles) take 1 more: one program a tile cannot finish a pair.
+                stream and graph. Maps beyond one tile (triton_tiles): 1 more, as no program sees a whole pair.
                 The CAM's weight not detached: 1 more, which reads the features again when S is known.
     backward    1. The programs for weight and bias are the first of the launch; they need only S, z and P.
     maps        forward 1; backward 1 for the features and 2 for the weight, partial sums and their sum.
@@ -94,7 +94,7 @@ def _soft(targets: Tensor | None) -> bool:
 
 def _check_labels(targets: Tensor | None, classes: int) -> None:
     """Raises IndexError for a label outside [0, L) on a CPU; on a GPU the kernels give that sample NaN."""
-    if targets is None or targets.is_cuda or targets.dim() == 2:
+    if targets is None or targets.device.type != "cpu" or targets.dim() == 2:
         return
     wrong = targets[(targets < 0) | (targets >= classes)]
     if wrong.numel():
