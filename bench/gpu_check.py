@@ -60,7 +60,7 @@ def steps(out: Path, device: str) -> list[Step]:
         Step(
             "doctor", 0.15,
             lambda limit: [PYTHON, "-m", "rebalfer_kernels", "doctor", "--json", str(out / "doctor.json"), "--seconds",
-                           f"{0.9 * limit:.0f}"],
+                           f"{max(0.9 * limit - 10, 1):.0f}"],
             "doctor.txt",
         ),
         Step(
