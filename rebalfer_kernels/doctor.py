@@ -179,9 +179,10 @@ def check(backend: str, device: str, name: str, dtype: torch.dtype, layout: str,
         for size in sizes:
             x = inputs(size, dtype, layout, device)
             asks = (x.features, x.weight) if op != "cross_entropy" else (x.logits, x.logits)
-            verdict = dispatch.BACKENDS[backend](dispatch.request(op, *asks))
-            if not verdict.ok:
-                return {**row, "state": "not served", "note": verdict.reason}
+            try:
+                dispatch.choose(dispatch.request(op, *asks), backend)
+            except RuntimeError as refusal:
+                return {**row, "state": "not served", "note": str(refusal).partition("serve this call: ")[2]}
             for seen, new in zip(worst, errors(name, x, backend), strict=True):
                 seen.update({k: max(e, seen.get(k, 0.0)) for k, e in new.items()})
         wrong = {k: e for seen, limit in zip(worst, LIMITS[dtype], strict=True) for k, e in seen.items() if e > limit}
@@ -408,7 +409,7 @@ def clear_cache() -> tuple[int, int]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything as JSON")
-    parser.add_argument("--backend", choices=list(reversed(dispatch.BACKENDS)), help="check this one, in this process")
+    parser.add_argument("--backend", choices=list(dispatch.BACKENDS), help="check this one, in this process")
     parser.add_argument("--seconds", type=float, default=LIMIT_S, help="limit of the whole; what is left is unchecked")
     parser.add_argument("--clear-cache", action="store_true", help="remove the native build's files, check nothing")
 
@@ -419,25 +420,28 @@ def main(options: argparse.Namespace) -> int:
         count, size = clear_cache()
         print(f"removed {count} files, {size / 2**20:.1f} MiB, from {_home(native.cache_directory())}")
         return 0
-    if options.backend:
-        names, reports = [options.backend], [examine(options.backend, options.seconds)]
-    else:
-        names, end = list(reversed(dispatch.BACKENDS)), time.monotonic() + options.seconds
-        reports = [examine_apart(name, end, len(names) - i) for i, name in enumerate(names)]
     files = cache_files()
-    result = {
+    result: dict[str, Any] = {
         "environment": environment(),
         "cache": {
             "directory": _home(native.cache_directory()),
             "files": len(files),
             "bytes": sum(p.stat().st_size for p in files),
         },
-        "backends": reports,
-        "right": all(healthy(r) for r in reports),
+        "backends": [],
+        "right": False,
     }
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    print(render(result))
+    print(_heading(result), flush=True)
+    names, end = [options.backend] if options.backend else list(dispatch.BACKENDS), time.monotonic() + options.seconds
+    for left, name in zip(range(len(names), 0, -1), names, strict=True):
+        report = examine(name, options.seconds) if options.backend else examine_apart(name, end, left)
+        print(_section(report), flush=True)
+        # What was found is there to be read even if this process is ended before it is through.
+        result["backends"].append(report)
+        result["right"] = left == 1 and all(map(healthy, result["backends"]))
+        if options.json:
+            options.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    print(_verdict(result))
     return 0 if result["right"] else 1
 
 
@@ -464,8 +468,7 @@ def healthy(report: dict) -> bool:
     return not ("crash" in report or report.get("unchecked") or wrong)
 
 
-def render(result: dict) -> str:
-    """The report as plain text."""
+def _heading(result: dict) -> str:
     lines = []
     for key, value in result["environment"].items():
         if key == "settings":
@@ -476,16 +479,22 @@ def render(result: dict) -> str:
             lines.append(f"{key:<17} {value}")
     cache = result["cache"]
     lines.append(f"{'cache':<17} {cache['directory']}: {cache['files']} files, {cache['bytes'] / 2**20:.1f} MiB")
-    for report in result["backends"]:
-        lines += ["", f"{report['backend']}: {report['reason']}{_load(report)}"]
-        lines += [f"  | {line}" for line in report.get("crash", "").splitlines()[-15:]]
-        lines += _table(report)
+    return "\n".join(lines)
+
+
+def _section(report: dict) -> str:
+    lines = ["", f"{report['backend']}: {report['reason']}{_load(report)}"]
+    lines += [f"  | {line}" for line in report.get("crash", "").splitlines()[-15:]]
+    return "\n".join(lines + _table(report))
+
+
+def _verdict(result: dict) -> str:
     rows = [row for report in result["backends"] for row in report.get("rows", ())]
     counted = {s: sum(row["state"] == s for row in rows) for s in ("right", "wrong", "failed")}
     counted["unchecked"] = sum(report.get("unchecked", 0) for report in result["backends"])
     counted["crashed"] = sum("crash" in report for report in result["backends"])
     summary = ", ".join(f"{n} {state}" for state, n in counted.items() if n or state == "right")
-    return "\n".join([*lines, "", f"{'all is well' if result['right'] else 'NOT WELL'}: {summary}"])
+    return f"\n{'all is well' if result['right'] else 'NOT WELL'}: {summary}"
 
 
 def _load(report: dict) -> str:

@@ -103,13 +103,16 @@ def test_what_a_backend_does_not_serve_is_not_wrong(monkeypatch, capsys):
             return dispatch.Verdict(False, "float64 is not served")
         return dispatch.Verdict(True, "available")
 
+    dispatch._choose_cached.cache_clear()
     monkeypatch.setitem(dispatch.BACKENDS, "reference", picky)
     assert main(["doctor", "--backend", "reference"]) == 0
+    dispatch._choose_cached.cache_clear()
     assert "9 combinations not served: float64 is not served" in capsys.readouterr().out
 
 
 def test_a_backend_that_dies_or_hangs_does_not_stop_the_others(monkeypatch, tmp_path, capsys):
     good = {"backend": "cpu", "reason": "available", "load_s": 0.0, "built": [], "rows": [], "copy_gb_per_s": {}}
+    file = tmp_path / "report.json"
     script = tmp_path / "python"  # called as: python -m rebalfer_kernels doctor --backend NAME --json FILE …
     script.write_text(
         '#!/bin/sh\ncase "$5" in\nreference) echo about to die; kill -SEGV $$;;\ntriton) sleep 100 & sleep 100;;\n'
@@ -118,12 +121,15 @@ def test_a_backend_that_dies_or_hangs_does_not_stop_the_others(monkeypatch, tmp_
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
     start = time.monotonic()
-    assert main(["doctor", "--seconds", "3"]) == 1
+    assert main(["doctor", "--seconds", "3", "--json", str(file)]) == 1
     assert time.monotonic() - start < 20
     out = capsys.readouterr().out
     assert "reference: died of SIGSEGV\n  | about to die" in out
     assert "triton: stopped after" in out
     assert "2 crashed" in out and "cpu: available" in out
+    reports = json.loads(file.read_text())["backends"]
+    assert [r["backend"] for r in reports] == ["cpu", "triton", "cpu", "reference"]  # "cuda" got the good one's answer
+    assert not json.loads(file.read_text())["right"]
 
 
 def test_what_there_was_no_time_for_is_not_called_right(capsys):
@@ -171,5 +177,5 @@ def test_the_environment_survives_a_broken_installation(monkeypatch):
     found = doctor.environment()
     assert found["compiler"] is None and found["gpus"] is None
     assert found["settings"]["CXX"] == "/nonexistent/g++"
-    result = {"environment": found, "cache": {"directory": "~", "files": 0, "bytes": 0}, "backends": [], "right": True}
-    assert "gpus              none" in doctor.render(result)
+    result = {"environment": found, "cache": {"directory": "~", "files": 0, "bytes": 0}, "backends": []}
+    assert "gpus              none" in doctor._heading(result)
