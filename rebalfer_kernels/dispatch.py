@@ -33,6 +33,7 @@ class Request(NamedTuple):
     width: int
     classes: int
     functorch: bool  #: called under torch.func (vmap, grad, jvp, ...)
+    forced: bool = False  #: asked for by name
 
 
 class Verdict(NamedTuple):
@@ -65,8 +66,6 @@ def _reference(r: Request | None) -> Verdict:
 def _cpu(r: Request | None) -> Verdict:
     if r is not None and r.device != "cpu":
         return Verdict(False, f"serves CPU tensors, got {r.device}")
-    if r is not None and r.functorch:
-        return Verdict(False, "the fused backends do not serve torch.func transforms (vmap, grad, ...)")
     return Verdict(*native.load("cpu"))
 
 
@@ -74,8 +73,38 @@ def _triton(r: Request | None) -> Verdict:
     return Verdict(False, "the Triton kernels are not part of this version")
 
 
+#: What csrc/cuda/kernels.cuh serves: classes and H W positions of a map.
+CUDA_MAX_CLASSES, CUDA_MAX_POSITIONS = 16, 64
+#: Layout of the maps (strided ones are copied to nchw) -> whether CUDA comes before Triton where both serve, and why.
+#: C, H W, L, dtype and architecture make no difference yet.
+_CUDA_FIRST = {
+    "cross_entropy": (True, "one launch each way"),
+    "nchw": (True, "a row of 7 x 7 is no whole number of vectors: CUDA copies slabs of channels, Triton elements"),
+    "channels_last": (False, "both read 16 bytes at a time, and Triton fits its tiles to the shape"),
+}
+_NOT_MEASURED = "by design, not yet measured"
+
+
 def _cuda(r: Request | None) -> Verdict:
-    return Verdict(False, "the CUDA kernels are not part of this version")
+    if r is None:
+        return Verdict(*native.load("cuda"))
+    if r.device != "cuda":
+        return Verdict(False, f"serves CUDA tensors, got {r.device}")
+    if r.dtype == torch.float64:
+        return Verdict(False, "serves no float64")
+    if r.op != "cross_entropy" and r.classes > CUDA_MAX_CLASSES:
+        return Verdict(False, f"serves at most {CUDA_MAX_CLASSES} classes, got {r.classes}")
+    if r.op != "cross_entropy" and r.height * r.width > CUDA_MAX_POSITIONS:
+        return Verdict(False, f"serves maps of at most {CUDA_MAX_POSITIONS} positions, got {r.height} x {r.width}")
+    capability = torch.cuda.get_device_capability(r.device_index)
+    if capability < (8, 0):
+        return Verdict(False, f"needs compute capability 8.0, got {capability[0]}.{capability[1]}")
+    kind = r.op if r.op == "cross_entropy" else r.layout if r.layout == "channels_last" else "nchw"
+    first, why = _CUDA_FIRST[kind]
+    if not r.forced and not first and _triton(r).ok:
+        return Verdict(False, f"Triton comes first: {why} ({_NOT_MEASURED})")
+    there, reason = native.load("cuda")
+    return Verdict(there, f"{why} ({_NOT_MEASURED})" if there and first else reason)
 
 
 #: In order of preference. Each answers for a request, or, given None, whether it is there at all.
@@ -116,7 +145,7 @@ def _choose_cached(r: Request, backend: str | None, default: str | None) -> tupl
         source = "backend" if backend is not None else "REBALFER_BACKEND"
         if forced not in BACKENDS:
             return None, f"{source}: got {forced!r}, expected one of {', '.join(map(repr, reversed(BACKENDS)))}"
-        verdict = BACKENDS[forced](r)
+        verdict = _answer(forced, r._replace(forced=True))
         return forced, None if verdict.ok else f"{source}: {forced!r} cannot serve this call: {verdict.reason}"
     for name, passed_over in verdicts(r).items():
         if passed_over.ok:
@@ -125,11 +154,17 @@ def _choose_cached(r: Request, backend: str | None, default: str | None) -> tupl
     raise AssertionError("the reference serves everything")
 
 
+def _answer(name: str, r: Request) -> Verdict:
+    if r.functorch and name != "reference":
+        return Verdict(False, "the fused backends do not serve torch.func transforms (vmap, grad, ...)")
+    return BACKENDS[name](r)
+
+
 def verdicts(r: Request) -> dict[str, Verdict]:
     """Each backend's answer to a request, in order of preference, up to the first that serves."""
     answers = {}
-    for name, predicate in BACKENDS.items():
-        answers[name] = predicate(r)
+    for name in BACKENDS:
+        answers[name] = _answer(name, r)
         if answers[name].ok:
             break
     return answers
