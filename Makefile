@@ -2,7 +2,7 @@
 # make test            environment in .venv, then lint, types and tests
 # make test PYTHON=…   the same in an environment you have: adds what is missing, never another torch
 VENV := .venv
-PACKAGES := torch torchvision timm numpy ninja matplotlib tqdm tensorboard pytest pytest-benchmark hypothesis ruff mypy
+PACKAGES := torch torchvision timm numpy ninja matplotlib tqdm tensorboard pytest pytest-benchmark hypothesis ruff mypy setuptools
 
 ifdef PYTHON
 RUN := $(PYTHON)

@@ -38,8 +38,8 @@ def class_activation_maps(features: Tensor, weight: Tensor, *, backend: str | No
         return reference.class_activation_maps(features, weight)
     features = _native_layout(features, request)
     return ops.ClassActivationMapsFunction.apply(
-        features, ops.anchor(features), weight.contiguous(), name, request.layout == "channels_last"
-    )
+        features, weight.contiguous(), name, request.layout == "channels_last"
+    )[0]
 
 
 def attention_consistency(
@@ -227,7 +227,6 @@ def _head(
     bias_gradient = bias is not None and bias.requires_grad
     return ops.HeadLossFunction.apply(
         features,
-        ops.anchor(features),
         weight.contiguous(),
         None if bias is None else bias.contiguous(),
         None if targets is None else _targets(targets, dtype),

@@ -136,19 +136,13 @@ for _backend in FUSED_BACKENDS:
         torch.library.register_fake(f"rebalfer_kernels::{_name}_{_backend}", _FAKES[_name], lib=_library)
         OPERATORS[_backend][_name] = getattr(torch.ops.rebalfer_kernels, f"{_name}_{_backend}").default
 
+# The instruction set that the CPU kernels run on: the widest of the CPU's, or the one REBALFER_CPU_ISA names.
+_library.define("cpu_isa() -> str")
+
 
 def register(backend: str, name: str, implementation: Any, dispatch_key: str) -> None:
     """Give operator ``name`` of ``backend`` an implementation written in Python."""
     _library.impl(f"{name}_{backend}", implementation, dispatch_key)
-
-
-def anchor(tensor: Tensor) -> Tensor | None:
-    """An empty tensor (0, ...) that hangs in the autograd graph where ``tensor`` does and keeps no memory alive.
-
-    The backward saves it in place of the features, which it does not read, so that second-order gradients that
-    would have to flow through the features are found, and refused, by :class:`_FirstOrderOnly`.
-    """
-    return torch.slice_copy(tensor, 0, 0, 0) if tensor.requires_grad and torch.is_grad_enabled() else None
 
 
 class _FirstOrderOnly(torch.autograd.Function):
@@ -167,6 +161,8 @@ class _FirstOrderOnly(torch.autograd.Function):
         )
 
 
+# An output among the sources stands for the features, which the backward does not hold: the path to them that a second
+# differentiation takes leads through the node that made the output.
 def _first_order(name: str, grads: tuple[Tensor | None, ...], sources: tuple[Tensor | None, ...]):
     """The gradients, made to refuse a second differentiation if this backward is itself recorded (create_graph)."""
     return _FirstOrderOnly.apply(name, len(grads), *grads, *sources) if torch.is_grad_enabled() else grads
@@ -181,7 +177,7 @@ class HeadLossFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, features, features_anchor, weight, bias, targets, target_table, map_weights, backend, consistency_weight,
+        ctx, features, weight, bias, targets, target_table, map_weights, backend, consistency_weight,
         p, twin_map, both_views, detach, mean, with_maps, channels_last, save_residual, save_pooled,
     ):  # fmt: skip
         outputs = OPERATORS[backend]["head_forward"](
@@ -191,9 +187,7 @@ class HeadLossFunction(torch.autograd.Function):
         _, _, _, logits, maps, residual, pooled, cam_grad = outputs
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(maps, residual, pooled, cam_grad)
-        ctx.save_for_backward(
-            features_anchor, weight, bias, targets, target_table, map_weights, logits, residual, pooled, cam_grad
-        )
+        ctx.save_for_backward(weight, bias, targets, target_table, map_weights, logits, residual, pooled, cam_grad)
         ctx.backend = backend
         ctx.dtype = features.dtype
         ctx.options = (consistency_weight, p, twin_map, both_views, mean)
@@ -202,44 +196,41 @@ class HeadLossFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_loss, d_classification, d_consistency, d_logits, *_):
-        (
-            features_anchor, weight, bias, targets, target_table, map_weights, logits, residual, pooled, cam_grad,
-        ) = ctx.saved_tensors  # fmt: skip
+        weight, bias, targets, target_table, map_weights, logits, residual, pooled, cam_grad = ctx.saved_tensors
         if d_logits is not None:
             d_logits = d_logits.contiguous()
         upstream = (d_loss, d_classification, d_consistency, d_logits)
-        need = (ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3])
+        need = ctx.needs_input_grad[:3]
         d_features, d_weight, d_bias = OPERATORS[ctx.backend]["head_backward"](
             *upstream, weight, targets, target_table, map_weights, logits, residual, pooled, cam_grad, *ctx.options,
             ctx.dtype, ctx.channels_last, *need,
         )  # fmt: skip
         grads = (d_features if need[0] else None, d_weight if need[1] else None, d_bias if need[2] else None)
-        d_features, d_weight, d_bias = _first_order(
-            "rebalanced_head_loss", grads, (features_anchor, weight, bias, *upstream)
-        )
-        return d_features, None, d_weight, d_bias, *(None,) * 14
+        d_features, d_weight, d_bias = _first_order("rebalanced_head_loss", grads, (logits, weight, bias, *upstream))
+        return d_features, d_weight, d_bias, *(None,) * 14
 
 
 class ClassActivationMapsFunction(torch.autograd.Function):
     """``cam_forward`` and ``cam_backward`` of one backend; saves the features only when the weight needs a gradient."""
 
     @staticmethod
-    def forward(ctx, features, features_anchor, weight, backend, channels_last):
+    def forward(ctx, features, weight, backend, channels_last):
         ctx.backend, ctx.channels_last, ctx.dtype = backend, channels_last, features.dtype
+        anchor = weight.new_empty(0)
         # The features are read again for the weight's gradient alone.
-        ctx.save_for_backward(features if weight.requires_grad else features_anchor, weight)
-        return OPERATORS[backend]["cam_forward"](features, weight)
+        ctx.save_for_backward(features if weight.requires_grad else None, weight, anchor)
+        return OPERATORS[backend]["cam_forward"](features, weight), anchor
 
     @staticmethod
-    def backward(ctx, d_maps):
-        features, weight = ctx.saved_tensors
-        need = (ctx.needs_input_grad[0], ctx.needs_input_grad[2])
+    def backward(ctx, d_maps, _):
+        features, weight, anchor = ctx.saved_tensors
+        need = ctx.needs_input_grad[:2]
         d_features, d_weight = OPERATORS[ctx.backend]["cam_backward"](
             d_maps.contiguous(), weight if features is None else features, weight, ctx.dtype, ctx.channels_last, *need
         )
         grads = (d_features if need[0] else None, d_weight if need[1] else None)
-        d_features, d_weight = _first_order("class_activation_maps", grads, (features, weight, d_maps))
-        return d_features, None, d_weight, None, None
+        d_features, d_weight = _first_order("class_activation_maps", grads, (anchor, weight, d_maps))
+        return d_features, d_weight, None, None
 
 
 class CrossEntropyFunction(torch.autograd.Function):

@@ -5,6 +5,8 @@ Index loops and explicit permutations on purpose; slow and small.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -97,3 +99,58 @@ def assert_close(got: Tensor, truth: Tensor, tolerance: float, name: str = "") -
     assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
     error = relative_error(got, truth)
     assert error <= tolerance, f"{name}: relative L2 error {error:.3g} > {tolerance:.3g}"
+
+
+class Errors(NamedTuple):
+    """How far a vector is from the truth; 0 where it is right, NaN where it holds one."""
+
+    l2: float  #: ||e|| / ||t|| of the error e and the truth t
+    angle: float  #: sine of the angle between them: 0 for a vector that is merely too long
+    factor: float  #: <e, t> / <t, t>, signed: 0.01 for a vector that is 1 % too long, where rounding averages out
+    offset: float  #: mean(e) / rms(t), signed: what all elements are too large by
+    worst: float  #: max |e| / max |t|: one wrong element among many
+
+
+def errors(got: Tensor, truth: Tensor) -> Errors:
+    t = truth.double().flatten()
+    e = got.double().flatten() - t
+    if not t.any():  # all errors are absolute then
+        t = torch.ones_like(t)
+    factor = (e @ t / (t @ t)).item()
+    across = (e - factor * t).norm() / (t + e).norm()
+    return Errors(
+        (e.norm() / t.norm()).item(),
+        across.item(),
+        factor,
+        (e.mean() / t.square().mean().sqrt()).item(),
+        (e.abs().max() / t.abs().max()).item(),
+    )
+
+
+def assert_error_rule(got: Tensor, eager: Tensor, truth: Tensor, name: str = "", ulps: float = 4) -> None:
+    """error(got) <= 2 error(eager) + a few ulp, in each of :class:`Errors`.
+
+    A few ulp of what ``got`` is stored as; where the signed errors of n elements average out, of what it is computed
+    in (float32, float64 for float64), and of what it is stored as by the square root of n.
+    """
+    assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
+    if not truth.numel():
+        return
+    stored = torch.finfo(got.dtype).eps
+    computed = torch.finfo(torch.float64 if got.dtype == torch.float64 else torch.float32).eps
+    averaged = computed + stored / truth.numel() ** 0.5
+    slack = Errors(stored, stored, averaged, averaged, stored)
+    ours, theirs = errors(got, truth), errors(eager, truth)
+    for what, mine, other, ulp in zip(Errors._fields, ours, theirs, slack, strict=True):
+        bound = 2 * abs(other) + ulps * ulp
+        assert abs(mine) <= bound, f"{name}: {what} error {mine:.3g} > {bound:.3g} (eager {other:.3g})"
+
+
+def settled(residual: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, H W) where the sign of S is beyond doubt for every class, from the true residual (N, L, H W).
+
+    For p = 1 the gradient jumps where S changes its sign. Within a band of 4 ulp of ``dtype`` (of the residual's rms)
+    around 0, rounding may choose the other side; nothing can be said there about an element of the gradient.
+    """
+    band = 4 * torch.finfo(dtype).eps * residual.square().mean().sqrt()
+    return (residual.abs() > band).all(1)

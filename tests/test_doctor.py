@@ -1,0 +1,175 @@
+"""The doctor finds a wrong factor in any output or gradient, outlives a dying backend, clears only its own files."""
+
+import json
+import sys
+import time
+
+import pytest
+import torch
+
+import rebalfer_kernels as rk
+from rebalfer_kernels import bounded, dispatch, doctor, ops
+from rebalfer_kernels.__main__ import main
+
+CPU = pytest.mark.skipif(rk.backends()["cpu"] != "available", reason=rk.backends()["cpu"])
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    def once(run, device):
+        run()
+        return 0.01
+
+    monkeypatch.setattr(doctor, "PAPER", doctor.SMALL)
+    monkeypatch.setattr(doctor, "_median_seconds", once)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=CPU)])
+def test_a_right_backend_is_well(backend, tmp_path, capsys):
+    file = tmp_path / "report.json"
+    assert main(["doctor", "--backend", backend, "--json", str(file)]) == 0
+    result = json.loads(file.read_text())
+    (report,) = result["backends"]
+    rows = [r for r in report["rows"] if r["device"] == "cpu"]
+    assert {(r["op"], r["dtype"], r["layout"]) for r in rows if r["state"] == "right"} == {
+        (op, dtype, layout)
+        for op, (kind, *_) in doctor.OPERATIONS.items()
+        for dtype in ("float32", "bfloat16", "float16", "float64")
+        for layout in (("rows",) if kind == "cross_entropy" else ("nchw", "channels_last"))
+    }
+    for row in rows:
+        assert row["outputs"] <= row["limits"][0]
+        assert 0 <= row["gradients"] <= row["limits"][1]
+        assert row["ms"] > 0
+        assert row["share_of_copy"] == pytest.approx(row["gb_per_s"] / report["copy_gb_per_s"]["cpu"])
+    assert result["environment"]["torch"] == torch.__version__
+    out = capsys.readouterr().out
+    assert f"torch             {torch.__version__}" in out
+    assert f"all is well: {len(report['rows'])} right" in out
+
+
+#: (operator, its output, what the doctor calls it); the two heads share the first three.
+FAULTS = (
+    ("head_forward", 0, "loss"),
+    ("head_forward", 4, "maps"),
+    ("head_backward", 1, "d_weight"),
+    ("cam_backward", 0, "d_features"),
+)
+
+
+@CPU
+def test_a_factor_of_one_percent_is_wrong(monkeypatch, tmp_path):
+    def scaled(operator, wrong):
+        def call(*arguments):
+            return tuple(x * 1.01 if i in wrong else x for i, x in enumerate(operator(*arguments)))
+
+        return call
+
+    for name in {operator for operator, *_ in FAULTS}:
+        right = ops.OPERATORS["cpu"][name]
+        wrong = {output for operator, output, _ in FAULTS if operator == name}
+        monkeypatch.setitem(ops.OPERATORS["cpu"], name, scaled(right, wrong))
+    file = tmp_path / "report.json"
+    assert main(["doctor", "--backend", "cpu", "--json", str(file)]) == 1
+    rows = json.loads(file.read_text())["backends"][0]["rows"]
+    found = {(r["op"], *sorted(r["note"].split(", "))) for r in rows if r["state"] == "wrong"}
+    heads = {
+        (op, "d_weight 1.0e-02", "loss 1.0e-02", "maps 1.0e-02") for op in ("head", "head, per sample, not detached")
+    }
+    assert found == heads | {("maps", "d_features 1.0e-02")}
+
+
+@CPU
+def test_an_output_that_is_not_a_number_and_one_that_raises(monkeypatch, tmp_path):
+    def nothing(*_):
+        raise RuntimeError("launch failed\nmore")
+
+    forward = ops.OPERATORS["cpu"]["cam_forward"]
+    monkeypatch.setitem(ops.OPERATORS["cpu"], "cam_forward", lambda *a: forward(*a) * float("nan"))
+    monkeypatch.setitem(ops.OPERATORS["cpu"], "cross_entropy_forward", nothing)
+    file = tmp_path / "report.json"
+    assert main(["doctor", "--backend", "cpu", "--json", str(file)]) == 1
+    rows = json.loads(file.read_text())["backends"][0]["rows"]
+    states = {(r["op"], r["state"], r["outputs"], r["note"].split(",")[0]) for r in rows if r["state"] != "right"}
+    assert states == {
+        ("maps", "wrong", None, "maps inf"),
+        ("cross-entropy", "failed", None, "RuntimeError: launch failed"),
+    }
+
+
+def test_what_a_backend_does_not_serve_is_not_wrong(monkeypatch, capsys):
+    def picky(request):
+        if request is not None and request.dtype == torch.float64:
+            return dispatch.Verdict(False, "float64 is not served")
+        return dispatch.Verdict(True, "available")
+
+    monkeypatch.setitem(dispatch.BACKENDS, "reference", picky)
+    assert main(["doctor", "--backend", "reference"]) == 0
+    assert "9 combinations not served: float64 is not served" in capsys.readouterr().out
+
+
+def test_a_backend_that_dies_or_hangs_does_not_stop_the_others(monkeypatch, tmp_path, capsys):
+    good = {"backend": "cpu", "reason": "available", "load_s": 0.0, "built": [], "rows": [], "copy_gb_per_s": {}}
+    script = tmp_path / "python"  # called as: python -m rebalfer_kernels doctor --backend NAME --json FILE …
+    script.write_text(
+        '#!/bin/sh\ncase "$5" in\nreference) echo about to die; kill -SEGV $$;;\ntriton) sleep 100 & sleep 100;;\n'
+        f"""*) echo '{json.dumps({"backends": [good]})}' > "$7";;\nesac\n"""
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    start = time.monotonic()
+    assert main(["doctor", "--seconds", "3"]) == 1
+    assert time.monotonic() - start < 20
+    out = capsys.readouterr().out
+    assert "reference: died of SIGSEGV\n  | about to die" in out
+    assert "triton: stopped after" in out
+    assert "2 crashed" in out and "cpu: available" in out
+
+
+def test_what_there_was_no_time_for_is_not_called_right(capsys):
+    assert main(["doctor", "--backend", "reference", "--seconds", "0"]) == 1
+    assert "36 combinations left unchecked" in capsys.readouterr().out
+
+
+def test_the_limit_kills_grandchildren_too_and_keeps_the_output():
+    start = time.monotonic()
+    outcome = bounded.run(["sh", "-c", "echo begun; sleep 60 & sleep 60"], 0.5)
+    assert time.monotonic() - start < 10
+    assert (outcome.status, outcome.output) == (None, "begun\n")
+    assert outcome.failure.startswith("stopped after")
+    assert bounded.run(["sh", "-c", "exit 3"], 10).failure == "exit status 3"
+    assert bounded.run(["sh", "-c", 'test "$A" = b'], 10, environment={"A": "b"}).failure is None
+
+
+def test_clear_cache_removes_the_builds_files_and_no_others(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("REBALFER_CACHE_DIR", str(tmp_path))
+    ours = ["rebalfer_cpu_0123456789abcdef0123.so", "lock", "build-abc/build.ninja", "build-abc/ops.o"]
+    others = ["rebalfer_notes.txt", "results.so", "build-mine/keep.txt", "sub/rebalfer_cpu_0123456789abcdef0123.so"]
+    for name in ours + others:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("1234")
+    assert main(["doctor", "--clear-cache"]) == 0
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == sorted(others)
+    assert not (tmp_path / "build-abc").exists()
+    assert capsys.readouterr().out.startswith("removed 4 files, 0.0 MiB")
+
+
+def test_clear_cache_of_nothing(monkeypatch, tmp_path):
+    monkeypatch.setenv("REBALFER_CACHE_DIR", str(tmp_path / "none"))
+    assert main(["doctor", "--clear-cache"]) == 0
+
+
+@CPU
+def test_build_prints_the_library(capsys):
+    assert main(["build"]) == 0
+    assert capsys.readouterr().out.strip().endswith(".so")
+
+
+def test_the_environment_survives_a_broken_installation(monkeypatch):
+    monkeypatch.setenv("CXX", "/nonexistent/g++")
+    monkeypatch.setattr(doctor, "_gpus", lambda: 1 / 0)
+    found = doctor.environment()
+    assert found["compiler"] is None and found["gpus"] is None
+    assert found["settings"]["CXX"] == "/nonexistent/g++"
+    result = {"environment": found, "cache": {"directory": "~", "files": 0, "bytes": 0}, "backends": [], "right": True}
+    assert "gpus              none" in doctor.render(result)

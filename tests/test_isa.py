@@ -1,0 +1,57 @@
+"""The CPU kernels on each instruction set that this CPU has, chosen by REBALFER_CPU_ISA and no other."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import rebalfer_kernels as rk
+
+ROOT = Path(__file__).parents[1]
+HERE = {"DEFAULT": ["baseline"], "AVX2": ["baseline", "avx2"], "AVX512": ["baseline", "avx2", "avx512"]}.get(
+    torch.backends.cpu.get_cpu_capability(), ["baseline"]
+)
+pytestmark = pytest.mark.skipif(rk.backends()["cpu"] != "available", reason=rk.backends()["cpu"])
+
+# Values and gradients of every option, dtype, layout and odd shape against the float64 truth.
+SUITE = """
+import sys, pytest, torch, rebalfer_kernels as rk
+assert rk.backends()["cpu"] == "available"
+assert torch.ops.rebalfer_kernels.cpu_isa() == sys.argv[1], torch.ops.rebalfer_kernels.cpu_isa()
+sys.exit(pytest.main(["tests/test_head.py", "-p", "no:cacheprovider", "-k", "cpu and (options or shapes or square)"]))
+"""
+CALL = "import torch, rebalfer_kernels as rk; rk.class_activation_maps(torch.ones(1, 2, 1, 1), torch.ones(2, 2))"
+
+
+def run(isa, *arguments):
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=os.environ | {"REBALFER_CPU_ISA": isa}, capture_output=True,
+        text=True, timeout=600,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_agreement_on(isa):
+    if isa not in HERE:
+        pytest.skip(f"this CPU has {', '.join(HERE)} alone")
+    if isa == torch.ops.rebalfer_kernels.cpu_isa():
+        pytest.skip("the whole suite runs on it here")
+    result = run(isa, "-c", SUITE, isa)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    (passed,) = re.findall(r"(\d+) passed", result.stdout)
+    assert int(passed) > 100
+
+
+def test_without_a_wish_the_widest_is_chosen():
+    assert torch.ops.rebalfer_kernels.cpu_isa() == (os.environ.get("REBALFER_CPU_ISA") or HERE[-1])
+
+
+@pytest.mark.parametrize("isa", [i for i in ("avx512", "avx2") if i not in HERE] + ["avx1024"])
+def test_an_instruction_set_that_is_not_there_is_refused(isa):
+    result = run(isa, "-c", CALL)
+    assert result.returncode == 1
+    assert f"REBALFER_CPU_ISA: got '{isa}', expected one of this CPU's: " in result.stderr

@@ -1,0 +1,144 @@
+"""Every operator as PyTorch checks operators, and every public function compiled: one registry of each."""
+
+import inspect
+
+import pytest
+import torch
+from backends import BACKENDS, FUSED
+from test_head import case
+
+import rebalfer_kernels as rk
+from rebalfer_kernels import ops
+from rebalfer_kernels.transforms import twin_map
+
+
+def head_forward(dtype, layout, *, soft=False, mean=True, cam_grad=False, alone=False):
+    features, weight, bias, targets, table, v = case(2, 20, 5, 3, 4, dtype, layout, soft=soft)
+    compute = rk.reference.compute_dtype(dtype)
+    classified = (None, None, None) if alone else (bias, targets.to(compute) if soft else targets, table.to(compute))
+    return (
+        features, weight, *classified, v.to(compute), 2.0, 1 if cam_grad else 2, twin_map("hflip", 5, 3), not soft,
+        mean, cam_grad, True, not alone, cam_grad,
+    )  # fmt: skip
+
+
+def head_backward(dtype, layout, *, soft=False, mean=True, cam_grad=False, alone=False):
+    arguments = head_forward(dtype, layout, soft=soft, mean=mean, cam_grad=cam_grad, alone=alone)
+    weight, targets, table, v, lam, p, twin, both, mean = (arguments[i] for i in (1, 3, 4, 5, 6, 7, 8, 9, 10))
+    outputs = ops.OPERATORS["cpu"]["head_forward"](*arguments)
+    loss, classification, consistency, logits, _, residual, pooled, k = outputs
+    upstream = (None, None, torch.rand_like(consistency), None) if alone else tuple(
+        torch.rand_like(x) for x in (loss, classification, consistency, logits)
+    )  # fmt: skip
+    return (
+        *upstream, weight, targets, table, v, logits, residual, pooled, k, lam, p, twin, both, mean, dtype,
+        layout == "channels_last", True, not alone, not alone and not soft,
+    )  # fmt: skip
+
+
+def cam_forward(dtype, layout, **_):
+    return case(2, 20, 5, 3, 4, dtype, layout)[:2]
+
+
+def cam_backward(dtype, layout, *, cam_grad=False, soft=False, **_):
+    features, weight = cam_forward(dtype, layout)
+    d_maps = torch.rand(4, 4, 5, 3, dtype=rk.reference.compute_dtype(dtype))
+    return d_maps, features, weight, dtype, layout == "channels_last", not soft, cam_grad
+
+
+def cross_entropy_forward(dtype, layout, *, soft=False, mean=True, **_):
+    _, weight, _, targets, table, _ = case(4, 4, 1, 1, 4, dtype, soft=soft)
+    compute = rk.reference.compute_dtype(dtype)
+    return weight, targets.to(compute) if soft else targets, table.to(compute), mean
+
+
+def cross_entropy_backward(dtype, layout, *, soft=False, mean=True, **_):
+    logits, targets, table, mean = cross_entropy_forward(dtype, layout, soft=soft, mean=mean)
+    d_loss = torch.rand(() if mean else (len(logits),), dtype=rk.reference.compute_dtype(dtype))
+    return d_loss, logits, targets, table, mean
+
+
+#: operator -> its arguments, on detached tensors
+SAMPLES = {
+    "head_forward": head_forward,
+    "head_backward": head_backward,
+    "cam_forward": cam_forward,
+    "cam_backward": cam_backward,
+    "cross_entropy_forward": cross_entropy_forward,
+    "cross_entropy_backward": cross_entropy_backward,
+}
+VARIANTS = [{}, {"soft": True, "mean": False}, {"cam_grad": True, "mean": False}, {"alone": True}]
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("name", SAMPLES)
+def test_opcheck(backend, name, variant):
+    """Schema (nothing mutated or aliased), fakes (shapes, dtypes and strides of every output), dynamic shapes."""
+    for dtype in backend.dtypes[:2]:
+        for layout in ("nchw", "channels_last"):
+            arguments = SAMPLES[name](dtype, layout, **variant)
+            moved = tuple(x.to(backend.device) if isinstance(x, torch.Tensor) else x for x in arguments)
+            torch.library.opcheck(ops.OPERATORS[backend.name][name], moved)
+
+
+def test_every_operator_has_a_sample():
+    assert all(set(operators) == set(SAMPLES) for operators in ops.OPERATORS.values())
+
+
+def _class_activation_maps(backend, f, w, b, y, table, v):
+    return rk.class_activation_maps(f, w, backend=backend)
+
+
+def _attention_consistency(backend, f, w, b, y, table, v):
+    return rk.attention_consistency(f, w, v, detach_cam_weight=False, backend=backend)
+
+
+def _rebalanced_cross_entropy(backend, f, w, b, y, table, v):
+    logits = torch.nn.functional.linear(f.mean((2, 3)), w, b)
+    return rk.rebalanced_cross_entropy(logits, torch.cat([y, y]), table, backend=backend)
+
+
+def _rebalanced_head_loss(backend, f, w, b, y, table, v):
+    return rk.rebalanced_head_loss(f, w, b, y, target_table=table, map_weights=v, backend=backend).loss
+
+
+MODULES = {name: rk.RebalancedHead(6, 3, [9, 5, 2], backend=name) for name in rk.backends()}
+
+
+def _rebalanced_head(backend, f, w, b, y, table, v):
+    return torch.func.functional_call(MODULES[backend].to(f.device), {"weight": w, "bias": b}, (f, y)).loss
+
+
+#: public name -> one call of it, to be compiled
+CALLS = {
+    "RebalancedHead": _rebalanced_head,
+    "class_activation_maps": _class_activation_maps,
+    "attention_consistency": _attention_consistency,
+    "rebalanced_cross_entropy": _rebalanced_cross_entropy,
+    "rebalanced_head_loss": _rebalanced_head_loss,
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CALLS)
+def test_compiles_fullgraph_and_the_batch_recompiles_once_at_most(backend, name):
+    torch._dynamo.reset()
+    compiled = torch.compile(CALLS[name], fullgraph=True, backend="aot_eager")
+    for n in (2, 3, 5, 8, 13):
+        features, weight, bias, targets, table, v = case(n, 6, 3, 3, 3, torch.float32, seed=n, device=backend.device)
+        results = []
+        with torch._dynamo.config.patch(error_on_recompile=n > 3):
+            for call in (compiled, CALLS[name]):
+                f, w = features.clone().requires_grad_(), weight.clone().requires_grad_()
+                out = call(backend.name, f, w, bias, targets, table, v)
+                grads = torch.autograd.grad(out, (f, w), torch.ones_like(out), allow_unused=True)
+                results.append((out, *grads))
+        for got, expected in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+def test_everything_public_that_takes_a_backend_is_compiled():
+    public = {name: getattr(rk, name) for name in rk.__all__ if callable(getattr(rk, name))}
+    served = {name for name, f in public.items() if "backend" in inspect.signature(f).parameters}
+    assert served == {*CALLS, "explain"}
