@@ -14,17 +14,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m rebalfer_kernels", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     doctor.add_arguments(commands.add_parser("doctor", help=doctor.SUMMARY, description=doctor.SUMMARY))
-    commands.add_parser("build", help="compile the native kernels into the cache, if they are not there")
+    native.add_arguments(commands.add_parser("build", help=native.SUMMARY, description=native.SUMMARY))
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if options.command == "doctor":
-        return doctor.main(options)
-    try:
-        print(native.build())
-    except native.BuildError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return doctor.main(options) if options.command == "doctor" else native.main(options)
 
 
 if __name__ == "__main__":

@@ -102,8 +102,38 @@ def _load_triton(interpreted: bool) -> Verdict:
     return Verdict(True, "available")
 
 
+#: What csrc/cuda/kernels.cuh serves: classes and H W positions of a map.
+CUDA_MAX_CLASSES, CUDA_MAX_POSITIONS = 16, 64
+#: Layout of the maps (strided ones are copied to nchw) -> whether CUDA comes before Triton where both serve, and why.
+#: C, H W, L, dtype and architecture make no difference yet.
+_CUDA_FIRST = {
+    "cross_entropy": (True, "one launch each way"),
+    "nchw": (True, "a row of 7 x 7 is no whole number of vectors: CUDA copies slabs of channels, Triton elements"),
+    "channels_last": (False, "both read 16 bytes at a time, and Triton fits its tiles to the shape"),
+}
+_NOT_MEASURED = "by design, not yet measured"
+
+
 def _cuda(r: Request | None) -> Verdict:
-    return Verdict(False, "the CUDA kernels are not part of this version")
+    if r is None:
+        return Verdict(*native.load("cuda"))
+    if r.device != "cuda":
+        return Verdict(False, f"serves CUDA tensors, got {r.device}")
+    if r.dtype == torch.float64:
+        return Verdict(False, "serves no float64")
+    if r.op != "cross_entropy" and r.classes > CUDA_MAX_CLASSES:
+        return Verdict(False, f"serves at most {CUDA_MAX_CLASSES} classes, got {r.classes}")
+    if r.op != "cross_entropy" and r.height * r.width > CUDA_MAX_POSITIONS:
+        return Verdict(False, f"serves maps of at most {CUDA_MAX_POSITIONS} positions, got {r.height} x {r.width}")
+    capability = torch.cuda.get_device_capability(r.device_index)
+    if capability < (8, 0):
+        return Verdict(False, f"needs compute capability 8.0, got {capability[0]}.{capability[1]}")
+    kind = r.op if r.op == "cross_entropy" else r.layout if r.layout == "channels_last" else "nchw"
+    first, why = _CUDA_FIRST[kind]
+    if not r.forced and not first and _triton(r).ok:
+        return Verdict(False, f"Triton comes first: {why} ({_NOT_MEASURED})")
+    there, reason = native.load("cuda")
+    return Verdict(there, f"{why} ({_NOT_MEASURED})" if there and first else reason)
 
 
 #: In order of preference. Each answers for a request, or, given None, whether it is there at all.

@@ -266,10 +266,12 @@ class Explanation(NamedTuple):
     copies: tuple[str, ...]  #: arguments that are copied first
     bytes_moved: int | None  #: forward and backward, copies and saved tensors included; None for the reference
     bytes_floor: int  #: features read once, their gradient written once
+    because: str = ""  #: why it is preferred, where that is a matter of choice
 
     def __str__(self) -> str:
         moved = "not counted (PyTorch's own operators)" if self.bytes_moved is None else f"{self.bytes_moved:,}"
         lines = [f"backend      {self.backend}"]
+        lines += [f"because      {self.because}"] if self.because else []
         lines += [f"passed over  {name}: {reason}" for name, reason in self.passed_over.items()]
         lines += [f"copies       {copy}" for copy in self.copies] or ["copies       none"]
         lines += [f"bytes moved  {moved}", f"bytes floor  {self.bytes_floor:,}"]
@@ -324,7 +326,9 @@ def explain(
     request = dispatch.request("head", features, weight)
     name = dispatch.choose(request, backend)
     forced = backend is not None
-    passed_over = {} if forced else {b: v.reason for b, v in dispatch.verdicts(request).items() if b != name}
+    verdicts = {} if forced else dispatch.verdicts(request)
+    passed_over = {b: v.reason for b, v in verdicts.items() if b != name}
+    because = verdicts[name].reason if name in verdicts and verdicts[name].reason != "available" else ""
 
     dtype = compute_dtype(features.dtype)
     copies = []
@@ -350,4 +354,5 @@ def explain(
         saved += n * classes * channels
     maps = features.shape[0] * classes * request.height * request.width * return_maps
     moved = (2 + return_maps) * pair_bytes + (2 * saved + maps) * dtype.itemsize + copied_bytes
-    return Explanation(name, passed_over, tuple(copies), None if name == "reference" else moved, 2 * pair_bytes)
+    moved_bytes = None if name == "reference" else moved
+    return Explanation(name, passed_over, tuple(copies), moved_bytes, 2 * pair_bytes, because)

@@ -1,12 +1,14 @@
-"""Building csrc with ninja and loading it, ahead (``python -m rebalfer_kernels.native``) or on first use.
+"""Building csrc with ninja and loading it, ahead (``python -m rebalfer_kernels build``) or on first use.
 
-Built against PyTorch's stable ABI for torch 2.11 and later. The library lies in a cache, under a name made of a hash
-of the sources, torch's version, the compiler and the flags, so that nothing stale is ever loaded; processes that
-build at the same moment take turns at a lock, and the finished file appears by an atomic rename.
+Two libraries, ``cpu`` and ``cuda``, by one recipe, against PyTorch's stable ABI for torch 2.11 and later. A library
+lies in a cache, under a name made of a hash of the sources, torch's version, the compiler and the flags, so that
+nothing stale is ever loaded; processes that build at the same moment take turns at a lock, and the finished file
+appears by an atomic rename.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import fcntl
 import functools
@@ -18,8 +20,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -29,8 +32,12 @@ _HERE = Path(__file__).resolve().parent
 #: In a wheel the sources lie in the package, in a checkout beside it.
 SOURCES = next((p for p in (_HERE / "csrc", _HERE.parent / "csrc") if (p / "head_math.h").exists()), None)
 
-_FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -Wno-ignored-attributes -Wno-psabi"
-_DEFINES = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+SUMMARY = "compile native kernels into the cache, unless they are there"
+#: What a CUDA library made ahead of time is compiled for; on first use it is the present GPUs' architectures alone.
+#: "+ptx" is code that later GPUs translate when it is loaded.
+AHEAD = ("80", "90a", "100a", "90+ptx")
+
+_STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 #: Instruction set -> flags; one source, compiled for each, chosen where it runs.
 _ISAS = (
     {
@@ -51,14 +58,14 @@ def cache_directory() -> Path:
 
 @functools.cache
 def load(part: str) -> tuple[bool, str]:
-    """Whether the native part ("cpu") is there, built and loaded if need be, and "available" or the reason why not."""
-    if part != "cpu":
-        return False, f"the native {part} kernels are not part of this version"
+    """Whether "cpu" or "cuda" is there, built and loaded if need be, and "available" or the reason why not."""
     try:
-        library = build()
-        torch.ops.load_library(str(library))
+        if part == "cuda" and not torch.cuda.is_available():
+            return False, "no CUDA GPU" if torch.version.cuda else "this torch is built without CUDA"
+        torch.ops.load_library(str(build(part)))
     except (BuildError, OSError) as error:
-        logger.warning("the %s backend is absent: %s", part, error)
+        level = logging.INFO if isinstance(error, ToolMissing) and part == "cuda" else logging.WARNING
+        logger.log(level, "the %s backend is absent: %s", part, error)
         return False, str(error).splitlines()[0]
     return True, "available"
 
@@ -67,40 +74,133 @@ class BuildError(RuntimeError):
     """The build could not run or failed; the message says why, and how to repeat it."""
 
 
-def build() -> Path:
+class ToolMissing(BuildError):
+    """There is nothing to build with."""
+
+
+class Recipe(NamedTuple):
+    """One library: ``$csrc`` and ``$torch`` stand for directories, so that a recipe is the same wherever they lie."""
+
+    part: str
+    compiler: str
+    flags: str
+    objects: dict[str, tuple[str, str]]  #: object -> its source and flags of its own
+    libraries: str
+    repeat: str  #: the arguments of the command that builds it
+
+    def key(self) -> str:
+        """Hash of everything the library is made of."""
+        version = subprocess.run([self.compiler, "--version"], capture_output=True, text=True).stdout
+        digest = hashlib.sha256(repr((torch.__version__, version, self, sys.platform)).encode())
+        assert SOURCES is not None
+        for file in sorted([*SOURCES.glob("*.h"), *(SOURCES / self.part).glob("*.*")]):
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+        return digest.hexdigest()[:20]
+
+    def ninja(self) -> str:
+        """The recipe as a build.ninja that makes ``library.so``."""
+        lines = [
+            f"csrc = {SOURCES}",
+            f"torch = {Path(torch.__file__).parent}",
+            f"rule compile\n  command = {self.compiler} {self.flags} $own -c $in -o $out",
+            f"rule link\n  command = {self.compiler} -shared $in -L$torch/lib {self.libraries} -o $out",
+        ]
+        for name, (source, own) in self.objects.items():
+            lines.append(f"build {name}: compile $csrc/{self.part}/{source}\n  own = {own}")
+        lines.append(f"build library.so: link {' '.join(self.objects)}")
+        return "\n".join(lines) + "\n"
+
+
+def _cpu_recipe() -> Recipe:
+    compiler = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("c++")
+    if compiler is None:
+        raise ToolMissing(f"no C++ compiler found (CXX={os.environ.get('CXX', '')!r}, g++, c++)")
+    flags = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -Wno-ignored-attributes -Wno-psabi"
+    objects = {"ops.o": ("ops.cpp", f"{_STABLE_ABI} -I$torch/include")}
+    for isa, own in _ISAS.items():
+        objects[f"{isa}.o"] = ("kernels.cpp", f"{own} -DREBALFER_ISA=kernels_{isa}")
+    return Recipe("cpu", compiler, flags, objects, "-ltorch_cpu -lc10", "cpu")
+
+
+def _cuda_recipe(architectures: Sequence[str]) -> Recipe:
+    home = os.environ.get("CUDA_HOME")
+    places = [f"{home}/bin/nvcc"] if home else []
+    compiler = next(filter(None, map(shutil.which, [*places, "nvcc", "/usr/local/cuda/bin/nvcc"])), None)
+    if compiler is None:
+        raise ToolMissing(f"no nvcc found (CUDA_HOME={home or ''!r}, PATH, /usr/local/cuda)")
+    code = []
+    for architecture in architectures:
+        virtual, _, ptx = architecture.partition("+")
+        code.append(f"-gencode=arch=compute_{virtual},code={'compute' if ptx else 'sm'}_{virtual}")
+    host = f"-ccbin {os.environ['CXX']} " if os.environ.get("CXX") else ""
+    flags = (
+        f"{host}-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wno-psabi -Xfatbin -compress-all "
+        f"{' '.join(code)} -DUSE_CUDA {_STABLE_ABI} -I$torch/include -I$csrc"
+    )
+    assert SOURCES is not None
+    # nvcc compiles a .cu for each architecture and leaves a .cpp (torch's headers, 10 s a time) to the C++ compiler.
+    sources = sorted(p for p in (SOURCES / "cuda").iterdir() if p.suffix in (".cu", ".cpp"))
+    objects = {f"{p.stem}.o": (p.name, "") for p in sources}
+    if not objects:
+        raise BuildError("the CUDA kernels are not part of this version")
+    repeat = "cuda" if tuple(architectures) == AHEAD else f"cuda --arch {' '.join(architectures)}"
+    return Recipe("cuda", compiler, flags, objects, f"{' '.join(code)} -ltorch_cuda -ltorch_cpu -lc10", repeat)
+
+
+def _present_architectures() -> tuple[str, ...]:
+    """Of the visible GPUs; 9.0 and 10.0 have instructions that only their own "a" target knows."""
+    capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    names = {(9, 0): "90a", (10, 0): "100a"}
+    if not any(c >= (8, 0) for c in capabilities):
+        raise BuildError("no GPU of compute capability 8.0 or later")
+    return tuple(names.get(c, f"{c[0]}{c[1]}") for c in sorted(capabilities) if c >= (8, 0))
+
+
+def build(part: str = "cpu", architectures: Sequence[str] | None = None) -> Path:
     """Path of the built library, from the cache or built now.
 
+    For "cuda", ``architectures`` such as "90a" or "90+ptx"; None for a library made ahead of time, if it is in the
+    cache, else for the present GPUs.
+
     Raises:
-        BuildError: no compiler, no ninja, or the compiler's message.
+        BuildError: the sources are missing, or the compiler's message. ToolMissing: no compiler, no ninja.
     """
     if SOURCES is None:
         raise BuildError("the C++ sources (csrc) are missing")
-    compiler = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("c++")
-    if compiler is None:
-        raise BuildError(f"no C++ compiler found (CXX={os.environ.get('CXX', '')!r}, g++, c++)")
     directory = cache_directory()
-    library = directory / f"rebalfer_cpu_{_key(compiler)}.so"
+    if part == "cpu":
+        recipe = _cpu_recipe()
+    elif architectures is not None:
+        recipe = _cuda_recipe(architectures)
+    else:
+        recipe = _cuda_recipe(AHEAD)
+        if not _library(directory, recipe).exists():
+            recipe = _cuda_recipe(_present_architectures())
+    library = _library(directory, recipe)
     if library.exists():
         return library
     ninja = shutil.which("ninja") or _ninja_of_this_environment()
     if ninja is None:
-        raise BuildError("ninja is not installed (python -m pip install ninja)")
+        raise ToolMissing("ninja is not installed (python -m pip install ninja)")
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     with _lock(directory / "lock"):
         if library.exists():  # another process built it while this one waited
             return library
-        logger.info("building the CPU kernels into %s", directory)
+        logger.info("building the %s kernels into %s", part.upper(), directory)
         with tempfile.TemporaryDirectory(dir=directory, prefix="build-") as work:
-            (Path(work) / "build.ninja").write_text(_recipe(compiler))
+            (Path(work) / "build.ninja").write_text(recipe.ninja())
             run = subprocess.run([ninja, "-C", work], capture_output=True, text=True)
             if run.returncode:
                 raise BuildError(
-                    "building the CPU kernels failed; repeat it with `python -m rebalfer_kernels.native`\n"
-                    + run.stdout[-4000:]
-                    + run.stderr[-2000:]
+                    f"building the {part.upper()} kernels failed; repeat it with "
+                    f"`python -m rebalfer_kernels build {recipe.repeat}`\n" + run.stdout[-4000:] + run.stderr[-2000:]
                 )
-            os.replace(Path(work) / "rebalfer_cpu.so", library)
+            os.replace(Path(work) / "library.so", library)
     return library
+
+
+def _library(directory: Path, recipe: Recipe) -> Path:
+    return directory / f"rebalfer_{recipe.part}_{recipe.key()}.so"
 
 
 def _ninja_of_this_environment() -> str | None:
@@ -111,43 +211,6 @@ def _ninja_of_this_environment() -> str | None:
     return str(Path(ninja.BIN_DIR) / "ninja")
 
 
-def _files() -> list[Path]:
-    assert SOURCES is not None
-    return sorted([*SOURCES.glob("*.h"), *(SOURCES / "cpu").glob("*")])
-
-
-def _key(compiler: str) -> str:
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    digest = hashlib.sha256(
-        repr((torch.__version__, version, _FLAGS, _DEFINES, sorted(_ISAS.items()), sys.platform)).encode()
-    )
-    for file in _files():
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()[:20]
-
-
-def _recipe(compiler: str) -> str:
-    root = Path(torch.__file__).parent
-    source = SOURCES
-    include = f"-I{root / 'include'} -I{root / 'include/torch/csrc/api/include'}"
-    lines = [
-        f"cxx = {compiler}",
-        f"flags = {_FLAGS} {_DEFINES}",
-        "rule compile\n  command = $cxx $flags $extra -c $in -o $out",
-        f"rule link\n  command = $cxx -shared $in -L{root / 'lib'} -ltorch_cpu -lc10 -o $out",
-    ]
-    objects = []
-    for isa in ("avx512", "avx2", "baseline"):
-        if isa not in _ISAS:
-            continue
-        objects.append(f"{isa}.o")
-        lines.append(f"build {isa}.o: compile {source}/cpu/kernels.cpp")
-        lines.append(f"  extra = {_ISAS[isa]} -DREBALFER_ISA=kernels_{isa}")
-    lines.append(f"build ops.o: compile {source}/cpu/ops.cpp\n  extra = {include}")
-    lines.append(f"build rebalfer_cpu.so: link ops.o {' '.join(objects)}")
-    return "\n".join(lines) + "\n"
-
-
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
     with open(path, "w") as file:
@@ -155,6 +218,20 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    print(build())
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of the command ``build``."""
+    parser.add_argument("part", nargs="?", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    parser.add_argument(
+        "--arch", nargs="+", default=AHEAD, metavar="ARCH",
+        help=f"of cuda: architectures such as 90a, or 90+ptx for later GPUs (default: {' '.join(AHEAD)})",
+    )  # fmt: skip
+
+
+def main(options: argparse.Namespace) -> int:
+    """Builds what was asked for and prints where it lies; returns the exit status."""
+    try:
+        print(build(options.part, tuple(options.arch)))
+    except BuildError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,5 +1,6 @@
 """The native build: two processes at once, no compiler, a failing compiler, and nothing compiled by an import."""
 
+import logging
 import os
 import shutil
 import subprocess
@@ -7,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from rebalfer_kernels import native, ops
 
 ROOT = Path(__file__).parents[1]
 LOSS = """
@@ -27,12 +31,13 @@ def start(cache, *arguments, **environment):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no compiler to build with")
 def test_two_builds_at_the_same_moment_on_an_empty_cache(tmp_path):
-    runs = [start(tmp_path, "-m", "rebalfer_kernels.native") for _ in range(2)]
+    runs = [start(tmp_path, "-m", "rebalfer_kernels", "build") for _ in range(2)]
     results = [run.communicate(timeout=300) for run in runs]
     assert [run.returncode for run in runs] == [0, 0], results
     (library,) = tmp_path.glob("*.so")
     assert [out.strip() for out, _ in results] == [str(library)] * 2
-    assert sum("building" in errors for _, errors in results) == 1  # the other waited and found it
+    # One built, the other waited and found it; nothing else was said.
+    assert sorted(errors.strip() for _, errors in results) == ["", f"building the CPU kernels into {tmp_path}"]
     out, errors = start(tmp_path, "-c", LOSS).communicate(timeout=100)
     assert out.strip() == "available", errors
 
@@ -57,3 +62,69 @@ def test_an_import_compiles_nothing(tmp_path):
     out, errors = start(tmp_path, "-c", "import rebalfer_kernels; print('imported')").communicate(timeout=100)
     assert out.strip() == "imported", errors
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def nvcc(tmp_path):
+    """A CUDA_HOME whose nvcc fails."""
+    compiler = tmp_path / "home/bin/nvcc"
+    compiler.parent.mkdir(parents=True)
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] || { echo "no space on moon" >&2; exit 1; }\n')
+    compiler.chmod(0o755)
+    return compiler.parents[1]
+
+
+def test_a_failing_nvcc_shows_its_message_and_the_command_to_repeat_it(tmp_path, nvcc):
+    arguments = ("-m", "rebalfer_kernels", "build", "cuda", "--arch", "90a", "90+ptx")
+    run = start(tmp_path / "cache", *arguments, CUDA_HOME=str(nvcc))
+    out, errors = run.communicate(timeout=100)
+    assert run.returncode == 1 and out == ""
+    assert (
+        "building the CUDA kernels failed; repeat it with `python -m rebalfer_kernels build cuda --arch 90a" in errors
+    )
+    assert "no space on moon" in errors
+    assert "-gencode=arch=compute_90a,code=sm_90a -gencode=arch=compute_90,code=compute_90" in errors
+    assert not list((tmp_path / "cache").glob("*.so"))
+
+
+def test_without_a_gpu_or_without_nvcc_there_is_a_reason_and_no_warning(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    expected = "no CUDA GPU" if torch.version.cuda else "this torch is built without CUDA"
+    assert native.load.__wrapped__("cuda") == (False, expected)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    with caplog.at_level(logging.WARNING):
+        there, reason = native.load.__wrapped__("cuda")
+    assert not there and reason.startswith("no nvcc found (CUDA_HOME=")
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    "capabilities, expected",
+    [([(9, 0)], ("90a",)), ([(10, 0), (8, 6), (7, 5), (8, 6)], ("86", "100a")), ([(12, 0)], ("120",))],
+)
+def test_on_first_use_the_present_gpus_are_built_for(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
+    assert native._present_architectures() == expected
+
+
+def cuda_cannot_be_built():
+    try:
+        native._cuda_recipe(native.AHEAD)
+    except native.BuildError as error:
+        return str(error)
+    return None if torch.version.cuda else "this torch is built without CUDA"
+
+
+@pytest.mark.skipif(cuda_cannot_be_built() is not None, reason=str(cuda_cannot_be_built()))
+def test_the_cuda_library_loads_without_a_gpu_and_serves_every_operator():
+    library = native.build("cuda", native.AHEAD)
+    served = f"""
+import torch, rebalfer_kernels
+torch.ops.load_library({str(library)!r})
+print(*(op for op in {list(ops._SCHEMAS)!r}
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"rebalfer_kernels::{{op}}_cuda", "CUDA")))
+"""
+    out, errors = start(native.cache_directory(), "-c", served).communicate(timeout=100)
+    assert out.split() == list(ops._SCHEMAS), errors

@@ -5,7 +5,7 @@
 // backward for the head; class_activation_maps is one launch forward, and two backward where the weight needs a gradient.
 #pragma once
 
-#include "intrinsics.cuh"
+#include <cuda_runtime_api.h>
 
 #include "../head_math.h"
 
@@ -107,6 +107,9 @@ void launch_forward(Storage storage, const ForwardParams& p, cudaStream_t stream
 void launch_backward(Storage storage, const BackwardParams& p, cudaStream_t stream);
 void launch_cross_entropy_forward(Storage storage, const CrossEntropyParams& p, cudaStream_t stream);
 void launch_cross_entropy_backward(Storage storage, const CrossEntropyParams& p, cudaStream_t stream);
+
+// A ticket, zero now, for a launch on this stream of the current device, or null where there are no more (tickets.cu).
+unsigned* take_ticket(int device, cudaStream_t stream);
 
 // Of one dtype, each in a file of its own so that they compile side by side.
 template <typename T>

@@ -2,6 +2,7 @@
 // float32, and sums over lanes.
 #pragma once
 
+#include "intrinsics.cuh"
 #include "kernels.cuh"
 
 namespace rebalfer::gpu {

@@ -1,0 +1,49 @@
+// The counters by which the last block of a launch knows itself.
+//
+// A ticket is zero before and after each launch, so launches that run one after the other may share one. Launches that
+// can run at the same time may not: each stream has a ticket, and each launch captured into a graph, which may be
+// replayed on any stream, one for good. They lie in the module's own memory, which is there, zeroed, on every device
+// without an allocation that a capture would forbid.
+#include <map>
+#include <mutex>
+
+#include "intrinsics.cuh"
+#include "kernels.cuh"
+
+namespace rebalfer::gpu {
+namespace {
+
+constexpr unsigned kTickets = 4096;
+__device__ unsigned tickets[kTickets];
+
+struct Taken {
+  unsigned count = 0;
+  std::map<cudaStream_t, unsigned> of_stream;
+};
+
+}  // namespace
+
+unsigned* take_ticket(int device, cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream, &status), "stream capture status");
+  const bool captured = status != cudaStreamCaptureStatusNone;
+
+  static std::mutex mutex;
+  static std::map<int, Taken> devices;
+  const std::lock_guard lock(mutex);
+  Taken& taken = devices[device];
+  const auto known = taken.of_stream.find(stream);
+  unsigned slot = taken.count;
+  if (!captured && known != taken.of_stream.end()) {
+    slot = known->second;
+  } else {
+    if (taken.count == kTickets) return nullptr;
+    if (!captured) taken.of_stream[stream] = slot;
+    ++taken.count;
+  }
+  void* base = nullptr;
+  check(cudaGetSymbolAddress(&base, tickets), "tickets");
+  return static_cast<unsigned*>(base) + slot;
+}
+
+}  // namespace rebalfer::gpu

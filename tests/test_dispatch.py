@@ -1,0 +1,67 @@
+"""What the CUDA backend answers to requests of GPU tensors, on a machine that need not have a GPU."""
+
+import re
+
+import pytest
+import torch
+
+from rebalfer_kernels import dispatch, native
+
+NCHW = dispatch.Request("head", "cuda", 0, torch.bfloat16, torch.float32, "nchw", 512, 7, 7, 7, False)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A pretended GPU whose kernels load; gpu["capability"] and gpu["triton"] can be changed."""
+    answers = {"capability": (9, 0), "triton": dispatch.Verdict(True, "available")}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: answers["capability"])
+    monkeypatch.setattr(native, "load", lambda part: (True, "available"))
+    monkeypatch.setattr(dispatch, "_triton", lambda r: answers["triton"])
+    monkeypatch.setitem(dispatch.BACKENDS, "triton", lambda r: answers["triton"])
+    return answers
+
+
+def chosen(request, backend=None):
+    name, error = dispatch._choose_cached.__wrapped__(request, backend, None)
+    return error or name
+
+
+@pytest.mark.parametrize("layout, first", [("nchw", "cuda"), ("strided", "cuda"), ("channels_last", "triton")])
+def test_cuda_or_triton(gpu, layout, first):
+    request = NCHW._replace(layout=layout)
+    assert chosen(request) == first
+    assert "not yet measured" in dispatch.verdicts(request)["cuda"].reason
+    assert chosen(request, "cuda") == "cuda"
+    gpu["triton"] = dispatch.Verdict(False, "not installed")
+    assert chosen(request) == "cuda"
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"device": "cpu"}, "serves CUDA tensors, got cpu"),
+        ({"dtype": torch.float64}, "serves no float64"),
+        ({"classes": 17}, "serves at most 16 classes, got 17"),
+        ({"height": 13, "width": 5}, "serves maps of at most 64 positions, got 13 x 5"),
+        ({"functorch": True}, "the fused backends do not serve torch.func transforms"),
+    ],
+)
+def test_reasons(gpu, change, reason):
+    assert reason in chosen(NCHW._replace(**change), "cuda")
+    assert chosen(NCHW._replace(**change)) != "cuda"
+
+
+def test_bounds_are_served_and_a_cross_entropy_has_none(gpu):
+    assert chosen(NCHW._replace(classes=16, height=8, width=8)) == "cuda"
+    assert chosen(NCHW._replace(op="cross_entropy", layout="nchw", classes=1000)) == "cuda"
+
+
+def test_old_gpus_are_refused(gpu):
+    gpu["capability"] = (7, 5)
+    assert "needs compute capability 8.0, got 7.5" in chosen(NCHW, "cuda")
+
+
+def test_the_bounds_are_those_of_the_kernels():
+    text = (native.SOURCES / "cuda/kernels.cuh").read_text()
+    bounds = re.search(r"kMaxClasses = (\d+), kMaxPositions = (\d+);", text)
+    assert (dispatch.CUDA_MAX_CLASSES, dispatch.CUDA_MAX_POSITIONS) == tuple(map(int, bounds.groups()))
