@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rebalfer_kernels import native, ops
-
 import rebalfer_kernels as rk
+from rebalfer_kernels import native, ops
 
 ROOT = Path(__file__).parents[1]
 LOSS = """
