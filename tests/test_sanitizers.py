@@ -1,7 +1,5 @@
 """The CPU kernels under AddressSanitizer and UBSan, without torch: sanitize/driver.cpp for each instruction set."""
 
-import os
-import shutil
 import subprocess
 
 import pytest
@@ -9,7 +7,6 @@ from test_isa import HERE, ROOT
 
 from rebalfer_kernels import native
 
-COMPILER = os.environ.get("CXX") or "g++"
 SANITIZE = "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"  # -O3 would compile for minutes
 ISAS = [isa for isa in native._ISAS if isa in HERE]
 
@@ -17,17 +14,20 @@ ISAS = [isa for isa in native._ISAS if isa in HERE]
 @pytest.fixture(scope="module")
 def builds(tmp_path_factory):
     """All of them at once, as if by the library's own recipe but for the flags of SANITIZE."""
+    try:
+        recipe = native._cpu_recipe()
+    except native.ToolMissing as error:
+        pytest.skip(str(error))
     work = tmp_path_factory.mktemp("sanitize")
     empty = work / "empty.cpp"
     empty.write_text("int main() {}\n")
-    if shutil.which(COMPILER) is None:
-        pytest.skip(f"there is no {COMPILER}")
-    if subprocess.run([COMPILER, *SANITIZE.split(), empty, "-o", work / "empty"], capture_output=True).returncode:
-        pytest.skip(f"{COMPILER} cannot build with {SANITIZE}")
+    trial = [recipe.compiler, *SANITIZE.split(), empty, "-o", work / "empty"]
+    if subprocess.run(trial, capture_output=True).returncode:
+        pytest.skip(f"{recipe.compiler} cannot build with {SANITIZE}")
     running = {}
     for isa in ISAS:
-        flags = f"{native._FLAGS} {native._ISAS[isa]} -DREBALFER_ISA=kernels_{isa} {SANITIZE}".split()
-        command = [COMPILER, *flags, "-I", ROOT / "csrc", ROOT / "tests/sanitize/driver.cpp", "-o", work / isa]
+        flags = f"{recipe.flags} {recipe.objects[f'{isa}.o'][1]} {SANITIZE}".split()
+        command = [recipe.compiler, *flags, "-I", ROOT / "csrc", ROOT / "tests/sanitize/driver.cpp", "-o", work / isa]
         running[isa] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     yield {isa: (process, work / isa) for isa, process in running.items()}
     for process in running.values():

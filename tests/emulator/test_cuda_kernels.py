@@ -104,7 +104,11 @@ def backward(
     need=(True, True, True), sm80=False, order="forward",
 ):  # fmt: skip
     n, c, classes = case.n, case.c, case.classes
-    out = (case.feature_output(2 * n), nans(classes, c, dtype=case.weight.dtype), nans(classes, dtype=case.weight.dtype))
+    out = (
+        case.feature_output(2 * n),
+        nans(classes, c, dtype=case.weight.dtype),
+        nans(classes, dtype=case.weight.dtype),
+    )
     of_class = lambda x: x if classified else None  # noqa: E731
     labels = case.labels if case.soft is None else None
     strided = [x for u in ups[:3] for x in (u, 0 if u is None or u.dim() == 0 else u.stride(0))]
