@@ -118,12 +118,10 @@ def perform(step: Step, limit: float, out: Path) -> dict:
     # From a bare checkout, and what is printed before a step is stopped must be in its log.
     environment = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **step.environment}
     try:
-        outcome = bounded.run(command, limit, environment=environment, directory=ROOT)
+        log = out / step.log if step.log else None
+        outcome = bounded.run(command, limit, environment=environment, directory=ROOT, log=log)
     except OSError as error:  # the program is not there after all
         outcome = bounded.Outcome(127, str(error), 0.0)
-    if step.log:
-        with (out / step.log).open("a") as file:
-            file.write(f"$ {step.name}, {outcome.failure or 'passed'}\n{outcome.output[-200_000:]}\n")
     meaning = step.statuses.get(outcome.status) if outcome.status else None
     state = "passed" if outcome.failure is None else "stopped" if outcome.status is None else "failed"
     return {
