@@ -10,6 +10,7 @@ import gc
 import itertools
 import json
 import math
+import os
 import statistics
 import tempfile
 import time
@@ -104,7 +105,12 @@ class CudaClock:
         return graph.replay
 
     def launches(self, run: Callable[[], object]) -> list[str]:
-        """Names of the kernels, copies and fills that one ``run`` puts on the device."""
+        """Names of the kernels, copies and fills that one ``run`` puts on the device.
+
+        The profiler stays attached to the process: later calls may take the host a little longer.
+        """
+        # As PyTorch's profiler sets for its own CUDA graphs: CUPTI crashes when it comes back beside one.
+        os.environ.update(DISABLE_CUPTI_LAZY_REINIT="1", TEARDOWN_CUPTI="0")
         self.wait()
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as profile:
@@ -113,7 +119,10 @@ class CudaClock:
         with tempfile.TemporaryDirectory() as directory:
             trace = Path(directory, "trace.json")
             profile.export_chrome_trace(str(trace))
-            return device_events(json.loads(trace.read_text()))
+            names = device_events(json.loads(trace.read_text()))
+        if not names:
+            raise RuntimeError("the profiler saw nothing on the device")
+        return names
 
     def peak_bytes(self, run: Callable[[], object]) -> int:
         """Most bytes held at once beyond those held before, the results among them."""

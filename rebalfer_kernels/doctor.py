@@ -1,8 +1,8 @@
 """``python -m rebalfer_kernels doctor``: what this machine has, and whether each backend computes right on it.
 
 Every operation a backend serves here is compared, outputs and gradients, with the package's own reference in float64
-on the CPU. Each backend is checked in a process of its own (``--backend NAME`` is that process), so that one that
-crashes or hangs costs the others nothing.
+on the CPU. Each backend is checked in a process of its own, so that one that crashes or hangs costs the others
+nothing, and what it had answered before is not lost.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from .version import __version__
 
 SUMMARY = "check this machine's backends against float64; the text is for a bug report"
 LIMIT_S = 110.0  #: of the whole command
+MARGIN_S = 5.0  #: between the time a backend's process should end by itself and that when it is ended
 
 #: Largest relative L2 error of an output (float32, but for float64 features) and of a gradient, by features' dtype.
 #: A gradient is rounded once to its dtype; bfloat16's half unit in the last place is 2e-3 relative, float16's 2.4e-4.
@@ -248,56 +249,74 @@ def copy_gb_per_s(device: str) -> float:
     return 2 * source.nbytes / _median_seconds(lambda: target.copy_(source), device) / 1e9
 
 
-def examine(backend: str, seconds: float) -> dict:
-    """Check one backend in this process: whether it is there, on which device, and a row for each combination."""
+def examine(backend: str, seconds: float, progress: Callable[[dict], object] = lambda report: None) -> dict:
+    """Check one backend in this process: whether it is there, on which device, and a row for each combination.
+
+    ``progress`` is told the report so far before each part of it, which ``report["at"]`` names.
+    """
     end = time.monotonic() + seconds
+    report: dict[str, Any] = {
+        "backend": backend, "reason": "not known", "load_s": 0.0, "built": [], "rows": [], "copy_gb_per_s": {},
+        "unchecked": 0, "at": "loading",
+    }  # fmt: skip
+    progress(report)
     cached = {p.name for p in cache_files()}
     start = time.monotonic()
-    reason = dispatch.BACKENDS[backend](None).reason
-    loaded = time.monotonic() - start
-    built = sorted({p.name for p in cache_files()} - cached - {"lock"})
-    report: dict[str, Any] = {
-        "backend": backend, "reason": reason, "load_s": loaded, "built": built, "rows": [], "copy_gb_per_s": {},
-        "unchecked": 0,
-    }  # fmt: skip
-    if reason != "available":
+    report["reason"] = dispatch.BACKENDS[backend](None).reason
+    report["load_s"] = time.monotonic() - start
+    report["built"] = sorted({p.name for p in cache_files()} - cached - {"lock"})
+    if report["reason"] != "available":
         return report
-    devices = {"cpu": ["cpu"], "cuda": ["cuda"], "triton": ["cuda"]}.get(backend, ["cpu", "cuda"])
-    if backend == "triton" and _interpreted():
-        devices = ["cpu"]
-    for device in devices:
-        if device == "cuda" and not torch.cuda.is_available():
-            continue
-        sizes = (SMALL, ODD) if backend == "triton" and _interpreted() else (PAPER, ODD)
-        with contextlib.suppress(Exception):  # no memory, say: the shares are left out
-            report["copy_gb_per_s"][device] = copy_gb_per_s(device)
-        combinations = [
-            (name, dtype, layout)
-            for dtype in LIMITS
-            for name, (op, *_) in OPERATIONS.items()
-            for layout in (LAYOUTS if op != "cross_entropy" else ("rows",))
-        ]
-        for done, (name, dtype, layout) in enumerate(combinations):
-            if time.monotonic() > end:
-                report["unchecked"] += len(combinations) - done
-                break
-            row = check(backend, device, name, dtype, layout, sizes)
-            if row["state"] == "right" and not (backend == "triton" and _interpreted()):
-                try:
-                    taken, moved = time_call(backend, device, name, dtype, layout)
-                    row["ms"], row["gb_per_s"] = 1e3 * taken, moved / taken / 1e9
-                    copy = report["copy_gb_per_s"].get(device)
-                    row["share_of_copy"] = moved / taken / 1e9 / copy if copy else None
-                except torch.OutOfMemoryError:
-                    row["note"] = "not timed: out of memory"
-                except Exception as error:  # a large size that fails where the small one was right
-                    row.update(state="failed", note=f"timing: {_short(error)}")
-            report["rows"].append(row)
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    devices = {"cpu": ["cpu"], "cuda": ["cuda"], "triton": ["cpu" if interpreted else "cuda"]}.get(backend)
+    devices = devices or (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+    combinations = [
+        (device, name, dtype, layout)
+        for device in devices
+        for dtype in LIMITS
+        for name, (op, *_) in OPERATIONS.items()
+        for layout in (LAYOUTS if op != "cross_entropy" else ("rows",))
+    ]
+    report["unchecked"] = len(combinations)
+    for device, name, dtype, layout in combinations:
+        if time.monotonic() > end:
+            break
+        report["at"] = f"{name}, {dtype}, {layout} on {device}".replace("torch.", "")
+        progress(report)
+        if device not in report["copy_gb_per_s"]:
+            report["copy_gb_per_s"][device] = None
+            with contextlib.suppress(Exception):  # no memory, say: the shares are left out
+                report["copy_gb_per_s"][device] = copy_gb_per_s(device)
+        row = check(backend, device, name, dtype, layout, (SMALL if interpreted else PAPER, ODD))
+        if row["state"] == "right" and not interpreted:
+            _add_time(row, dtype, report["copy_gb_per_s"][device])
+        report["rows"].append(row)
+        report["unchecked"] -= 1
+    report["at"] = None
     return report
 
 
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
+def _add_time(row: dict, dtype: torch.dtype, copy: float | None) -> None:
+    try:
+        taken, moved = time_call(row["backend"], row["device"], row["op"], dtype, row["layout"])
+    except torch.OutOfMemoryError:
+        row["note"] = "not timed: out of memory"
+    except Exception as error:  # a large size that fails where the small one was right
+        row.update(state="failed", note=f"timing: {_short(error)}")
+    else:
+        row["ms"], row["gb_per_s"] = 1e3 * taken, moved / taken / 1e9
+        row["share_of_copy"] = row["gb_per_s"] / copy if copy else None
+
+
+def examine_into(backend: str, until: str, file: str) -> None:
+    """:func:`examine` until that ``time.time()``, for another process that reads ``file`` whenever it wants to."""
+
+    def save(report: dict) -> None:
+        part = Path(f"{file}.part")
+        part.write_text(json.dumps(report, allow_nan=False))
+        part.replace(file)
+
+    save(examine(backend, float(until) - time.time(), save))
 
 
 # What the machine is ------------------------------------------------------------------------------------------------
@@ -449,23 +468,23 @@ def examine_apart(backend: str, end: float, remaining: int) -> dict:
     """:func:`examine` in a process of its own; the first backend still to come may use two thirds of the time left."""
     left = end - time.monotonic()
     seconds = left if remaining == 1 else left * 2 / 3
+    code = f"import sys; from {__package__} import doctor; doctor.examine_into(*sys.argv[1:])"
+    package = str(Path(__file__).resolve().parents[1])
+    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "report.json")
-        command = [sys.executable, "-m", "rebalfer_kernels", "doctor", "--backend", backend, "--json", str(file)]
-        command += ["--seconds", f"{max(seconds - 10, 1):.0f}"]
-        package = str(Path(__file__).resolve().parents[1])
-        path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+        command = [sys.executable, "-c", code, backend, str(time.time() + seconds - MARGIN_S), str(file)]
         outcome = bounded.run(command, seconds, environment={"PYTHONPATH": path})
-        try:
-            return json.loads(file.read_text())["backends"][0]
-        except (OSError, ValueError):
-            return {"backend": backend, "reason": outcome.failure or "no report", "crash": outcome.output[-2000:]}
+        report = {"backend": backend, "reason": "not known", "at": "starting"}
+        with contextlib.suppress(OSError):
+            report = json.loads(file.read_text())
+    return {**report, "failure": outcome.failure, "output": outcome.output[-2000:]}
 
 
 def healthy(report: dict) -> bool:
     """Nothing wrong, failed, crashed or unchecked; a backend that is absent with its reason is healthy."""
     wrong = any(row["state"] in ("wrong", "failed") for row in report.get("rows", ()))
-    return not ("crash" in report or report.get("unchecked") or wrong)
+    return not (report.get("failure") or report.get("unchecked") or wrong)
 
 
 def _heading(result: dict) -> str:
@@ -483,22 +502,25 @@ def _heading(result: dict) -> str:
 
 
 def _section(report: dict) -> str:
-    lines = ["", f"{report['backend']}: {report['reason']}{_load(report)}"]
-    lines += [f"  | {line}" for line in report.get("crash", "").splitlines()[-15:]]
-    return "\n".join(lines + _table(report))
+    lines = ["", f"{report['backend']}: {report['reason']}{_load(report)}", *_table(report)]
+    if report.get("failure"):
+        lines.append(f"  {report['failure'].upper()} at {report['at'] or 'the end'}")
+    if report.get("failure") or report["reason"] != "available":  # what a compiler said, say
+        lines += [f"  | {line}" for line in report.get("output", "").splitlines()[-15:]]
+    return "\n".join(lines)
 
 
 def _verdict(result: dict) -> str:
     rows = [row for report in result["backends"] for row in report.get("rows", ())]
     counted = {s: sum(row["state"] == s for row in rows) for s in ("right", "wrong", "failed")}
     counted["unchecked"] = sum(report.get("unchecked", 0) for report in result["backends"])
-    counted["crashed"] = sum("crash" in report for report in result["backends"])
+    counted["died or stopped"] = sum(bool(report.get("failure")) for report in result["backends"])
     summary = ", ".join(f"{n} {state}" for state, n in counted.items() if n or state == "right")
     return f"\n{'all is well' if result['right'] else 'NOT WELL'}: {summary}"
 
 
 def _load(report: dict) -> str:
-    if report["reason"] != "available" or report["load_s"] < 0.05:
+    if report["reason"] != "available" or report["load_s"] < 0.5:
         return ""
     how = "built and loaded" if report["built"] else "loaded"
     return f", {how} in {report['load_s']:.1f} s"
@@ -529,5 +551,5 @@ def _table(report: dict) -> list[str]:
             lines.append(f"{cells} {flag}{row['note']}".rstrip())
         lines += [f"  {count} combinations not served: {reason}" for reason, count in unserved.items()]
     if report.get("unchecked"):
-        lines.append(f"  {report['unchecked']} combinations left unchecked: the time was up (--seconds)")
+        lines.append(f"  {report['unchecked']} combinations left unchecked")
     return lines
