@@ -24,8 +24,11 @@ def _probe():
 INTERPRETED = isinstance(_probe, InterpretedFunction)
 _UPCAST = tl.constexpr(INTERPRETED)
 
+#: What the kernels call is inlined by the compiler; the interpreter takes 2 ms for each call of a jit function.
+_inlined = (lambda function: function) if INTERPRETED else triton.jit
 
-@triton.jit
+
+@_inlined
 def narrow(x, dtype: tl.constexpr):
     """x in dtype, rounded to nearest even."""
     if _UPCAST and dtype == tl.bfloat16 and x.dtype == tl.float32:  # the interpreter would cut the bits off
@@ -35,7 +38,7 @@ def narrow(x, dtype: tl.constexpr):
     return x.to(dtype)
 
 
-@triton.jit
+@_inlined
 def dot(a, b, acc):  # (M, K), (K, N), (M, N)
     """acc + a @ b; the products of 16-bit operands are exact."""
     if _UPCAST:  # the interpreter multiplies bfloat16 as if its bits were integers
@@ -44,26 +47,26 @@ def dot(a, b, acc):  # (M, K), (K, N), (M, N)
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
-@triton.jit
+@_inlined
 def load_tile(view, rows, row_ok, c, C: tl.constexpr, S_HW: tl.constexpr, S_C: tl.constexpr):
     """(rows, channels) of one view's features."""
     mask = row_ok[:, None] & (c < C)[None, :]
     return tl.load(view + rows[:, None] * S_HW + c[None, :] * S_C, mask=mask, other=0.0)
 
 
-@triton.jit
+@_inlined
 def store_tile(view, tile, rows, row_ok, c, C: tl.constexpr, S_HW: tl.constexpr, S_C: tl.constexpr):
     mask = row_ok[:, None] & (c < C)[None, :]
     tl.store(view + rows[:, None] * S_HW + c[None, :] * S_C, narrow(tile, view.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@_inlined
 def twin_rows(rows, W: tl.constexpr, twin_offset, twin_h, twin_w):
     """T(A~)[rows] = A~[twin_rows]; see transforms.TwinMap."""
     return twin_offset + (rows // W) * twin_h + (rows % W) * twin_w
 
 
-@triton.jit
+@_inlined
 def accumulate_cams(f, weight, k, c, acc, acc_lo, C: tl.constexpr, L: tl.constexpr, LO_SCALE: tl.constexpr):
     """Eq. 2 for a block of channels: acc += f @ W^T; acc_lo, in units of 1 / LO_SCALE, what 16 bits of W leave out."""
     w = tl.load(weight + k[None, :] * C + c[:, None], mask=(c < C)[:, None] & (k < L)[None, :], other=0.0)
@@ -74,7 +77,7 @@ def accumulate_cams(f, weight, k, c, acc, acc_lo, C: tl.constexpr, L: tl.constex
     return acc, acc_lo
 
 
-@triton.jit
+@_inlined
 def spread(d, weight, k, part, c, acc, C: tl.constexpr, L: tl.constexpr, PARTS: tl.constexpr):
     """acc += d @ W for d (rows, slots) and W (slots, channels): the rank-L gradient of the features.
 
@@ -99,7 +102,7 @@ def spread(d, weight, k, part, c, acc, C: tl.constexpr, L: tl.constexpr, PARTS: 
     return acc
 
 
-@triton.jit
+@_inlined
 def correlate(f, d, acc, SPLIT: tl.constexpr):
     """acc += f^T @ d for f (rows, channels) and float32 d (rows, classes): a gradient of the weight."""
     if SPLIT:  # d in units of its largest element, so that float16 can hold it
@@ -115,21 +118,21 @@ def correlate(f, d, acc, SPLIT: tl.constexpr):
     return acc
 
 
-@triton.jit
+@_inlined
 def consistency_term(v, s, P: tl.constexpr):
     """|v S|^p of Eq. 5."""
     x = v * s
     return tl.abs(x) if P == 1 else x * x
 
 
-@triton.jit
+@_inlined
 def consistency_gradient(v, s, P: tl.constexpr):
     """d/dS |v S|^p = p v |v S|^(p-1) sign(v S), with sign(0) = 0 and NaN kept."""
     x = v * s
     return tl.where(x > 0, v, tl.where(x < 0, -v, x * v)) if P == 1 else 2 * v * x
 
 
-@triton.jit
+@_inlined
 def target_rows(targets, target_table, samples, ok, k, L: tl.constexpr, SOFT: tl.constexpr):
     """(samples, classes) target distributions t: rows of the table, or targets @ table; NaN for no class of [0, L)."""
     inside = (k < L)[None, :]
@@ -147,21 +150,21 @@ def target_rows(targets, target_table, samples, ok, k, L: tl.constexpr, SOFT: tl
         return tl.where(known[:, None], t, float("nan"))
 
 
-@triton.jit
+@_inlined
 def log_sum_exp(z, k, L: tl.constexpr):  # (R, all classes)
     z = tl.where((k < L)[None, :], z, float("-inf"))
     top = tl.max(z, 1)
     return top + tl.log(tl.sum(tl.exp(z - top[:, None]), 1))
 
 
-@triton.jit
+@_inlined
 def cross_entropy(z, t, k, L: tl.constexpr):  # (R, all classes) both
     """-sum_l t_l log softmax(z)_l of each row."""
     lse = log_sum_exp(z, k, L)
     return tl.sum(tl.where((k < L)[None, :], t * (lse[:, None] - z), 0.0), 1)
 
 
-@triton.jit
+@_inlined
 def cross_entropy_gradient(
     g, logits, targets, target_table, rows, samples, ok, k, L: tl.constexpr, B_ALL: tl.constexpr, SOFT: tl.constexpr
 ):  # fmt: skip
@@ -175,7 +178,7 @@ def cross_entropy_gradient(
     return g[:, None] * (total[:, None] * tl.exp(z.to(tl.float32) - lse[:, None]) - t)
 
 
-@triton.jit
+@_inlined
 def store_losses(
     loss, classification, consistency, logits, bias, targets, target_table, z, z_twin, cons, i, N, lam, k,
     L: tl.constexpr, SOFT: tl.constexpr, BOTH_VIEWS: tl.constexpr,
@@ -393,7 +396,7 @@ def cam_grad_kernel(
     tl.store(cam_grad + i * (L * C) + k[None, :] * C + c[:, None], acc * (1.0 / (L * HW)), mask=ok)
 
 
-@triton.jit
+@_inlined
 def upstream(g, samples, stride, ok):
     """An upstream gradient of samples; 0 where there is none."""
     if g is None:
@@ -402,7 +405,7 @@ def upstream(g, samples, stride, ok):
         return tl.load(g + samples * stride, mask=ok, other=0.0)
 
 
-@triton.jit
+@_inlined
 def logits_gradient(
     d_loss, d_classification, d_logits, targets, target_table, logits, rows, ok, N, share, d_loss_stride,
     d_classification_stride, k, L: tl.constexpr, BOTH_VIEWS: tl.constexpr, SOFT: tl.constexpr, B_ALL: tl.constexpr,
@@ -424,58 +427,74 @@ def logits_gradient(
     return dz
 
 
-@triton.jit
+@_inlined
 def residual_upstream(d_loss, d_consistency, samples, ok, lam, share, d_loss_stride, d_consistency_stride):
     """g_S of samples."""
     g = lam * upstream(d_loss, samples, d_loss_stride, ok)
     return (g + upstream(d_consistency, samples, d_consistency_stride, ok)) * share
 
 
-@triton.jit
+@_inlined
 def weight_gradient(
     d_loss, d_classification, d_consistency, d_logits, targets, target_table, logits, pooled, cam_grad, d_weight,
-    d_bias, pid, N, d_loss_stride, d_classification_stride, d_consistency_stride, lam, share, C: tl.constexpr,
-    L: tl.constexpr, BOTH_VIEWS: tl.constexpr, SOFT: tl.constexpr, B_C: tl.constexpr, B_L: tl.constexpr, B_ALL: tl.constexpr,
-    B_BATCH: tl.constexpr,
+    d_bias, partial, pid, N, chunk_size, d_loss_stride, d_classification_stride, d_consistency_stride, lam, share,
+    C: tl.constexpr, L: tl.constexpr, BOTH_VIEWS: tl.constexpr, SOFT: tl.constexpr, B_C: tl.constexpr,
+    B_L: tl.constexpr, B_ALL: tl.constexpr, B_BATCH: tl.constexpr,
 ):  # fmt: skip
     """dW = dz^T P + dz~^T P~ + sum_i g_S,i K_i and db = sum dz + dz~, of one block of channels and classes.
 
+    Program pid sums over the samples of one chunk; where that is not the whole batch, sum_chunks_kernel does the rest.
     dz is computed anew by every program, from a few numbers a sample.
     """
+    C_TILES: tl.constexpr = (C + B_C - 1) // B_C if d_weight is not None else 1
     L_TILES: tl.constexpr = (L + B_L - 1) // B_L
+    B_K: tl.constexpr = 1 if B_C * B_L >= 4096 else 4096 // (B_C * B_L)
+    chunk = pid // (C_TILES * L_TILES)
+    c_tile = pid // L_TILES % C_TILES
     k = pid % L_TILES * B_L + tl.arange(0, B_L)
-    c = pid // L_TILES * B_C + tl.arange(0, B_C)
+    c = c_tile * B_C + tl.arange(0, B_C)
+    begin = chunk * chunk_size
+    end = tl.minimum(begin + chunk_size, N)
     acc = tl.zeros([B_C, B_L], tl.float32)
     sum_dz = tl.zeros([B_L], tl.float32)
     if logits is not None:
-        for m0 in range(0, 2 * N, B_BATCH):
-            m = m0 + tl.arange(0, B_BATCH).to(tl.int64)
-            ok = m < 2 * N
-            dz = logits_gradient(
-                d_loss, d_classification, d_logits, targets, target_table, logits, m, ok, N, share, d_loss_stride,
-                d_classification_stride, k, L, BOTH_VIEWS, SOFT, B_ALL,
-            )  # fmt: skip
-            sum_dz += tl.sum(dz, 0)
-            if d_weight is not None:
-                p = tl.load(pooled + m[None, :] * C + c[:, None], mask=(c < C)[:, None] & ok[None, :], other=0.0)
-                acc = tl.dot(p, dz, acc, input_precision="ieee")
+        for n0 in range(begin, end, B_BATCH):
+            n = n0 + tl.arange(0, B_BATCH).to(tl.int64)
+            ok = n < end
+            for view in tl.static_range(2):
+                m = n + view * N
+                dz = logits_gradient(
+                    d_loss, d_classification, d_logits, targets, target_table, logits, m, ok, N, share, d_loss_stride,
+                    d_classification_stride, k, L, BOTH_VIEWS, SOFT, B_ALL,
+                )  # fmt: skip
+                sum_dz += tl.sum(dz, 0)
+                if d_weight is not None:
+                    p = tl.load(pooled + m[None, :] * C + c[:, None], mask=(c < C)[:, None] & ok[None, :], other=0.0)
+                    acc = tl.dot(p, dz, acc, input_precision="ieee")
     if d_weight is not None:
         mask = (k < L)[None, :] & (c < C)[:, None]
         at = k[None, :] * C + c[:, None]
         if cam_grad is not None and (d_loss is not None or d_consistency is not None):
-            for n in range(0, N):
-                sample = n + tl.arange(0, 1).to(tl.int64)
-                g = residual_upstream(
-                    d_loss, d_consistency, sample, sample < N, lam, share, d_loss_stride, d_consistency_stride
-                )
-                acc += g[None, :] * tl.load(cam_grad + sample[None, :] * (L * C) + at, mask=mask, other=0.0)
-        tl.store(d_weight + at, narrow(acc, d_weight.dtype.element_ty), mask=mask)
+            for n0 in range(begin, end, B_K):
+                n = n0 + tl.arange(0, B_K).to(tl.int64)
+                ok = n < end
+                g = residual_upstream(d_loss, d_consistency, n, ok, lam, share, d_loss_stride, d_consistency_stride)
+                ok = ok[:, None, None] & mask[None, :, :]
+                cam = tl.load(cam_grad + n[:, None, None] * (L * C) + at[None, :, :], mask=ok, other=0.0)
+                acc += tl.sum(g[:, None, None] * cam, 0)
+        if chunk_size >= N:
+            tl.store(d_weight + at, narrow(acc, d_weight.dtype.element_ty), mask=mask)
+        else:
+            tl.store(partial + chunk.to(tl.int64) * (L * (C + 1)) + at, acc, mask=mask)
     if d_bias is not None:
-        if pid < L_TILES:
-            tl.store(d_bias + k, narrow(sum_dz, d_bias.dtype.element_ty), mask=k < L)
+        if c_tile == 0:
+            if chunk_size >= N:
+                tl.store(d_bias + k, narrow(sum_dz, d_bias.dtype.element_ty), mask=k < L)
+            else:
+                tl.store(partial + chunk.to(tl.int64) * (L * (C + 1)) + L * C + k, sum_dz, mask=k < L)
 
 
-@triton.jit
+@_inlined
 def features_gradient(
     d_loss, d_classification, d_consistency, d_logits, weight, targets, target_table, map_weights, logits, residual,
     d_features, pid, N, d_loss_stride, d_classification_stride, d_consistency_stride, lam, share, twin_offset, twin_h,
@@ -525,7 +544,8 @@ def features_gradient(
 
 @triton.jit(
     do_not_specialize=[
-        "N", "d_loss_stride", "d_classification_stride", "d_consistency_stride", "twin_offset", "twin_h", "twin_w",
+        "N", "chunk_size", "d_loss_stride", "d_classification_stride", "d_consistency_stride", "twin_offset", "twin_h",
+        "twin_w", "w_programs",
     ],
     do_not_specialize_on_alignment=["targets", "d_loss", "d_classification", "d_consistency"],
 )  # fmt: skip
@@ -541,24 +561,26 @@ def head_backward_kernel(
     cam_grad,  # (N, L, C) float32 or None
     d_features,  # (2N, C, H, W), either layout, or None
     d_weight, d_bias,  # (L, C), (L,) or None
-    N, d_loss_stride, d_classification_stride, d_consistency_stride, lam, share, twin_offset, twin_h, twin_w,
+    partial,  # (chunks, L (C + 1)) float32, where a chunk of samples is not the whole batch
+    N, chunk_size, d_loss_stride, d_classification_stride, d_consistency_stride, lam, share, twin_offset, twin_h,
+    twin_w, w_programs,
     C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, L: tl.constexpr, S_HW: tl.constexpr, S_C: tl.constexpr,
-    P: tl.constexpr, BOTH_VIEWS: tl.constexpr, SOFT: tl.constexpr, PARTS: tl.constexpr, W_PROGRAMS: tl.constexpr,
+    P: tl.constexpr, BOTH_VIEWS: tl.constexpr, SOFT: tl.constexpr, PARTS: tl.constexpr,
     B_ROWS: tl.constexpr, B_C: tl.constexpr, B_L: tl.constexpr, B_ALL: tl.constexpr, B_C_WEIGHT: tl.constexpr,
     B_BATCH: tl.constexpr,
 ):  # fmt: skip
-    """The first W_PROGRAMS programs take the gradient of weight and bias, the rest that of the features, write-only."""
+    """The first w_programs programs take the gradient of weight and bias, the rest that of the features, write-only."""
     pid = tl.program_id(0)
-    if pid < W_PROGRAMS:
+    if pid < w_programs:
         weight_gradient(
             d_loss, d_classification, d_consistency, d_logits, targets, target_table, logits, pooled, cam_grad,
-            d_weight, d_bias, pid, N, d_loss_stride, d_classification_stride, d_consistency_stride, lam, share, C, L,
-            BOTH_VIEWS, SOFT, B_C_WEIGHT, B_L, B_ALL, B_BATCH,
+            d_weight, d_bias, partial, pid, N, chunk_size, d_loss_stride, d_classification_stride, d_consistency_stride,
+            lam, share, C, L, BOTH_VIEWS, SOFT, B_C_WEIGHT, B_L, B_ALL, B_BATCH,
         )  # fmt: skip
     elif d_features is not None:
         features_gradient(
             d_loss, d_classification, d_consistency, d_logits, weight, targets, target_table, map_weights, logits,
-            residual, d_features, pid - W_PROGRAMS, N, d_loss_stride, d_classification_stride, d_consistency_stride,
+            residual, d_features, pid - w_programs, N, d_loss_stride, d_classification_stride, d_consistency_stride,
             lam, share, twin_offset, twin_h, twin_w, C, H * W, W, L, S_HW, S_C, P, BOTH_VIEWS, SOFT, PARTS, B_ROWS,
             B_C, B_L, B_ALL,
         )  # fmt: skip
@@ -622,13 +644,21 @@ def cam_weight_kernel(
 
 
 @triton.jit(do_not_specialize=["chunks"])
-def sum_kernel(partial, out, chunks, SIZE: tl.constexpr, B: tl.constexpr):
-    """out (SIZE,) = the sum of the rows of partial (chunks, SIZE), one after the other."""
+def sum_chunks_kernel(
+    partial,  # (chunks, SIZE + SIZE_MORE) float32: of each chunk of the batch SIZE numbers, then SIZE_MORE more
+    out, more,  # (SIZE,) and (SIZE_MORE,), either or None
+    chunks, SIZE: tl.constexpr, SIZE_MORE: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """The sums over the chunks, one after the other."""
     at = tl.program_id(0) * B + tl.arange(0, B)
     acc = tl.zeros([B], tl.float32)
     for chunk in range(0, chunks):
-        acc += tl.load(partial + chunk * SIZE + at, mask=at < SIZE, other=0.0)
-    tl.store(out + at, narrow(acc, out.dtype.element_ty), mask=at < SIZE)
+        row = partial + tl.cast(chunk, tl.int64) * (SIZE + SIZE_MORE)
+        acc += tl.load(row + at, mask=at < SIZE + SIZE_MORE, other=0.0)
+    if out is not None:
+        tl.store(out + at, narrow(acc, out.dtype.element_ty), mask=at < SIZE)
+    if more is not None:
+        tl.store(more + at - SIZE, narrow(acc, more.dtype.element_ty), mask=(at >= SIZE) & (at < SIZE + SIZE_MORE))
 
 
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["targets"])

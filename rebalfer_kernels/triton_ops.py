@@ -6,8 +6,9 @@ Launches of one call:
                 program finds itself needs memory that is zeroed, which is a launch too, or that is kept per device,
                 stream and graph. Maps beyond one tile (triton_tiles): 1 more, as no program sees a whole pair.
                 The CAM's weight not detached: 1 more, which reads the features again when S is known.
-    backward    1. The programs for weight and bias are the first of the launch; they need only S, z and P.
-    maps        forward 1; backward 1 for the features and 2 for the weight, partial sums and their sum.
+    backward    1. The programs for weight and bias are the first of the launch; they need only S, z and P, not dF.
+                More than 128 samples: 1 more, to add up what such programs summed over 128 samples and more each.
+    maps        forward 1; backward 1 for the features and 2 for the weight, sums over chunks of the batch, and theirs.
     cross-entropy   forward 1, under "mean" 2; backward 1.
 
 C is never split over programs: the sums over C of one pair are one program's, in one order. Nothing waits for the GPU
@@ -30,8 +31,8 @@ from .triton_tiles import Policy, Problem, Tiles, policy
 
 INTERPRETED = kernels.INTERPRETED
 
-#: Most partial sums of the maps' gradient to the weight, and so most programs that work on a block of it.
-_CHUNKS = 64
+#: A sum over the batch is one program's up to so many samples; beyond, that of at most so many chunks of the batch.
+_CHUNK, _CHUNKS = 128, 64
 
 
 @functools.cache
@@ -206,19 +207,29 @@ def head_backward(
     d_features = _features_output((2 * n, channels, height, width), dtype, channels_last, weight, need_features)
     d_weight = torch.empty(weight.shape if need_weight else (0,), dtype=weight.dtype, device=weight.device)
     d_bias = torch.empty((classes,) if need_bias else (0,), dtype=weight.dtype, device=weight.device)
-    class_tiles = _cdiv(classes, tiles.classes)
-    w_programs = class_tiles * (_cdiv(channels, cut.weight.channels) if need_weight else need_bias)
+    chunk_size = max(_CHUNK, _cdiv(n, _CHUNKS))
+    chunks = max(1, _cdiv(n, chunk_size)) if need_weight or need_bias else 0
+    size = channels * classes
+    partial = torch.empty((chunks if chunks > 1 else 0, size + classes), dtype=torch.float32, device=weight.device)
+    w_programs = chunks * _cdiv(classes, tiles.classes) * (_cdiv(channels, cut.weight.channels) if need_weight else 1)
     f_programs = n * _cdiv(channels, tiles.channels) * _cdiv(height * width, tiles.rows) if need_features else 0
+    outputs = (
+        _or_none_if(d_features, need_features), _or_none_if(d_weight, need_weight), _or_none_if(d_bias, need_bias),
+    )  # fmt: skip
     _launch(
         kernels.head_backward_kernel, w_programs + f_programs, weight, d_loss, d_classification, d_consistency,
         d_logits, weight, targets, target_table, map_weights, _or_none_if(logits, targets is not None), residual,
-        _or_none(pooled), _or_none(cam_grad), _or_none_if(d_features, need_features),
-        _or_none_if(d_weight, need_weight), _or_none_if(d_bias, need_bias), n, _stride(d_loss),
+        _or_none(pooled), _or_none(cam_grad), *outputs, partial, n, chunk_size, _stride(d_loss),
         _stride(d_classification), _stride(d_consistency), consistency_weight, 1.0 / max(n, 1) if mean else 1.0,
-        *twin_map, **_geometry(problem, height, width), P=p, BOTH_VIEWS=both_views, SOFT=_soft(targets),
-        PARTS=_parts(dtype, weight.dtype), W_PROGRAMS=w_programs, **_tile(tiles), B_ALL=cut.all_classes,
-        B_C_WEIGHT=cut.weight.channels, B_BATCH=cut.batch,
+        *twin_map, w_programs, **_geometry(problem, height, width), P=p, BOTH_VIEWS=both_views, SOFT=_soft(targets),
+        PARTS=_parts(dtype, weight.dtype), **_tile(tiles), B_ALL=cut.all_classes, B_C_WEIGHT=cut.weight.channels,
+        B_BATCH=cut.batch,
     )  # fmt: skip
+    if chunks > 1:
+        _launch(
+            kernels.sum_chunks_kernel, _cdiv(size + classes, 256), weight, partial, *outputs[1:], chunks, SIZE=size,
+            SIZE_MORE=classes, B=256, warps=2,
+        )  # fmt: skip
     return d_features, d_weight, d_bias
 
 
@@ -266,7 +277,10 @@ def cam_backward(d_maps, features, weight, dtype, channels_last, need_features, 
             weight, d_maps, features, partial, m, chunks, **geometry, SPLIT=dtype != torch.float32, **_tile(tiles),
         )  # fmt: skip
         size = classes * channels
-        _launch(kernels.sum_kernel, _cdiv(size, 256), weight, partial, d_weight, chunks, SIZE=size, B=256, warps=2)
+        _launch(
+            kernels.sum_chunks_kernel, _cdiv(size, 256), weight, partial, d_weight, None, chunks, SIZE=size,
+            SIZE_MORE=0, B=256, warps=2,
+        )  # fmt: skip
     return d_features, d_weight
 
 

@@ -104,7 +104,7 @@ _TYPES = {
 
 
 def source(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]):
-    """What Triton would compile at this launch: aligned pointers, and numbers that are compile-time constants or not."""
+    """What Triton would compile at this launch, all tensors aligned."""
     from triton.compiler import ASTSource
 
     signature, constexprs, attributes = {}, {}, {}
