@@ -93,7 +93,7 @@ class Recipe(NamedTuple):
         version = subprocess.run([self.compiler, "--version"], capture_output=True, text=True).stdout
         digest = hashlib.sha256(repr((torch.__version__, version, self, sys.platform)).encode())
         assert SOURCES is not None
-        for file in sorted([*SOURCES.glob("*.h"), *(SOURCES / self.part).glob("*.*")]):
+        for file in sorted([*SOURCES.glob("*.h"), *(SOURCES / self.part).glob("*.[ch]*")]):
             digest.update(file.name.encode() + b"\0" + file.read_bytes())
         return digest.hexdigest()[:20]
 

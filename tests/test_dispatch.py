@@ -4,7 +4,9 @@ import re
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import rebalfer_kernels as rk
 from rebalfer_kernels import dispatch, native
 
 NCHW = dispatch.Request("head", "cuda", 0, torch.bfloat16, torch.float32, "nchw", 512, 7, 7, 7, False)
@@ -65,3 +67,16 @@ def test_the_bounds_are_those_of_the_kernels():
     text = (native.SOURCES / "cuda/kernels.cuh").read_text()
     bounds = re.search(r"kMaxClasses = (\d+), kMaxPositions = (\d+);", text)
     assert (dispatch.CUDA_MAX_CLASSES, dispatch.CUDA_MAX_POSITIONS) == tuple(map(int, bounds.groups()))
+
+
+def test_explain_says_why(gpu):
+    with FakeTensorMode():  # tensors of a GPU that is not there
+        features, weight = torch.empty(4, 512, 7, 7, device="cuda"), torch.empty(7, 512, device="cuda")
+        dispatch._choose_cached.cache_clear()
+        lines = str(rk.explain(features, weight)).splitlines()
+        assert lines[0] == "backend      cuda"
+        assert lines[1].startswith("because      a row of 7 x 7 is no whole number of vectors")
+        lines = str(rk.explain(features.to(memory_format=torch.channels_last), weight)).splitlines()
+        assert lines[0] == "backend      triton"
+        assert lines[1].startswith("passed over  cuda: Triton comes first")
+    dispatch._choose_cached.cache_clear()

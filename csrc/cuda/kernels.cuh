@@ -18,10 +18,9 @@ inline bool serves(int64_t C, int64_t HW, int64_t L) {
 }
 
 // Blocks that share one pair's channels, from what a sample is, never from how many there are: its sums keep their
-// order in every batch. About 12 KiB of each view a block, enough blocks at N = 32 to occupy the chip. Clusters came
-// with sm_90.
+// order in every batch. About 24 KiB of each view a block. Clusters came with sm_90.
 inline int cluster_blocks(int64_t C, int64_t HW, int64_t element_bytes, int compute_capability_major) {
-  constexpr int64_t kViewBytes = 12 * 1024;
+  constexpr int64_t kViewBytes = 24 * 1024;
   int blocks = 1;
   while (compute_capability_major >= 9 && blocks < 8 && C * HW * element_bytes >= 2 * blocks * kViewBytes) blocks *= 2;
   return blocks;

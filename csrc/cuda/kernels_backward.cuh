@@ -67,7 +67,7 @@ __device__ void parameter_gradients(const BackwardParams& p, int block, WeightSh
     __syncthreads();
     if (p.d_weight && p.pooled && c < C) {
       const float* pooled = p.pooled + m0 * C + c;
-#pragma unroll 8
+#pragma unroll 4
       for (int r = warp; r < rows; r += kWarps) {
         const float x = __ldg(pooled + int64_t(r) * C);
 #pragma unroll
@@ -91,7 +91,7 @@ __device__ void parameter_gradients(const BackwardParams& p, int block, WeightSh
   }
   if (!p.d_weight) return;
   if (p.cam_grad && (p.d_maps || p.d_loss.data || p.d_consistency.data) && c < C) {
-#pragma unroll 2
+#pragma unroll(16 / kClasses)
     for (int64_t i = warp; i < p.g.N; i += kWarps) {
       const float g = consistency_upstream(p, i);
       const float* K = p.cam_grad + i * L * C + c;

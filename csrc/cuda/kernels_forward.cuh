@@ -381,41 +381,43 @@ struct Forward {
     give(p.loss, [&](int64_t i) { return cls[i] + p.consistency_weight * cons[i]; });
   }
 
-  // K = <d, F> (minus the twin's): d (L, HW) of this warp's view meets each channel.
+  // K = <d, F> (minus the twin's): d (L, HW) of this warp's view meets each channel, a few classes at a time.
   __device__ __forceinline__ void correlate(const Map& d, const uint4 (&f)[kTiles], int c) const {
+    constexpr int kTogether = 32 / kSlots;  // classes; 32 sums, of which a lane keeps 4 consecutive ones
 #pragma unroll 1
-    for (int b = 0; b < kBlocks; ++b) {
-      float sums[8][kSlots] = {};
+    for (int l0 = 0; l0 < p.g.L; l0 += kTogether) {
+      float sums[kTogether][kSlots] = {};
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
         if (8 * j >= HW) break;
         float x[kSlots];
         unpack<T>(f[j], x);
 #pragma unroll
-        for (int l = 0; l < 8; ++l) {
-          const float factor = d[8 * b + l][8 * j + group];
+        for (int l = 0; l < kTogether; ++l) {
+          const float factor = d[l0 + l][8 * j + group];
 #pragma unroll
           for (int i = 0; i < kSlots; ++i) sums[l][i] = fmaf(factor, x[i], sums[l][i]);
         }
       }
-      sum_and_spread<16, 4, 8 * kSlots>(&sums[0][0], lane);  // class 8 b + group, all slots
+      sum_and_spread<16, 4, 32>(&sums[0][0], lane);
+      float* own = &sums[0][0];
       if (views == 2) {
-        float* exchange = &maps[0][0][0] + slice * 32 * kSlots + lane;
+        float* exchange = &maps[0][0][0] + slice * 128 + lane;
         __syncthreads();
         if (view == 1)
 #pragma unroll
-          for (int i = 0; i < kSlots; ++i) exchange[32 * i] = sums[0][i];
+          for (int i = 0; i < 4; ++i) exchange[32 * i] = own[i];
         __syncthreads();
         if (view == 1) continue;
 #pragma unroll
-        for (int i = 0; i < kSlots; ++i) sums[0][i] += exchange[32 * i];
+        for (int i = 0; i < 4; ++i) own[i] += exchange[32 * i];
       }
-      const int l = 8 * b + group;
+      const int l = l0 + 4 * group / kSlots, first = c + 4 * group % kSlots;
       if (l >= p.g.L) continue;
-      float* to = p.cam_grad + (pair * p.g.L + l) * p.g.C + c;
+      float* to = p.cam_grad + (pair * p.g.L + l) * p.g.C + first;
 #pragma unroll
-      for (int i = 0; i < kSlots; ++i)
-        if (c + i < p.g.C) to[i] = sums[0][i];
+      for (int i = 0; i < 4; ++i)
+        if (first + i < p.g.C) to[i] = own[i];
     }
   }
 
@@ -477,8 +479,12 @@ struct Forward {
   }
 };
 
+// At least so many blocks fit beside each other by their registers; of NCHW, shared memory admits no more.
 template <typename T, bool kChannelsLast, int kBlocks>
-__global__ __launch_bounds__(kThreads, sizeof(T) == 4 ? 4 - kBlocks : 5 - kBlocks) void forward_kernel(
+constexpr int kBlocksPerSM = (sizeof(T) == 2 && kChannelsLast ? 5 : 4) - kBlocks;
+
+template <typename T, bool kChannelsLast, int kBlocks>
+__global__ __launch_bounds__(kThreads, kBlocksPerSM<T, kChannelsLast, kBlocks>) void forward_kernel(
     const __grid_constant__ ForwardParams p) {
   REBALFER_DYNAMIC_SHARED(unsigned char, memory);
   Forward<T, kChannelsLast, kBlocks>(p, memory).run(memory);

@@ -180,3 +180,218 @@ LAYOUTS = ("nchw", "channels_last")
 def test_options(dtype, layout, options):
     check(Case(2, 100, 7, 7, 7, dtype, layout), mean=False, **options)
     check(Case(3, 72, 4, 4, 8, dtype, layout, soft=True), mean=True, **options)
+
+
+# Sizes in pairs: channels that are no multiple of anything, tails, whole slabs, more slabs than stages; maps of one
+# position up to 8 x 8; both numbers of class blocks. Misaligned bases take the element-wise paths.
+SIZES = [
+    (1, 1, 1, 1, 2), (3, 3, 5, 3, 11), (1, 100, 8, 8, 16), (2, 513, 7, 7, 7), (1, 512, 7, 7, 8), (3, 64, 1, 1, 7),
+    (1, 33, 7, 7, 16), (2, 256, 5, 3, 8),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_sizes(dtype, layout, size):
+    check(Case(*size, dtype, layout, seed=size[1]), mean=size[0] == 2, detach=False)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_misaligned_bases_and_a_float32_weight(dtype, layout):
+    for c in (64, 72):
+        check(Case(2, c, 7, 7, 8, dtype, layout, shift=1, weight_dtype=torch.float32), detach=False)
+    check(Case(2, 72, 7, 7, 11, dtype, layout, weight_dtype=torch.float32), mean=False)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_cluster_size_and_slabs_that_come_twice(dtype, layout):
+    """One block has more slabs than stages, so that the second pass fetches them again; of eight, some have none."""
+    for cluster in (1, 2, 8):
+        check(Case(1, 384, 7, 7, 7, dtype, layout), cluster=cluster, detach=False)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_before_sm90(layout):
+    for dtype in NAMES:
+        check(Case(2, 384, 7, 7, 7, dtype, layout), sm80=True, detach=False)
+        check(Case(1, 65, 5, 3, 11, dtype, layout, shift=1), sm80=True, mean=False)
+
+
+def bytes_of(t: Tensor) -> int:
+    return t.numel() * t.element_size()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_byte_floor(dtype, layout):
+    """One launch each way; features come once and leave once, in 16-byte vectors or slabs."""
+    case = Case(2, 512, 7, 7, 7, dtype, layout)
+    saved, counters = forward(case, maps=False)
+    assert counters["launches"] == 1
+    once = {"nchw": "bulk_copies", "channels_last": "streamed_loads"}[layout]
+    for kind in ("streamed_loads", "cp_async_copies", "bulk_copies"):
+        assert counters[kind] == (bytes_of(case.features) if kind == once else 0), kind
+    assert (counters["mma"] > 0) == (dtype != torch.float32)
+    grads, counters = backward(case, saved, upstreams(case, True))
+    assert counters["launches"] == 1
+    assert counters["streamed_stores"] == bytes_of(grads["d_features"])
+    assert counters["streamed_loads"] == counters["cp_async_copies"] == counters["bulk_copies"] == 0
+
+
+def test_residual_slabs_are_not_fetched_twice():
+    """Not detached, slabs that fit into the stages serve the second pass too."""
+    case = Case(1, 512, 7, 7, 7, torch.bfloat16)
+    _, counters = forward(case, detach=False, cluster=2)
+    assert counters["bulk_copies"] == bytes_of(case.features)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sample_does_not_depend_on_its_batch(dtype, layout):
+    case, alone = Case(3, 100, 7, 7, 7, dtype, layout), Case(1, 100, 7, 7, 7, dtype, layout)
+    features = case.features[[1, 4]]
+    alone.features = features.contiguous(memory_format=torch.channels_last) if case.channels_last else features
+    alone.weight, alone.bias, alone.labels = case.weight, case.bias, case.labels[1:2].clone()
+    ups, options = upstreams(case, False), {"mean": False, "detach": False}
+    ups_alone = [*(u[1:2] for u in ups[:3]), ups[3][[1, 4]]]
+    (many, _), (one, _) = forward(case, **options), forward(alone, **options)
+    for name in many:
+        rows = [1, 4] if name in ("logits", "maps", "pooled") else [1]
+        assert torch.equal(many[name][rows], one[name]), name
+    grads, _ = backward(case, many, ups, **options)
+    grads_alone, _ = backward(alone, one, ups_alone, **options)
+    assert torch.equal(grads["d_features"][[1, 4]], grads_alone["d_features"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_consistency_alone(dtype):
+    case, ups = Case(2, 72, 7, 7, 7, dtype), [None, None, torch.tensor(-1.5), None]
+    saved, _ = forward(case, classified=False, detach=False)
+    grads, _ = backward(case, saved, ups, classified=False, detach=False, need=(True, True, False))
+    expected = truth(case, ups, detach=False)
+    oracle.assert_close(saved["consistency"], expected["consistency"], TOLERANCE)
+    for name in ("d_features", "d_weight"):
+        oracle.assert_close(grads[name], expected[name], ROUNDING[dtype], name)
+    for name in ("loss", "classification", "logits"):
+        assert saved[name].isnan().all(), name  # untouched
+
+
+@pytest.mark.parametrize("present", range(4))
+def test_absent_upstreams(present):
+    case = Case(2, 33, 5, 3, 7, torch.float32)
+    ups = [u if k == present else None for k, u in enumerate(upstreams(case, True))]
+    saved, _ = forward(case, detach=False)
+    grads, _ = backward(case, saved, ups, detach=False)
+    expected = truth(case, ups, detach=False)
+    for name in grads:
+        oracle.assert_close(grads[name], expected[name], TOLERANCE, name)
+
+
+@pytest.mark.parametrize(
+    "need", [(True, False, False), (False, True, False), (False, False, True), (False, True, True)]
+)
+def test_only_what_is_wanted(need):
+    case = Case(2, 72, 7, 7, 7, torch.bfloat16)
+    saved, _ = forward(case, maps=False)
+    assert saved["maps"].isnan().all()
+    ups = upstreams(case, True)
+    grads, _ = backward(case, saved, ups, need=need)
+    expected = truth(case, ups)
+    for (name, got), wanted in zip(grads.items(), need, strict=True):
+        if wanted:
+            oracle.assert_close(got, expected[name], ROUNDING[case.dtype], name)
+        else:
+            assert got.isnan().all(), name
+
+
+@pytest.mark.parametrize("views", ["both", "original"])
+def test_a_label_that_is_no_class(views):
+    """NaN for that sample's classification, its rows of dF, the means, dW and db; the rest is right."""
+    case = Case(3, 40, 5, 3, 7, torch.float32)
+    right = case.labels.clone()
+    for wrong in (-1, 7, 2**62):
+        case.labels = right.clone()
+        case.labels[1] = wrong
+        ups = upstreams(case, False)
+        saved, _ = forward(case, mean=False, views=views)
+        grads, _ = backward(case, saved, ups, mean=False, views=views)
+        case.labels = right
+        expected = truth(case, ups, mean=False, views=views)
+        for name in ("loss", "classification"):
+            assert saved[name].isnan().tolist() == [False, True, False]
+            oracle.assert_close(saved[name][[0, 2]], expected[name][[0, 2]], TOLERANCE, name)
+        oracle.assert_close(saved["consistency"], expected["consistency"], TOLERANCE)
+        broken = [1, 4] if views == "both" else [1]
+        fine = [i for i in range(6) if i not in broken]
+        assert grads["d_features"][broken].isnan().all()
+        oracle.assert_close(grads["d_features"][fine], expected["d_features"][fine], TOLERANCE)
+        assert grads["d_weight"].isnan().all() == grads["d_bias"].isnan().any()
+        case.labels = torch.tensor([right[0], wrong, right[2]])
+        saved, _ = forward(case, views=views)
+        assert saved["loss"].isnan() and saved["classification"].isnan() and not saved["consistency"].isnan()
+        only_consistency, _ = backward(case, saved, [None, None, torch.tensor(1.0), None], views=views)
+        assert not any(g.isnan().any() for g in only_consistency.values())
+
+
+def test_an_empty_batch_has_zero_gradients():
+    case = Case(0, 40, 5, 3, 7, torch.float32)
+    saved = {name: torch.empty(0) for name in ("logits", "residual", "pooled", "cam_grad")}
+    grads, _ = backward(case, saved, [torch.ones(()), None, None, None], mean=False, detach=False)
+    assert not grads["d_weight"].any() and not grads["d_bias"].any()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_class_activation_maps(dtype, layout):
+    for n, c, h, w, classes in ((1, 100, 7, 7, 7), (2, 256, 5, 3, 11), (1, 3, 1, 1, 2)):
+        case = Case(n, c, h, w, classes, dtype, layout)
+        m, g = 2 * n - (n == 2), torch.Generator().manual_seed(4)  # an odd number of views too
+        maps, is_float = nans(m, classes, h, w), int(dtype == torch.float32)
+        none = (None,) * 4
+        start = (*case.geometry(views=1, n=m), case.features, case.weight, is_float, None, *none)
+        options = (0.0, 2, 1, case.cluster(False), *(None,) * 6)
+        library()("run_forward", *start, *options, maps, None, None, None, None)
+        flat, weight = case.features[:m].double().reshape(m, c, h * w), case.weight.double()
+        oracle.assert_close(maps, (weight @ flat).reshape(maps.shape), TOLERANCE)
+
+        d_maps = torch.randn(maps.shape, generator=g)
+        cam_grad, d_features, d_weight = nans(m, classes, c), case.feature_output(m), nans(classes, c, dtype=dtype)
+        library()("run_forward", *start, *options, None, None, None, cam_grad, d_maps)
+        library()(
+            "run_backward", *case.geometry(views=1, n=m), *(None, 0) * 3, None, case.weight, is_float, *none, None,
+            None, None, cam_grad, d_maps, 0.0, 1.0, 2, 1, d_features, d_weight, None,
+        )  # fmt: skip
+        flat_d = d_maps.double().reshape(m, classes, h * w)
+        oracle.assert_close(d_features, (weight.T @ flat_d).reshape(d_features.shape), ROUNDING[dtype])
+        oracle.assert_close(d_weight, (flat_d @ flat.transpose(1, 2)).sum(0), ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("soft", [False, True])
+def test_cross_entropy(dtype, soft):
+    for m, classes in ((1, 2), (300, 7), (5, 100)):
+        g = torch.Generator().manual_seed(m)
+        logits = (3 * torch.randn(m, classes, generator=g)).to(dtype)
+        labels = torch.randint(0, classes, (m + 1,), generator=g)[1:]
+        targets = torch.rand(m, classes, generator=g) if soft else labels
+        table = torch.rand(classes, classes, generator=g)
+        row = targets.double() @ table.double() if soft else table.double()[labels]
+        soft_max = logits.double().softmax(1)
+        each = -(row * soft_max.log()).sum(1)
+        given = (None, targets) if soft else (targets, None)
+        start = (STORAGE[dtype], m, classes, logits, *given, table)
+        for mean in (True, False):
+            loss, ticket = nans(*(() if mean else (m,))), torch.zeros(1, dtype=torch.int32)
+            room = (nans(m), ticket) if mean else (None, None)
+            library()("run_cross_entropy", *start, loss, *room, None, 0, 1.0, None)
+            oracle.assert_close(loss, each.mean() if mean else each, TOLERANCE)
+            assert ticket.item() == 0
+            up = torch.randn(() if mean else (2 * m,), generator=g)
+            d_loss, stride = (up, 0) if mean else (up[::2], 2)
+            d_logits, share = nans(m, classes, dtype=dtype), 1 / m if mean else 1.0
+            library()("run_cross_entropy", *start, None, None, None, d_loss, stride, share, d_logits)
+            truth = d_loss.double().reshape(-1, 1) * share * (row.sum(1, keepdim=True) * soft_max - row)
+            oracle.assert_close(d_logits, truth, ROUNDING[dtype])
