@@ -94,13 +94,13 @@ class Problem(NamedTuple):
 
 def problem(case: Case, seed: int = 0) -> Problem:
     """Random tensors of a case; losses and gradients of order one, so that a wrong factor shows in any of them."""
-    g = torch.Generator().manual_seed(seed)
-    features = torch.randn(2 * case.N, case.C, H, W, generator=g).relu_()
+    on = {"generator": torch.Generator(case.device).manual_seed(seed), "device": case.device}
+    features = torch.randn(2 * case.N, case.C, H, W, **on).relu_()
     if case.layout == "channels_last":
         features = features.contiguous(memory_format=torch.channels_last)
-    weight, bias = torch.randn(L, case.C, generator=g) / case.C**0.5, torch.randn(L, generator=g)
-    targets = torch.randint(0, L, (case.N,), generator=g)
+    weight, bias = torch.randn(L, case.C, **on) / case.C**0.5, torch.randn(L, **on)
+    targets = torch.randint(0, L, (case.N,), **on)
     B = rk.effective_number_weights(CLASS_COUNTS)
-    leaves = (t.to(case.device, case.dtype).requires_grad_() for t in (features, weight, bias))
+    leaves = (t.to(case.dtype).requires_grad_() for t in (features, weight, bias))
     constants = (t.to(case.device) for t in (targets, rk.target_table(B), B.sqrt()))
     return Problem(*leaves, *constants, consistency_weight=2.0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import sys
 import time
@@ -50,6 +51,8 @@ def steps(out: Path, device: str) -> list[Step]:
 
     def sanitize(tool: str, share: float) -> Step:
         command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
+        if tool == "memcheck":  # PyTorch asks the driver for things it may refuse
+            command += ["--report-api-errors", "no"]
         command += [PYTHON, "-m", "bench.every_op", "cuda", "triton"]
         # Every tensor an allocation of its own, or an access beyond one falls into another.
         own = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -66,7 +69,7 @@ def steps(out: Path, device: str) -> list[Step]:
             "doctor", 0.2,
             lambda limit: [PYTHON, "-m", "rebalfer_kernels", "doctor", "--json", str(out / "doctor.json"), "--seconds",
                            f"{max(0.9 * limit - 10, 1):.0f}"],
-            "doctor.txt",
+            "doctor.txt", statuses={1: "something is wrong or unchecked, see doctor.txt"},
         ),
         Step(
             "gpu tests", 0.25,
@@ -78,10 +81,12 @@ def steps(out: Path, device: str) -> list[Step]:
             "op", 0.55,
             lambda limit: [*bench, "op", "--device", "cuda", "--seconds", "1.5", "--limit", f"{0.9 * limit:.0f}",
                            "--out", str(out), *rehearse],
+            statuses={1: "a contender was refused or a case failed; the others are measured"},
         ),
         Step(
             "step", 0.5,
             lambda limit: [*bench, "step", "--seconds", f"{min(0.4 * limit, 20):.0f}", "--out", str(out), *rehearse],
+            statuses={1: "a head was refused or a part failed; the others are measured"},
         ),
         sanitize("memcheck", 0.5),
         sanitize("racecheck", 1.0),
@@ -121,7 +126,8 @@ def perform(step: Step, limit: float, out: Path) -> dict:
     """Run one step; its state, reason, seconds, and the end of its output unless that is in a file."""
     command = step.command(limit)
     # From a bare checkout, and what is printed before a step is stopped must be in its log.
-    environment = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **step.environment}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **step.environment}
     try:
         log = out / step.log if step.log else None
         outcome = bounded.run(command, limit, environment=environment, directory=ROOT, log=log)
