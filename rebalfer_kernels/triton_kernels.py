@@ -514,6 +514,7 @@ def features_gradient(
     g = residual_upstream(d_loss, d_consistency, sample, ok, lam, share, d_loss_stride, d_consistency_stride)
     g = g * (1.0 / (L * HW))
     slot = tl.arange(0, PARTS * B_L)
+    view = tl.arange(0, 2)
     u = tl.zeros([B_ROWS, B_C], tl.float32)
     q = tl.zeros([B_C], tl.float32)  # W^T dz / HW, one number a channel
     q_twin = q
@@ -528,15 +529,12 @@ def features_gradient(
             w = tl.load(weight + k[:, None] * C + c[None, :], mask=(k < L)[:, None] & (c < C)[None, :], other=0.0)
             w = w.to(tl.float32) * (1.0 / HW)
             dz = logits_gradient(
-                d_loss, d_classification, d_logits, targets, target_table, logits, sample, ok, N, share,
+                d_loss, d_classification, d_logits, targets, target_table, logits, i + view * N, view < 2, N, share,
                 d_loss_stride, d_classification_stride, k, L, BOTH_VIEWS, SOFT, B_ALL,
             )  # fmt: skip
-            q += tl.sum(tl.trans(dz) * w, 0)
-            dz = logits_gradient(
-                d_loss, d_classification, d_logits, targets, target_table, logits, N + sample, ok, N, share,
-                d_loss_stride, d_classification_stride, k, L, BOTH_VIEWS, SOFT, B_ALL,
-            )  # fmt: skip
-            q_twin += tl.sum(tl.trans(dz) * w, 0)
+            both = tl.sum(dz[:, :, None] * w[None, :, :], 1)
+            q += tl.sum(tl.where((view == 0)[:, None], both, 0.0), 0)
+            q_twin += tl.sum(tl.where((view == 1)[:, None], both, 0.0), 0)
     twin = twin_rows(rows, W, twin_offset, twin_h, twin_w)
     store_tile(d_features + i * (C * HW), q[None, :] + u, rows, row_ok, c, C, S_HW, S_C)
     store_tile(d_features + (N + i) * (C * HW), q_twin[None, :] - u, twin, row_ok, c, C, S_HW, S_C)
