@@ -9,8 +9,10 @@
 
 #ifdef __CUDACC__
 #define REBALFER_HD_MEMBER __host__ __device__ __forceinline__
+#define REBALFER_ROLLED _Pragma("unroll 1")  // a loop off the hot path: nvcc would unroll it, to no use
 #else
 #define REBALFER_HD_MEMBER inline
+#define REBALFER_ROLLED
 #endif
 #define REBALFER_HD static REBALFER_HD_MEMBER
 
@@ -55,6 +57,7 @@ struct TargetRow {
   REBALFER_HD_MEMBER A operator[](int64_t l) const {
     if (!soft) return label >= 0 && label < L ? table[label * L + l] : A(NAN);
     A sum = 0;
+    REBALFER_ROLLED
     for (int64_t y = 0; y < L; ++y) sum += soft[y] * table[y * L + l];
     return sum;
   }

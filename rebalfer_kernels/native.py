@@ -195,6 +195,8 @@ def build(part: str = "cpu", architectures: Sequence[str] | None = None) -> Path
                     f"building the {part.upper()} kernels failed; repeat it with "
                     f"`python -m rebalfer_kernels build {recipe.repeat}`\n" + run.stdout[-4000:] + run.stderr[-2000:]
                 )
+            if _library(directory, recipe) != library:
+                raise BuildError("the sources changed while they were built; build again")
             os.replace(Path(work) / "library.so", library)
     return library
 

@@ -65,6 +65,22 @@ def test_a_failing_compiler_shows_its_message_once(tmp_path):
     assert not list((tmp_path / "cache").glob("*.so"))
 
 
+def test_sources_that_change_during_the_build_are_noticed(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    compiler = tmp_path / "editing"
+    compiler.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && exit\n'
+        f'echo "// edited" >> {tmp_path}/csrc/head_math.h\nfor out; do :; done; touch "$out"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setattr(native, "SOURCES", tmp_path / "csrc")
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("REBALFER_CACHE_DIR", str(tmp_path / "cache"))
+    with pytest.raises(native.BuildError, match="the sources changed while they were built"):
+        native.build()
+    assert not list((tmp_path / "cache").glob("*.so"))
+
+
 def test_an_import_compiles_nothing(tmp_path):
     out, errors = start(tmp_path, "-c", "import rebalfer_kernels; print('imported')").communicate(timeout=100)
     assert out.strip() == "imported", errors

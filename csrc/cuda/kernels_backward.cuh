@@ -32,6 +32,7 @@ __device__ __forceinline__ float consistency_upstream(const BackwardParams& p, i
 __device__ __forceinline__ void logit_gradient(const BackwardParams& p, int64_t m, float* dz) {
   const int L = p.g.L;
   const int64_t i = m < p.g.N ? m : m - p.g.N;
+  REBALFER_ROLLED
   for (int l = 0; l < L; ++l) dz[l] = p.d_logits ? p.d_logits[m * L + l] : 0.0f;
   if ((p.d_loss.data || p.d_classification.data) && (m < p.g.N || p.both_views)) {
     const float g = (upstream(p.d_loss, i) + upstream(p.d_classification, i)) * p.share;
@@ -78,6 +79,7 @@ __device__ void parameter_gradients(const BackwardParams& p, int block, WeightSh
     if (with_bias) {
 #pragma unroll
       for (int k = 0; k < kClasses / kWarps; ++k)
+        REBALFER_ROLLED
         for (int r = lane; r < rows; r += 32)
           if (k * kWarps + warp < L) bias[k] += shared.dz[r][k * kWarps + warp];
     }
@@ -103,6 +105,7 @@ __device__ void parameter_gradients(const BackwardParams& p, int block, WeightSh
 #pragma unroll
   for (int l = 0; l < kClasses; ++l) shared.sums[warp][l][lane] = acc[l];
   __syncthreads();
+  REBALFER_ROLLED
   for (int l = warp; l < L; l += kWarps) {
     float sum = 0;
     for (int w = 0; w < kWarps; ++w) sum += shared.sums[w][l][lane];
@@ -247,7 +250,7 @@ struct FeatureGradient {
     float k[2][8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) k[0][i] = shared.constant[0][own(i)], k[1][i] = shared.constant[1][own(i)];
-#pragma unroll 1
+    REBALFER_ROLLED
     for (int x0 = 0; x0 < HW; x0 += 16) {
       float d[4][4] = {};
 #pragma unroll
@@ -284,7 +287,7 @@ struct FeatureGradient {
 #pragma unroll
       for (int l = 0; l < kClasses; ++l) w[l][i] = shared.operands.w[c + i][l];
     }
-#pragma unroll 1
+    REBALFER_ROLLED
     for (int x = warp; x < HW; x += kWarps) {
       float u[4] = {};
 #pragma unroll
@@ -321,11 +324,13 @@ struct FeatureGradient {
     __syncthreads();
     const bool vectors = int64_t(p.g.C) * HW % kSlots == 0;
     const int count = here * HW, whole = vectors ? count / kSlots : 0;
+    REBALFER_ROLLED
     for (int view = 0; view < views; ++view) {
       const T* from = stage + view * kBlockChannels * HW;
       T* to = (view ? out_twin : out) + int64_t(c0) * HW;
       for (int i = threadIdx.x; i < whole; i += kThreads)
         store_16B_streaming(to + i * kSlots, reinterpret_cast<const uint4*>(from)[i]);
+      REBALFER_ROLLED
       for (int i = whole * kSlots + threadIdx.x; i < count; i += kThreads) to[i] = from[i];
     }
   }

@@ -136,6 +136,7 @@ __device__ __forceinline__ bool is_last_block(unsigned* ticket, int64_t blocks, 
 template <typename Value>
 __device__ __forceinline__ float block_mean(int64_t N, double* room, const Value& value) {
   double sum = 0;
+#pragma unroll 4
   for (int64_t i = threadIdx.x; i < N; i += kThreads) sum += double(value(i));
   sum = warp_sum(sum);
   __syncthreads();
@@ -148,6 +149,7 @@ __device__ __forceinline__ float block_mean(int64_t N, double* room, const Value
 
 // The position of the twin that meets each position; table is shared, kMaxPositions long.
 __device__ __forceinline__ void fill_twin_table(const Geometry& g, int* table) {
+  REBALFER_ROLLED
   for (int x = threadIdx.x; x < g.H * g.W; x += kThreads) table[x] = int(twin_index(g.twin, x / g.W, x % g.W));
 }
 

@@ -3,7 +3,7 @@
 //
 // A cluster serves one pair, each of its blocks some of the channels, each warp one view and 32 channels at a time.
 // A warp is 8 groups of 4 lanes: group g holds the positions g, g + 8, ..., lane `quarter` of it 16 bytes of
-// consecutive channels, which is what a 16-byte load of channels_last gives, and (with the channels of an mma's K axis
+// consecutive channels, which is what a 16-byte copy of channels_last gives, and (with the channels of an mma's K axis
 // renumbered, for the weight alike) the B operand of mma.m16n8k16. Its A operand holds 8 classes of the weight's
 // high parts in rows 0-7 and of their low parts in rows 8-15, so a float32 weight costs no more than a 16-bit one.
 // float32 features take the same road with FMAs. Both views' maps are summed and subtracted at the end, on the map:
@@ -11,6 +11,8 @@
 // memory does, and the maps of both views would no longer be there for the logits, for return_maps and for the twin's
 // index, which moves no feature here.
 //
+// channels_last: each lane copies the pieces that it will read, four steps ahead (LaneRing): as many loads in flight as
+// registers could not hold, and at the paper's batch all of a warp's loads at once.
 // NCHW: channels are strided by H W elements, 98 bytes for 7 x 7 at 16 bits, so a warp cannot load them as vectors.
 // Slabs of whole channels, which are contiguous, come through a ring in shared memory: by the bulk copy engine where
 // all of them are multiples of 16 bytes, by cp.async where only the base is aligned or before sm_90, else by
@@ -33,11 +35,26 @@ struct ForwardShared {  // the fixed part of a block's shared memory
   int twin[kMaxPositions], last;
 };
 
+// 16 bytes of elements get(0), get(1), ...
+template <typename T, typename Get>
+__device__ __forceinline__ void gather(uint4& f, const Get& get) {
+  uint32_t r[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      r[i] = __float_as_uint(get(i));
+    } else {
+      r[i] = uint32_t(get(2 * i).bits) | uint32_t(get(2 * i + 1).bits) << 16;
+    }
+  }
+  f = uint4{r[0], r[1], r[2], r[3]};
+}
+
 // A block's slabs of NCHW channels, `passes` times over, through kStages stages. A stage holds kChannels / views
 // channels of each view. If all slabs fit into the stages they are fetched once and stay.
 template <typename T>
 struct Ring {
-  static constexpr int kStages = sizeof(T) == 2 ? 4 : 3;
+  static constexpr int kStages = sizeof(T) == 2 ? 4 : 2;  // 50 KiB at 7 x 7
   static constexpr int kChannels = kWarps * kGroup;
   enum How { kBulk, kVectors, kElements };
 
@@ -67,7 +84,7 @@ struct Ring {
       }
       __syncthreads();
     }
-#pragma unroll 1
+    REBALFER_ROLLED
     for (int s = 0; s < kStages; ++s) issue();
   }
 
@@ -83,14 +100,18 @@ struct Ring {
           uint64_t* barrier = full + issued % slots;
           const unsigned bytes = here * sizeof(T);
           mbarrier_arrive_expect_tx(barrier, views * bytes);
+          REBALFER_ROLLED
           for (int view = 0; view < views; ++view, to += room, from += to_twin)
             bulk_copy_to_shared(to, from, bytes, barrier);
         }
       } else {
         constexpr int kVector = 16 / sizeof(T);
         const int vectors = how == kVectors ? here / kVector : 0;
+        REBALFER_ROLLED
         for (int view = 0; view < views; ++view, to += room, from += to_twin) {
+#pragma unroll 4
           for (int i = threadIdx.x; i < vectors; i += kThreads) cp_async_16(to + i * kVector, from + i * kVector);
+          REBALFER_ROLLED
           for (int i = vectors * kVector + threadIdx.x; i < room; i += kThreads) to[i] = i < here ? from[i] : T{};
         }
       }
@@ -116,6 +137,67 @@ struct Ring {
   __device__ __forceinline__ void release() {
     if (issued < total) __syncthreads();
     issue();
+  }
+};
+
+// This lane's 16-byte pieces of a view in channels_last, kStages steps ahead, `passes` times over. What a lane copies it
+// alone reads, so shared memory serves as more registers and no barrier is needed. If all steps fit they are fetched
+// once and stay.
+template <typename T>
+struct LaneRing {
+  static constexpr int kStages = 4;
+
+  static __host__ __device__ int64_t bytes(int64_t HW) { return kWarps * kStages * ((HW + 7) / 8) * 32 * 16; }
+
+  uint4* pieces;
+  const T* source;  // the lane's first position
+  int C, HW, group, tiles, steps, slots, total, issued = 0, consumed = 0;
+  bool aligned;
+
+  __device__ __forceinline__ LaneRing(const Geometry& g, const T* view, int group, int steps, int passes, uint4* pieces)
+      : source(view + int64_t(group) * g.C), C(g.C), HW(g.H * g.W), group(group), tiles((HW + 7) / 8), steps(steps),
+        slots(min(steps, kStages)), total(steps <= kStages ? steps : steps * passes),
+        aligned(C % (16 / sizeof(T)) == 0 && reinterpret_cast<uintptr_t>(view) % 16 == 0) {
+    this->pieces = pieces + threadIdx.x / 32 * kStages * tiles * 32 + threadIdx.x % 32;
+  }
+
+  __device__ __forceinline__ uint4* piece(int use) const { return pieces + use % slots * tiles * 32; }
+
+  // Starts to fetch the next step's pieces; channel(step) is the lane's first channel.
+  template <typename Channel>
+  __device__ __forceinline__ void issue(const Channel& channel) {
+    if (aligned && issued < total) {
+      const int c = channel(issued % steps);
+      uint4* to = piece(issued);
+      const T* from = source + c;
+      if (c < C) {
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j)
+          if (8 * j + group < HW) cp_async_16(to + 32 * j, from + int64_t(8 * j) * C);
+      }
+    }
+    cp_async_commit();
+    ++issued;
+  }
+
+  // The pieces whose first channel is c; zero outside.
+  __device__ __forceinline__ void take(uint4 (&f)[kTiles], int c) {
+    if (aligned) {
+      cp_async_wait<kStages - 1>();
+      const uint4* from = piece(consumed);
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        f[j] = uint4{0, 0, 0, 0};
+        if (8 * j + group < HW && c < C) f[j] = from[32 * j];
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        const T* from = source + int64_t(8 * j) * C + c;
+        gather<T>(f[j], [&](int i) { return 8 * j + group < HW && c + i < C ? from[i] : T{}; });
+      }
+    }
+    ++consumed;
   }
 };
 
@@ -150,81 +232,92 @@ struct Forward {
     return kChannelsLast ? 16 * step + 4 * quarter : 8 * quarter + 4 * step;
   }
 
-  // This lane's features: channels c ... c + kSlots - 1 at the positions group + 8 j; zero outside.
-  __device__ __forceinline__ void load(uint4 (&f)[kTiles], const T* features, const T* stage, int step, int c) const {
+  // The lane's first channel in a step of the block's.
+  __device__ __forceinline__ int channel(int first, int step) const {
+    return (first + step / kSteps) * channels + slice * kGroup + lane_channel(step % kSteps);
+  }
+
+  // Of a slab: channels from lane_channel(step) on at the positions group + 8 j; zero outside.
+  __device__ __forceinline__ void load(uint4 (&f)[kTiles], const T* slab, int step) const {
+    const T* row = slab + (view * channels + slice * kGroup + lane_channel(step)) * HW + group;
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      f[j] = uint4{0, 0, 0, 0};
+      if (8 * j >= HW) continue;
+      const bool inside = 8 * j + group < HW;
+      gather<T>(f[j], [&](int i) { return inside ? row[i * HW + 8 * j] : T{}; });
+    }
+  }
+
+  using Source = std::conditional_t<kChannelsLast, LaneRing<T>, Ring<T>>;
+
+  __device__ __forceinline__ Source open(int first, int chunks, int passes, unsigned char* room) const {
+    const T* features = static_cast<const T*>(p.features);
     if constexpr (kChannelsLast) {
-      const T* from = features + c;
-      if (p.g.C % kSlots == 0 && reinterpret_cast<uintptr_t>(features) % 16 == 0) {
-#pragma unroll
-        for (int j = 0; j < kTiles; ++j) {
-          const int x = 8 * j + group;
-          f[j] = uint4{0, 0, 0, 0};
-          if (x < HW && c < p.g.C) f[j] = load_16B_streaming(from + int64_t(x) * p.g.C);
-        }
-        return;
-      }
-#pragma unroll
-      for (int j = 0; j < kTiles; ++j) {
-        const int x = 8 * j + group;
-        gather(f[j], [&](int i) { return x < HW && c + i < p.g.C ? from[int64_t(x) * p.g.C + i] : T{}; });
+      const T* own = features + (view * p.g.N + pair) * int64_t(p.g.C) * HW;
+      LaneRing<T> ring(p.g, own, group, chunks * kSteps, passes, reinterpret_cast<uint4*>(room));
+      REBALFER_ROLLED
+      for (int s = 0; s < LaneRing<T>::kStages; ++s) ring.issue([&](int step) { return channel(first, step); });
+      return ring;
+    } else {
+      return Ring<T>(p.g, features, pair, first, chunks, passes, reinterpret_cast<T*>(room), shared.full);
+    }
+  }
+
+  // Calls use(features, c, weights(c)) for each piece of the block's channels that this warp takes; the weights are
+  // asked for before the features are waited for.
+  template <typename OfChannel, typename Use>
+  __device__ __forceinline__ void for_channels(Source& source, int first, int chunks, const OfChannel& weights,
+                                               const Use& use) const {
+    if constexpr (kChannelsLast) {
+      REBALFER_ROLLED
+      for (int step = 0; step < chunks * kSteps; ++step) {
+        const int c = channel(first, step);
+        const auto w = weights(c);
+        uint4 f[kTiles];
+        source.take(f, c);
+        use(f, c, w);
+        source.issue([&](int next) { return channel(first, next); });
       }
     } else {
-      const T* row = stage + ((view * channels) + slice * kGroup + lane_channel(step)) * HW + group;
-#pragma unroll
-      for (int j = 0; j < kTiles; ++j) {
-        if (8 * j >= HW) {
-          f[j] = uint4{0, 0, 0, 0};
-          continue;
+      REBALFER_ROLLED
+      for (int k = 0; k < chunks; ++k) {
+        const T* slab = nullptr;
+        REBALFER_ROLLED
+        for (int step = k * kSteps; step < (k + 1) * kSteps; ++step) {
+          const int c = channel(first, step);
+          const auto w = weights(c);
+          if (!slab) slab = source.wait();
+          uint4 f[kTiles];
+          load(f, slab, step % kSteps);
+          use(f, c, w);
         }
-        const bool inside = 8 * j + group < HW;
-        gather(f[j], [&](int i) { return inside ? row[i * HW + 8 * j] : T{}; });
+        source.release();
       }
-    }
-  }
-
-  template <typename Get>
-  static __device__ __forceinline__ void gather(uint4& f, const Get& get) {
-    uint32_t r[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (sizeof(T) == 4) {
-        r[i] = __float_as_uint(get(i));
-      } else {
-        r[i] = uint32_t(get(2 * i).bits) | uint32_t(get(2 * i + 1).bits) << 16;
-      }
-    }
-    f = uint4{r[0], r[1], r[2], r[3]};
-  }
-
-  // Calls use(features, c) for each piece of the block's channels that this warp takes; slabs first ... of NCHW
-  // come from the ring.
-  template <typename Use>
-  __device__ __forceinline__ void for_channels(Ring<T>* ring, int first, int chunks, const Use& use) const {
-    const T* features =
-        static_cast<const T*>(p.features) + (view * p.g.N + pair) * int64_t(p.g.C) * HW;  // used by channels_last
-    for (int k = 0; k < chunks; ++k) {
-      const T* stage = nullptr;
-      if constexpr (!kChannelsLast) stage = ring->wait();
-#pragma unroll 1
-      for (int step = 0; step < kSteps; ++step) {
-        const int c = (first + k) * channels + slice * kGroup + lane_channel(step);
-        uint4 f[kTiles];
-        load(f, features, stage, step, c);
-        use(f, c);
-      }
-      if constexpr (!kChannelsLast) ring->release();
     }
   }
 
   // acc += W F, for this lane's share: of mma, D's fragments; else positions group + 8 j, all classes.
   using Sums = std::conditional_t<kTensorCore, float[kBlocks][kTiles][4], float[kTiles][kClasses]>;
 
-  __device__ __forceinline__ void accumulate(Sums& acc, const uint4 (&f)[kTiles], int c) const {
+  // What a lane needs of the weight at once: of mma, its rows of A; FMAs load all classes as they come.
+  struct Rows {
+    float of[kTensorCore ? kBlocks : 1][kSlots];
+  };
+  __device__ __forceinline__ Rows rows(int c) const {
+    Rows w{};
+    if constexpr (kTensorCore) {
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) weights.load(w.of[b], 8 * b + group, c);
+    }
+    return w;
+  }
+
+  __device__ __forceinline__ void accumulate(Sums& acc, const uint4 (&f)[kTiles], int c, const Rows& rows) const {
     if constexpr (kTensorCore) {
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
-        float w[kSlots];
-        weights.load(w, 8 * b + group, c);
+        const auto& w = rows.of[b];
         uint32_t a[2][4];
 #pragma unroll
         for (int i = 0; i < 4; ++i)
@@ -322,9 +415,11 @@ struct Forward {
   // view's maps.
   __device__ __forceinline__ void finish(Map* total, bool writes) const {
     const int L = p.g.L;
+    REBALFER_ROLLED
     for (int row = warp; row < views * L; row += kWarps) {
       const int v = row / L, l = row % L;
       float sum = 0;
+#pragma unroll 2
       for (int x = lane; x < HW; x += 32) {
         sum += total[v][l][x];
         if (p.maps && writes) p.maps[((v * p.g.N + pair) * L + l) * HW + x] = total[v][l][x];
@@ -335,8 +430,10 @@ struct Forward {
     __syncthreads();
     if (views == 1) return;
     float sum = 0;
+    REBALFER_ROLLED
     for (int l = warp; l < L; l += kWarps) {
       const float v = __ldg(p.map_weights + l);
+#pragma unroll 2
       for (int x = lane; x < HW; x += 32) {
         const float s = total[0][l][x] - total[1][l][shared.twin[x]];
         sum += consistency_term(v, s, p.p);
@@ -384,7 +481,7 @@ struct Forward {
   // K = <d, F> (minus the twin's): d (L, HW) of this warp's view meets each channel, a few classes at a time.
   __device__ __forceinline__ void correlate(const Map& d, const uint4 (&f)[kTiles], int c) const {
     constexpr int kTogether = 32 / kSlots;  // classes; 32 sums, of which a lane keeps 4 consecutive ones
-#pragma unroll 1
+    REBALFER_ROLLED
     for (int l0 = 0; l0 < p.g.L; l0 += kTogether) {
       float sums[kTogether][kSlots] = {};
 #pragma unroll
@@ -424,6 +521,7 @@ struct Forward {
   // total[0] (the residual) becomes the gradient of the consistency with respect to the first view's maps, total[1]
   // that of the twin's; rows and positions outside become zero.
   __device__ __forceinline__ void differentiate(Map* total) const {
+    REBALFER_ROLLED
     for (int e = threadIdx.x; e < kMap; e += kThreads) {
       const int l = e / kPitch, x = e % kPitch;
       if (l >= p.g.L || x >= HW) {
@@ -446,28 +544,16 @@ struct Forward {
     const int first = min(rank * each, all), chunks = min(each, all - first);
     const bool forward = !p.d_maps;
     if (views == 2) fill_twin_table(p.g, shared.twin);
-    std::conditional_t<kChannelsLast, int, Ring<T>> ring = [&] {
-      if constexpr (kChannelsLast) {
-        return 0;
-      } else {
-        return Ring<T>(p.g, static_cast<const T*>(p.features), pair, first, chunks, int(forward) + (p.cam_grad != nullptr),
-                       reinterpret_cast<T*>(memory + ring_offset()), shared.full);
-      }
-    }();
-    Ring<T>* const source = [&]() -> Ring<T>* {
-      if constexpr (kChannelsLast) {
-        return nullptr;
-      } else {
-        return &ring;
-      }
-    }();
+    Source source = open(first, chunks, int(forward) + (p.cam_grad != nullptr), memory + ring_offset());
     Map* const total = maps + views;
     if (forward) {
       Sums acc = {};
-      for_channels(source, first, chunks, [&](const uint4(&f)[kTiles], int c) {
-        accumulate(acc, f, c);
-        if (p.pooled) pool(f, c);
-      });
+      for_channels(
+          source, first, chunks, [&](int c) { return rows(c); },
+          [&](const uint4(&f)[kTiles], int c, const Rows& w) {
+            accumulate(acc, f, c, w);
+            if (p.pooled) pool(f, c);
+          });
       store(acc);
       combine();
       if (rank == 0 || p.cam_grad) finish(total, rank == 0);
@@ -475,16 +561,14 @@ struct Forward {
     if (!p.cam_grad) return;
     __syncthreads();
     differentiate(total);
-    for_channels(source, first, chunks, [&](const uint4(&f)[kTiles], int c) { correlate(total[view], f, c); });
+    for_channels(
+        source, first, chunks, [](int) { return 0; },
+        [&](const uint4(&f)[kTiles], int c, int) { correlate(total[view], f, c); });
   }
 };
 
-// At least so many blocks fit beside each other by their registers; of NCHW, shared memory admits no more.
 template <typename T, bool kChannelsLast, int kBlocks>
-constexpr int kBlocksPerSM = (sizeof(T) == 2 && kChannelsLast ? 5 : 4) - kBlocks;
-
-template <typename T, bool kChannelsLast, int kBlocks>
-__global__ __launch_bounds__(kThreads, kBlocksPerSM<T, kChannelsLast, kBlocks>) void forward_kernel(
+__global__ __launch_bounds__(kThreads, 4 - kBlocks) void forward_kernel(
     const __grid_constant__ ForwardParams p) {
   REBALFER_DYNAMIC_SHARED(unsigned char, memory);
   Forward<T, kChannelsLast, kBlocks>(p, memory).run(memory);
@@ -495,7 +579,8 @@ void launch_forward_as(const ForwardParams& p, cudaStream_t stream) {
   const auto start = [&](auto* kernel, int64_t fixed) {
     const int HW = p.g.H * p.g.W, channels = Ring<T>::kChannels / p.g.views;
     const int64_t chunks = ((p.g.C + channels - 1) / channels + p.cluster - 1) / p.cluster;
-    const int64_t ring = p.g.channels_last ? 0 : std::min<int64_t>(chunks, Ring<T>::kStages) * Ring<T>::stage_bytes(HW);
+    const int64_t ring = p.g.channels_last ? LaneRing<T>::bytes(HW)
+                                           : std::min<int64_t>(chunks, Ring<T>::kStages) * Ring<T>::stage_bytes(HW);
     launch(kernel, dim3(unsigned(p.g.N * p.cluster)), dim3(kThreads), unsigned(p.cluster), size_t(fixed + ring), stream, p);
   };
   const bool one = p.g.L <= 8;

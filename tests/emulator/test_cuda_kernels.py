@@ -213,6 +213,12 @@ def test_every_cluster_size_and_slabs_that_come_twice(dtype, layout):
         check(Case(1, 384, 7, 7, 7, dtype, layout), cluster=cluster, detach=False)
 
 
+def test_more_samples_than_threads():
+    """Means by the last block and dW, db by blocks that hold 128 samples at a time."""
+    for mean in (True, False):
+        check(Case(150, 3, 1, 1, 7, torch.float32), mean=mean, detach=False)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_before_sm90(layout):
     for dtype in NAMES:
@@ -231,7 +237,7 @@ def test_the_byte_floor(dtype, layout):
     case = Case(2, 512, 7, 7, 7, dtype, layout)
     saved, counters = forward(case, maps=False)
     assert counters["launches"] == 1
-    once = {"nchw": "bulk_copies", "channels_last": "streamed_loads"}[layout]
+    once = {"nchw": "bulk_copies", "channels_last": "cp_async_copies"}[layout]
     for kind in ("streamed_loads", "cp_async_copies", "bulk_copies"):
         assert counters[kind] == (bytes_of(case.features) if kind == once else 0), kind
     assert (counters["mma"] > 0) == (dtype != torch.float32)
