@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import json
 import math
@@ -133,30 +134,44 @@ def inputs(size: Size, dtype: torch.dtype, layout: str, device: str) -> Inputs:
     return Inputs(*leaves, *(t.to(device) for t in (targets, table, map_weights)))
 
 
-def errors(name: str, x: Inputs, backend: str) -> tuple[dict[str, float], dict[str, float]]:
-    """Relative L2 errors of each output and of each gradient, with random signed upstreams, against float64.
+class Truth(NamedTuple):
+    outputs: dict[str, Tensor]  # float64, on the CPU
+    upstreams: dict[str, Tensor]  # of the differentiable outputs
+    gradients: list[Tensor]
+
+
+@functools.lru_cache(maxsize=2)  # the sizes of a row: the next row's layout has the same truth
+def truth(name: str, size: Size, dtype: torch.dtype) -> Truth:
+    """Outputs and gradients in float64 from the reference, with random signed upstreams.
 
     The upstreams are of order 1000, as under GradScaler: a float16 gradient would be subnormal otherwise.
     """
     _, function, leaves = OPERATIONS[name]
-    got = function(functional, x, backend=backend)
-    upstream = torch.Generator().manual_seed(1)
-    ups = {k: 1000 * torch.randn(v.shape, generator=upstream).double() for k, v in got.items() if v.requires_grad}
-    asked = [getattr(x, leaf) for leaf in leaves]
+    x = inputs(size, dtype, "nchw", "cpu")
+    exact = Inputs(*(t.detach().double() if t.is_floating_point() else t for t in x))
+    asked = [getattr(exact, leaf).requires_grad_() for leaf in leaves]
+    outputs = function(reference, exact)
+    random, kept = torch.Generator().manual_seed(1), reference.compute_dtype(dtype)
+    upstreams = {
+        k: (1000 * torch.randn(v.shape, generator=random)).to(kept) for k, v in outputs.items() if v.requires_grad
+    }
     gradients = torch.autograd.grad(
-        [got[k] for k in ups], asked, [u.to(got[k].device, got[k].dtype) for k, u in ups.items()]
-    )
-    exact = Inputs(*(t.detach().cpu().double() if t.is_floating_point() else t.cpu() for t in x))
-    for leaf in leaves:
-        getattr(exact, leaf).requires_grad_()
-    truth = function(reference, exact)
-    exact_gradients = torch.autograd.grad(
-        [truth[k] for k in ups], [getattr(exact, leaf) for leaf in leaves],
-        [u.to(got[k].dtype).double() for k, u in ups.items()],
+        [outputs[k] for k in upstreams], asked, [u.double() for u in upstreams.values()]
     )  # fmt: skip
-    pairs = zip(leaves, gradients, exact_gradients, strict=True)
+    return Truth({k: v.detach() for k, v in outputs.items()}, upstreams, list(gradients))
+
+
+def errors(name: str, x: Inputs, exact: Truth, backend: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Relative L2 errors of each output and of each gradient against float64."""
+    _, function, leaves = OPERATIONS[name]
+    got = function(functional, x, backend=backend)
+    gradients = torch.autograd.grad(
+        [got[k] for k in exact.upstreams], [getattr(x, leaf) for leaf in leaves],
+        [u.to(got[k].device, got[k].dtype) for k, u in exact.upstreams.items()],
+    )  # fmt: skip
+    pairs = zip(leaves, gradients, exact.gradients, strict=True)
     return (
-        {k: _relative_error(v, truth[k]) for k, v in got.items()},
+        {k: _relative_error(v, exact.outputs[k]) for k, v in got.items()},
         {f"d_{leaf}": _relative_error(g, e) for leaf, g, e in pairs},
     )
 
@@ -164,7 +179,7 @@ def errors(name: str, x: Inputs, backend: str) -> tuple[dict[str, float], dict[s
 def _relative_error(got: Tensor, exact: Tensor) -> float:
     if got.shape != exact.shape:
         return math.inf
-    error = ((got.detach().cpu().double() - exact.detach()).norm() / exact.detach().norm()).item()
+    error = ((got.detach().cpu().double() - exact).norm() / exact.norm()).item()
     return error if math.isfinite(error) else math.inf
 
 
@@ -184,7 +199,7 @@ def check(backend: str, device: str, name: str, dtype: torch.dtype, layout: str,
                 dispatch.choose(dispatch.request(op, *asks), backend)
             except RuntimeError as refusal:
                 return {**row, "state": "not served", "note": str(refusal).partition("serve this call: ")[2]}
-            for seen, new in zip(worst, errors(name, x, backend), strict=True):
+            for seen, new in zip(worst, errors(name, x, truth(name, size, dtype), backend), strict=True):
                 seen.update({k: max(e, seen.get(k, 0.0)) for k, e in new.items()})
         wrong = {k: e for seen, limit in zip(worst, LIMITS[dtype], strict=True) for k, e in seen.items() if e > limit}
         row["outputs"], row["gradients"] = (_finite(max(seen.values())) for seen in worst)
