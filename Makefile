@@ -1,5 +1,5 @@
 # make demo            environment in .venv, then two networks trained on synthetic faces: minutes on two CPU cores
-# make test            environment in .venv, then lint, types and tests
+# make test            environment in .venv, then lint, types and tests, those of Triton in its interpreter too
 # make test PYTHON=…   the same in an environment you have: adds what is missing, never another torch
 # make test-oldest     the tests on the oldest supported torch and its Triton, in an environment of its own
 # make mutants         breaks the sources in one place at a time: each time a named test must fail
@@ -20,17 +20,22 @@ endif
 demo: $(READY)
 	$(RUN) -m trainer demo
 
-test: $(READY)
+test: $(READY) .venv/triton-3.6
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy rebalfer_kernels
-	$(RUN) -m pytest
+	$(MAKE) tests
 
 test-oldest:
 	$(MAKE) tests VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
+# Triton reads TRITON_INTERPRET when it is imported; its interpreter works on one core.
+INTERPRET := TRITON_INTERPRET=1 $(RUN) -m pytest -k triton
 tests: $(READY)
 	$(RUN) -m pytest
+	@$(INTERPRET) tests/test_triton.py tests/test_head.py & first=$$!; \
+	  $(INTERPRET) tests/test_laws.py tests/test_parts.py tests/test_error_rule.py tests/test_ops.py; second=$$?; \
+	  wait $$first && exit $$second
 
 mutants: $(READY)
 	$(RUN) tests/mutants.py
@@ -42,6 +47,10 @@ $(VENV)/.ready: $(CONSTRAINTS)
 	python3 -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q -c $(CONSTRAINTS) $(PACKAGES)
 	touch $@
+
+# The oldest supported Triton beside the installed one: the kernels must fit their budgets under both.
+.venv/triton-3.6: | $(READY)
+	$(RUN) -m pip install -q --no-deps --target $@ triton==3.6.0
 
 # The installed torch is a requirement of its own installation, so that nothing replaces it.
 given:

@@ -6,6 +6,7 @@
     python -m bench op --device cuda           the GPU's cases, in CUDA graphs and call by call
     python -m bench step                       a whole training step, and a whole run extrapolated from it
     python -m bench gpu-check --out DIR        all that a GPU must show: build, doctor, tests, op, step, sanitizers
+    python -m bench tune --cases C512          search the Triton tiles of GPU cases, propose rows of triton_tiles.TABLE
     python -m bench report                     the README's section from the newest results (--check: only compare)
     python -m pytest tests/bench -o addopts= --benchmark-only      micro-benchmarks of the public functions
 
@@ -64,6 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
     check.add_argument("--out", type=Path, required=True, help="folder of the results, at most 8 files")
     check.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses the steps")
     check.add_argument("--seconds", type=float, default=480.0, help="in all")
+    tune = commands.add_parser("tune", help="search the tiles of the Triton kernels on a GPU")
+    tune.add_argument("--cases", default="", metavar="SUBSTRING", help="those whose name has it, as in N32-C512-nchw")
     report = commands.add_parser("report", help="write the README's section")
     report.add_argument("--check", action="store_true", help="fail if the README differs, write nothing")
     options = parser.parse_args(arguments)
@@ -73,6 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
         from . import gpu_check
 
         return gpu_check.main(options.out, options.device, options.seconds)
+    if options.command == "tune":
+        return _tune(options.cases)
     if options.command == "step":
         return _step(options)
     return _gpu_op(options) if options.device == "cuda" or options.rehearse else _op(options)
@@ -103,6 +108,20 @@ def _gpu_op(options: argparse.Namespace) -> int:
     )
     print(path)
     return 1 if result["rejected"] or result["errors"] else 0
+
+
+def _tune(substring: str) -> int:
+    import torch
+
+    from . import tune
+    from .cases import CASES
+
+    if not torch.cuda.is_available():
+        print("error: PyTorch sees no GPU here, and tiles can be compared on one alone", file=sys.stderr)
+        return 2
+    for case in (c for c in CASES if c.device == "cuda" and substring in c.name):
+        print(tune.main(case), flush=True)
+    return 0
 
 
 def _step(options: argparse.Namespace) -> int:

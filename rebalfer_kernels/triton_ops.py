@@ -56,7 +56,8 @@ def _launch(kernel: Any, programs: int, tensor: Tensor, *arguments: Any, warps: 
 
 
 def _problem(channels: int, height: int, width: int, classes: int, channels_last: bool, dtype, device) -> Problem:
-    return Problem(channels, height * width, classes, channels_last, dtype, arch(device.index))
+    pixels = height * width  # a single one lies alike in both layouts, and channels side by side load faster
+    return Problem(channels, pixels, classes, channels_last or pixels == 1, dtype, arch(device.index))
 
 
 def _geometry(problem: Problem, height: int, width: int) -> dict[str, Any]:

@@ -52,6 +52,29 @@ def test_the_interpreter_serves_only_when_asked():
         rk.class_activation_maps(features.to("meta"), weight.to("meta"), backend="triton")
 
 
+AGREEMENT = {
+    "one tile": (
+        (3, 70, 5, 3, 7, torch.bfloat16, "channels_last"),
+        dict(weight_dtype=torch.float32),
+        dict(mean=True, p=1, detach_cam_weight=False),
+    ),
+    "float32, nchw": (
+        (2, 33, 4, 4, 9, torch.float32, "nchw"),
+        dict(soft=True),
+        dict(mean=False, transform="rot90", views="original", detach_cam_weight=False),
+    ),
+    "several tiles": ((2, 20, 8, 9, 40, torch.float16, "channels_last"), {}, dict(mean=True)),
+}
+
+
+@pytest.mark.parametrize("backend", TRITON)
+@pytest.mark.parametrize("name", AGREEMENT)
+def test_agreement(backend, name):
+    """One case of each kind, for the injected faults of mutants.py."""
+    shape, of_case, options = AGREEMENT[name]
+    check(backend, case(*shape, **of_case, device=backend.device), slack=4, **options)
+
+
 @pytest.mark.parametrize("backend", TRITON)
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_a_batch_of_several_chunks(backend, layout, monkeypatch):
