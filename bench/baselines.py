@@ -25,11 +25,11 @@ Formulation = Callable[..., Tensor]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-def ours(features, weight, bias, targets, table, map_weights, consistency_weight):
-    """The library's head, on the backend it chooses."""
+def ours(features, weight, bias, targets, table, map_weights, consistency_weight, *, backend=None):
+    """The library's head, on the backend it chooses or the one that is named."""
     return rk.rebalanced_head_loss(
         features, weight, bias, targets, target_table=table, map_weights=map_weights,
-        consistency_weight=consistency_weight,
+        consistency_weight=consistency_weight, backend=backend,
     ).loss  # fmt: skip
 
 
@@ -113,6 +113,11 @@ def contenders() -> dict[str, Formulation]:
         f"{name}, compiled": torch.compile(FORMULATIONS[name], fullgraph=True) for name in ("plain eager", "best eager")
     }
     return {**FORMULATIONS, **compiled}
+
+
+def forced(names: tuple[str, ...]) -> dict[str, Formulation]:
+    """The library's head on each of these backends that is there, by its name."""
+    return {name: functools.partial(ours, backend=name) for name in names if rk.backends()[name] == "available"}
 
 
 def truth(name: str, problem: Problem) -> list[Tensor | None]:

@@ -69,12 +69,17 @@ def prove(case: Case, contenders: dict) -> tuple[dict, list[dict]]:
         kind = "identity" if name == "identity" else "head"
         if kind not in expected:
             expected[kind] = baselines.truth(kind, data)
-        error = baselines.worst_error(formulation, data, expected[kind])
+        error, reason = math.inf, None
+        try:
+            error = baselines.worst_error(formulation, data, expected[kind])
+        except Exception as failure:  # it cannot be compiled here, say; the others can still be measured
+            reason = f"{type(failure).__name__}: {failure}"[:300]
         if error <= baselines.TOLERANCE[case.dtype]:
             passed[name] = (formulation, error)
         else:
-            rejected.append({"case": case.name, "contender": name, "error": error if math.isfinite(error) else None})
-            print(f"  {name}: refused, relative error {error:.2g}")
+            known = error if math.isfinite(error) else None
+            rejected.append({"case": case.name, "contender": name, "error": known, "reason": reason})
+            print(f"  {name}: refused, {reason or f'relative error {error:.2g}'}", flush=True)
     return passed, rejected
 
 
@@ -124,17 +129,18 @@ def goals(rows: Sequence[dict]) -> list[dict]:
         for name in float32:
             pair = ((name, "ours"), (name, contender))
             cases[name] = ratios(*pair) if sense == "at most" else ratios(*reversed(pair))
-        judged.append(_judge(goal, sense, bound, cases))
+        judged.append(judge(goal, sense, bound, cases))
         if contender == "best eager, compiled":
             known = [r for r in cases.values() if r is not None]
             mean = statistics.geometric_mean(known) if known and len(known) == len(cases) else None
-            judged.append(_judge(f"{goal}, geometric mean", sense, BEST_GEOMETRIC_MEAN, {"all": mean}))
+            judged.append(judge(f"{goal}, geometric mean", sense, BEST_GEOMETRIC_MEAN, {"all": mean}))
     halves = {name: name.replace("float32", "bfloat16") for name in float32}
     against = {name: ratios((half, "ours"), (name, "ours")) for name, half in halves.items() if half in names}
-    return [*judged, _judge("time of bfloat16 against float32", "at most", 1.0, against)]
+    return [*judged, judge("time of bfloat16 against float32", "at most", 1.0, against)]
 
 
-def _judge(goal: str, sense: str, bound: float, cases: dict[str, float | None]) -> dict:
+def judge(goal: str, sense: str, bound: float, cases: dict[str, float | None]) -> dict:
+    """A goal with the worst of the cases' figures; a figure that is missing, or all of them, and it is not met."""
     figure = None
     if cases and None not in cases.values():
         figure = max(cases.values()) if sense == "at most" else min(cases.values())
@@ -165,8 +171,16 @@ def environment() -> dict:
         "transparent_hugepage": pages.read_text().strip() if pages.exists() else None,
         "load_average": os.getloadavg(),
         "backends": rk.backends(),
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--", "rebalfer_kernels", "csrc", "bench/*.py")),
+        **version(),
+    }
+
+
+def version() -> dict:
+    """The commit (from REBALFER_COMMIT where the folder is no checkout), whether files differ from it, the date."""
+    changed = _git("status", "--porcelain", "--", "rebalfer_kernels", "csrc", "trainer", "bench/*.py")
+    return {
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("REBALFER_COMMIT"),
+        "dirty": None if changed is None else bool(changed),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
@@ -180,9 +194,21 @@ def _git(*arguments: str) -> str | None:
 
 def write(result: dict, directory: Path) -> Path:
     """Write ``op-<device>-<memory>.json`` whole or not at all; its path."""
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{result['device']}-{result['memory']}".lower())
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"op-{slug}.json"
+    return write_json(result, directory / f"op-{slug(result['device'], result['memory'])}.json")
+
+
+def slug(*words: str) -> str:
+    """Words for a file's name.
+
+    >>> slug("NVIDIA H200 (SXM)", "fresh")
+    'nvidia-h200-sxm-fresh'
+    """
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower()).strip("-")
+
+
+def write_json(result: dict, path: Path) -> Path:
+    """Write a result whole or not at all; its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
     part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     os.replace(part, path)

@@ -63,33 +63,33 @@ struct TargetRow {
   }
 };
 
-// log sum_l exp(z_l), safe for large logits.
+// log sum_l exp(z_l - top), where top is the largest logit: no exponential overflows, and since the differences are
+// taken first, logits that are all large lose no digits.
 template <typename Z>
-REBALFER_HD Element<Z> log_sum_exp(const Z& z, int64_t L) {
-  using A = Element<Z>;
-  A top = z[0];
+REBALFER_HD Element<Z> log_sum_exp(const Z& z, int64_t L, Element<Z>& top) {
+  top = z[0];
   for (int64_t l = 1; l < L; ++l) top = z[l] > top ? z[l] : top;
-  A sum = 0;
+  Element<Z> sum = 0;
   for (int64_t l = 0; l < L; ++l) sum += std::exp(z[l] - top);
-  return top + std::log(sum);
+  return std::log(sum);
 }
 
 // -sum_l t_l log softmax(z)_l. A zero target takes no part in the value, as in torch where it meets a finite log.
 template <typename Z, typename T>
 REBALFER_HD Element<Z> cross_entropy(const Z& z, const T& t, int64_t L) {
-  const auto lse = log_sum_exp(z, L);
-  Element<Z> loss = 0;
-  for (int64_t l = 0; l < L; ++l) loss += t[l] * (lse - z[l]);
+  Element<Z> top, loss = 0;
+  const auto lse = log_sum_exp(z, L, top);
+  for (int64_t l = 0; l < L; ++l) loss += t[l] * (lse - (z[l] - top));
   return loss;
 }
 
 // dz_l += g ((sum t) softmax(z)_l - t_l): the rows of the target table need not sum to 1.
 template <typename Z, typename T, typename D>
 REBALFER_HD void cross_entropy_gradient(const Z& z, const T& t, int64_t L, Element<Z> g, const D& dz) {
-  const auto lse = log_sum_exp(z, L);
-  Element<Z> total = 0;
+  Element<Z> top, total = 0;
+  const auto lse = log_sum_exp(z, L, top);
   for (int64_t l = 0; l < L; ++l) total += t[l];
-  for (int64_t l = 0; l < L; ++l) dz[l] += g * (total * std::exp(z[l] - lse) - t[l]);
+  for (int64_t l = 0; l < L; ++l) dz[l] += g * (total * std::exp(z[l] - top - lse) - t[l]);
 }
 
 }  // namespace rebalfer

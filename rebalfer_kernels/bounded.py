@@ -42,13 +42,14 @@ def run(
 ) -> Outcome:
     """Run ``command`` with ``environment`` added to ours; at the limit it is killed with all that it started.
 
-    The output goes through a file (``log``, kept, or a temporary one), so what was written before the end is there
-    and a grandchild that holds the output open delays nothing.
+    The output goes to the end of a file (``log``, kept, or a temporary one), so what was written before the end is
+    there and a grandchild that holds the output open delays nothing.
     """
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         path = log or Path(temporary, "log")
-        with path.open("wb") as file:
+        with path.open("ab") as file:
+            begin = file.tell()
             process = subprocess.Popen(
                 command, env={**os.environ, **(environment or {})}, cwd=directory, stdin=subprocess.DEVNULL,
                 stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
@@ -61,4 +62,4 @@ def run(
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        return Outcome(status, path.read_text(errors="replace"), time.monotonic() - start)
+        return Outcome(status, path.read_bytes()[begin:].decode(errors="replace"), time.monotonic() - start)

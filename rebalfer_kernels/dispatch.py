@@ -70,7 +70,36 @@ def _cpu(r: Request | None) -> Verdict:
 
 
 def _triton(r: Request | None) -> Verdict:
-    return Verdict(False, "the Triton kernels are not part of this version")
+    """NVIDIA and AMD GPUs; a CPU through Triton's interpreter, which is slow, so only when asked for by name."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if r is not None:
+        if r.device != ("cpu" if interpreted else "cuda"):
+            return Verdict(False, f"serves GPU tensors, or CPU tensors under TRITON_INTERPRET=1, got {r.device}")
+        if interpreted and not r.forced:
+            return Verdict(False, "serves CPU tensors, by Triton's interpreter, only where it is asked for by name")
+        if r.dtype == torch.float64:
+            return Verdict(False, "serves no float64")
+        if r.channels * r.height * r.width >= 2**31:
+            return Verdict(False, "serves views of fewer than 2^31 elements")
+    elif not interpreted and not torch.cuda.is_available():
+        return Verdict(False, "no NVIDIA or AMD GPU (under TRITON_INTERPRET=1 a CPU will do)")
+    if not interpreted and not torch.version.hip:
+        capability = torch.cuda.get_device_capability(None if r is None else r.device_index)
+        if capability < (8, 0):
+            return Verdict(False, f"needs compute capability 8.0, got {capability[0]}.{capability[1]}")
+    return _load_triton(interpreted)
+
+
+@functools.cache
+def _load_triton(interpreted: bool) -> Verdict:
+    """Import the Triton kernels, which registers them."""
+    try:
+        from . import triton_ops
+    except ImportError as error:
+        return Verdict(False, f"Triton is not installed ({error})")
+    if triton_ops.INTERPRETED != interpreted:
+        return Verdict(False, "TRITON_INTERPRET was changed after the Triton kernels were imported")
+    return Verdict(True, "available")
 
 
 #: What csrc/cuda/kernels.cuh serves: classes and H W positions of a map.

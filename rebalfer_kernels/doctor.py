@@ -1,14 +1,15 @@
 """``python -m rebalfer_kernels doctor``: what this machine has, and whether each backend computes right on it.
 
 Every operation a backend serves here is compared, outputs and gradients, with the package's own reference in float64
-on the CPU. Each backend is checked in a process of its own (``--backend NAME`` is that process), so that one that
-crashes or hangs costs the others nothing.
+on the CPU. Each backend is checked in a process of its own, so that one that crashes or hangs costs the others
+nothing, and what it had answered before is not lost.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import json
 import math
@@ -34,6 +35,7 @@ from .version import __version__
 
 SUMMARY = "check this machine's backends against float64; the text is for a bug report"
 LIMIT_S = 110.0  #: of the whole command
+MARGIN_S = 5.0  #: between the time a backend's process should end by itself and that when it is ended
 
 #: Largest relative L2 error of an output (float32, but for float64 features) and of a gradient, by features' dtype.
 #: A gradient is rounded once to its dtype; bfloat16's half unit in the last place is 2e-3 relative, float16's 2.4e-4.
@@ -132,30 +134,44 @@ def inputs(size: Size, dtype: torch.dtype, layout: str, device: str) -> Inputs:
     return Inputs(*leaves, *(t.to(device) for t in (targets, table, map_weights)))
 
 
-def errors(name: str, x: Inputs, backend: str) -> tuple[dict[str, float], dict[str, float]]:
-    """Relative L2 errors of each output and of each gradient, with random signed upstreams, against float64.
+class Truth(NamedTuple):
+    outputs: dict[str, Tensor]  # float64, on the CPU
+    upstreams: dict[str, Tensor]  # of the differentiable outputs
+    gradients: list[Tensor]
+
+
+@functools.lru_cache(maxsize=2)  # the sizes of a row: the next row's layout has the same truth
+def truth(name: str, size: Size, dtype: torch.dtype) -> Truth:
+    """Outputs and gradients in float64 from the reference, with random signed upstreams.
 
     The upstreams are of order 1000, as under GradScaler: a float16 gradient would be subnormal otherwise.
     """
     _, function, leaves = OPERATIONS[name]
-    got = function(functional, x, backend=backend)
-    upstream = torch.Generator().manual_seed(1)
-    ups = {k: 1000 * torch.randn(v.shape, generator=upstream).double() for k, v in got.items() if v.requires_grad}
-    asked = [getattr(x, leaf) for leaf in leaves]
+    x = inputs(size, dtype, "nchw", "cpu")
+    exact = Inputs(*(t.detach().double() if t.is_floating_point() else t for t in x))
+    asked = [getattr(exact, leaf).requires_grad_() for leaf in leaves]
+    outputs = function(reference, exact)
+    random, kept = torch.Generator().manual_seed(1), reference.compute_dtype(dtype)
+    upstreams = {
+        k: (1000 * torch.randn(v.shape, generator=random)).to(kept) for k, v in outputs.items() if v.requires_grad
+    }
     gradients = torch.autograd.grad(
-        [got[k] for k in ups], asked, [u.to(got[k].device, got[k].dtype) for k, u in ups.items()]
-    )
-    exact = Inputs(*(t.detach().cpu().double() if t.is_floating_point() else t.cpu() for t in x))
-    for leaf in leaves:
-        getattr(exact, leaf).requires_grad_()
-    truth = function(reference, exact)
-    exact_gradients = torch.autograd.grad(
-        [truth[k] for k in ups], [getattr(exact, leaf) for leaf in leaves],
-        [u.to(got[k].dtype).double() for k, u in ups.items()],
+        [outputs[k] for k in upstreams], asked, [u.double() for u in upstreams.values()]
     )  # fmt: skip
-    pairs = zip(leaves, gradients, exact_gradients, strict=True)
+    return Truth({k: v.detach() for k, v in outputs.items()}, upstreams, list(gradients))
+
+
+def errors(name: str, x: Inputs, exact: Truth, backend: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Relative L2 errors of each output and of each gradient against float64."""
+    _, function, leaves = OPERATIONS[name]
+    got = function(functional, x, backend=backend)
+    gradients = torch.autograd.grad(
+        [got[k] for k in exact.upstreams], [getattr(x, leaf) for leaf in leaves],
+        [u.to(got[k].device, got[k].dtype) for k, u in exact.upstreams.items()],
+    )  # fmt: skip
+    pairs = zip(leaves, gradients, exact.gradients, strict=True)
     return (
-        {k: _relative_error(v, truth[k]) for k, v in got.items()},
+        {k: _relative_error(v, exact.outputs[k]) for k, v in got.items()},
         {f"d_{leaf}": _relative_error(g, e) for leaf, g, e in pairs},
     )
 
@@ -163,7 +179,7 @@ def errors(name: str, x: Inputs, backend: str) -> tuple[dict[str, float], dict[s
 def _relative_error(got: Tensor, exact: Tensor) -> float:
     if got.shape != exact.shape:
         return math.inf
-    error = ((got.detach().cpu().double() - exact.detach()).norm() / exact.detach().norm()).item()
+    error = ((got.detach().cpu().double() - exact).norm() / exact.norm()).item()
     return error if math.isfinite(error) else math.inf
 
 
@@ -179,10 +195,11 @@ def check(backend: str, device: str, name: str, dtype: torch.dtype, layout: str,
         for size in sizes:
             x = inputs(size, dtype, layout, device)
             asks = (x.features, x.weight) if op != "cross_entropy" else (x.logits, x.logits)
-            verdict = dispatch.BACKENDS[backend](dispatch.request(op, *asks))
-            if not verdict.ok:
-                return {**row, "state": "not served", "note": verdict.reason}
-            for seen, new in zip(worst, errors(name, x, backend), strict=True):
+            try:
+                dispatch.choose(dispatch.request(op, *asks), backend)
+            except RuntimeError as refusal:
+                return {**row, "state": "not served", "note": str(refusal).partition("serve this call: ")[2]}
+            for seen, new in zip(worst, errors(name, x, truth(name, size, dtype), backend), strict=True):
                 seen.update({k: max(e, seen.get(k, 0.0)) for k, e in new.items()})
         wrong = {k: e for seen, limit in zip(worst, LIMITS[dtype], strict=True) for k, e in seen.items() if e > limit}
         row["outputs"], row["gradients"] = (_finite(max(seen.values())) for seen in worst)
@@ -247,56 +264,74 @@ def copy_gb_per_s(device: str) -> float:
     return 2 * source.nbytes / _median_seconds(lambda: target.copy_(source), device) / 1e9
 
 
-def examine(backend: str, seconds: float) -> dict:
-    """Check one backend in this process: whether it is there, on which device, and a row for each combination."""
+def examine(backend: str, seconds: float, progress: Callable[[dict], object] = lambda report: None) -> dict:
+    """Check one backend in this process: whether it is there, on which device, and a row for each combination.
+
+    ``progress`` is told the report so far before each part of it, which ``report["at"]`` names.
+    """
     end = time.monotonic() + seconds
+    report: dict[str, Any] = {
+        "backend": backend, "reason": "not known", "load_s": 0.0, "built": [], "rows": [], "copy_gb_per_s": {},
+        "unchecked": 0, "at": "loading",
+    }  # fmt: skip
+    progress(report)
     cached = {p.name for p in cache_files()}
     start = time.monotonic()
-    reason = dispatch.BACKENDS[backend](None).reason
-    loaded = time.monotonic() - start
-    built = sorted({p.name for p in cache_files()} - cached - {"lock"})
-    report: dict[str, Any] = {
-        "backend": backend, "reason": reason, "load_s": loaded, "built": built, "rows": [], "copy_gb_per_s": {},
-        "unchecked": 0,
-    }  # fmt: skip
-    if reason != "available":
+    report["reason"] = dispatch.BACKENDS[backend](None).reason
+    report["load_s"] = time.monotonic() - start
+    report["built"] = sorted({p.name for p in cache_files()} - cached - {"lock"})
+    if report["reason"] != "available":
         return report
-    devices = {"cpu": ["cpu"], "cuda": ["cuda"], "triton": ["cuda"]}.get(backend, ["cpu", "cuda"])
-    if backend == "triton" and _interpreted():
-        devices = ["cpu"]
-    for device in devices:
-        if device == "cuda" and not torch.cuda.is_available():
-            continue
-        sizes = (SMALL, ODD) if backend == "triton" and _interpreted() else (PAPER, ODD)
-        with contextlib.suppress(Exception):  # no memory, say: the shares are left out
-            report["copy_gb_per_s"][device] = copy_gb_per_s(device)
-        combinations = [
-            (name, dtype, layout)
-            for dtype in LIMITS
-            for name, (op, *_) in OPERATIONS.items()
-            for layout in (LAYOUTS if op != "cross_entropy" else ("rows",))
-        ]
-        for done, (name, dtype, layout) in enumerate(combinations):
-            if time.monotonic() > end:
-                report["unchecked"] += len(combinations) - done
-                break
-            row = check(backend, device, name, dtype, layout, sizes)
-            if row["state"] == "right" and not (backend == "triton" and _interpreted()):
-                try:
-                    taken, moved = time_call(backend, device, name, dtype, layout)
-                    row["ms"], row["gb_per_s"] = 1e3 * taken, moved / taken / 1e9
-                    copy = report["copy_gb_per_s"].get(device)
-                    row["share_of_copy"] = moved / taken / 1e9 / copy if copy else None
-                except torch.OutOfMemoryError:
-                    row["note"] = "not timed: out of memory"
-                except Exception as error:  # a large size that fails where the small one was right
-                    row.update(state="failed", note=f"timing: {_short(error)}")
-            report["rows"].append(row)
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    devices = {"cpu": ["cpu"], "cuda": ["cuda"], "triton": ["cpu" if interpreted else "cuda"]}.get(backend)
+    devices = devices or (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+    combinations = [
+        (device, name, dtype, layout)
+        for device in devices
+        for dtype in LIMITS
+        for name, (op, *_) in OPERATIONS.items()
+        for layout in (LAYOUTS if op != "cross_entropy" else ("rows",))
+    ]
+    report["unchecked"] = len(combinations)
+    for device, name, dtype, layout in combinations:
+        if time.monotonic() > end:
+            break
+        report["at"] = f"{name}, {dtype}, {layout} on {device}".replace("torch.", "")
+        progress(report)
+        if device not in report["copy_gb_per_s"]:
+            report["copy_gb_per_s"][device] = None
+            with contextlib.suppress(Exception):  # no memory, say: the shares are left out
+                report["copy_gb_per_s"][device] = copy_gb_per_s(device)
+        row = check(backend, device, name, dtype, layout, (SMALL if interpreted else PAPER, ODD))
+        if row["state"] == "right" and not interpreted:
+            _add_time(row, dtype, report["copy_gb_per_s"][device])
+        report["rows"].append(row)
+        report["unchecked"] -= 1
+    report["at"] = None
     return report
 
 
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
+def _add_time(row: dict, dtype: torch.dtype, copy: float | None) -> None:
+    try:
+        taken, moved = time_call(row["backend"], row["device"], row["op"], dtype, row["layout"])
+    except torch.OutOfMemoryError:
+        row["note"] = "not timed: out of memory"
+    except Exception as error:  # a large size that fails where the small one was right
+        row.update(state="failed", note=f"timing: {_short(error)}")
+    else:
+        row["ms"], row["gb_per_s"] = 1e3 * taken, moved / taken / 1e9
+        row["share_of_copy"] = row["gb_per_s"] / copy if copy else None
+
+
+def examine_into(backend: str, until: str, file: str) -> None:
+    """:func:`examine` until that ``time.time()``, for another process that reads ``file`` whenever it wants to."""
+
+    def save(report: dict) -> None:
+        part = Path(f"{file}.part")
+        part.write_text(json.dumps(report, allow_nan=False))
+        part.replace(file)
+
+    save(examine(backend, float(until) - time.time(), save))
 
 
 # What the machine is ------------------------------------------------------------------------------------------------
@@ -408,7 +443,7 @@ def clear_cache() -> tuple[int, int]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything as JSON")
-    parser.add_argument("--backend", choices=list(reversed(dispatch.BACKENDS)), help="check this one, in this process")
+    parser.add_argument("--backend", choices=list(dispatch.BACKENDS), help="check this one, in this process")
     parser.add_argument("--seconds", type=float, default=LIMIT_S, help="limit of the whole; what is left is unchecked")
     parser.add_argument("--clear-cache", action="store_true", help="remove the native build's files, check nothing")
 
@@ -419,25 +454,28 @@ def main(options: argparse.Namespace) -> int:
         count, size = clear_cache()
         print(f"removed {count} files, {size / 2**20:.1f} MiB, from {_home(native.cache_directory())}")
         return 0
-    if options.backend:
-        names, reports = [options.backend], [examine(options.backend, options.seconds)]
-    else:
-        names, end = list(reversed(dispatch.BACKENDS)), time.monotonic() + options.seconds
-        reports = [examine_apart(name, end, len(names) - i) for i, name in enumerate(names)]
     files = cache_files()
-    result = {
+    result: dict[str, Any] = {
         "environment": environment(),
         "cache": {
             "directory": _home(native.cache_directory()),
             "files": len(files),
             "bytes": sum(p.stat().st_size for p in files),
         },
-        "backends": reports,
-        "right": all(healthy(r) for r in reports),
+        "backends": [],
+        "right": False,
     }
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    print(render(result))
+    print(_heading(result), flush=True)
+    names, end = [options.backend] if options.backend else list(dispatch.BACKENDS), time.monotonic() + options.seconds
+    for left, name in zip(range(len(names), 0, -1), names, strict=True):
+        report = examine(name, options.seconds) if options.backend else examine_apart(name, end, left)
+        print(_section(report), flush=True)
+        # What was found is there to be read even if this process is ended before it is through.
+        result["backends"].append(report)
+        result["right"] = left == 1 and all(map(healthy, result["backends"]))
+        if options.json:
+            options.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    print(_verdict(result))
     return 0 if result["right"] else 1
 
 
@@ -445,27 +483,26 @@ def examine_apart(backend: str, end: float, remaining: int) -> dict:
     """:func:`examine` in a process of its own; the first backend still to come may use two thirds of the time left."""
     left = end - time.monotonic()
     seconds = left if remaining == 1 else left * 2 / 3
+    code = f"import sys; from {__package__} import doctor; doctor.examine_into(*sys.argv[1:])"
+    package = str(Path(__file__).resolve().parents[1])
+    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "report.json")
-        command = [sys.executable, "-m", "rebalfer_kernels", "doctor", "--backend", backend, "--json", str(file)]
-        command += ["--seconds", f"{max(seconds - 10, 1):.0f}"]
-        package = str(Path(__file__).resolve().parents[1])
-        path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+        command = [sys.executable, "-c", code, backend, str(time.time() + seconds - MARGIN_S), str(file)]
         outcome = bounded.run(command, seconds, environment={"PYTHONPATH": path})
-        try:
-            return json.loads(file.read_text())["backends"][0]
-        except (OSError, ValueError):
-            return {"backend": backend, "reason": outcome.failure or "no report", "crash": outcome.output[-2000:]}
+        report = {"backend": backend, "reason": "not known", "at": "starting"}
+        with contextlib.suppress(OSError):
+            report = json.loads(file.read_text())
+    return {**report, "failure": outcome.failure, "output": outcome.output[-2000:]}
 
 
 def healthy(report: dict) -> bool:
     """Nothing wrong, failed, crashed or unchecked; a backend that is absent with its reason is healthy."""
     wrong = any(row["state"] in ("wrong", "failed") for row in report.get("rows", ()))
-    return not ("crash" in report or report.get("unchecked") or wrong)
+    return not (report.get("failure") or report.get("unchecked") or wrong)
 
 
-def render(result: dict) -> str:
-    """The report as plain text."""
+def _heading(result: dict) -> str:
     lines = []
     for key, value in result["environment"].items():
         if key == "settings":
@@ -476,20 +513,29 @@ def render(result: dict) -> str:
             lines.append(f"{key:<17} {value}")
     cache = result["cache"]
     lines.append(f"{'cache':<17} {cache['directory']}: {cache['files']} files, {cache['bytes'] / 2**20:.1f} MiB")
-    for report in result["backends"]:
-        lines += ["", f"{report['backend']}: {report['reason']}{_load(report)}"]
-        lines += [f"  | {line}" for line in report.get("crash", "").splitlines()[-15:]]
-        lines += _table(report)
+    return "\n".join(lines)
+
+
+def _section(report: dict) -> str:
+    lines = ["", f"{report['backend']}: {report['reason']}{_load(report)}", *_table(report)]
+    if report.get("failure"):
+        lines.append(f"  {report['failure'].upper()} at {report['at'] or 'the end'}")
+    if report.get("failure") or report["reason"] != "available":  # what a compiler said, say
+        lines += [f"  | {line}" for line in report.get("output", "").splitlines()[-15:]]
+    return "\n".join(lines)
+
+
+def _verdict(result: dict) -> str:
     rows = [row for report in result["backends"] for row in report.get("rows", ())]
     counted = {s: sum(row["state"] == s for row in rows) for s in ("right", "wrong", "failed")}
     counted["unchecked"] = sum(report.get("unchecked", 0) for report in result["backends"])
-    counted["crashed"] = sum("crash" in report for report in result["backends"])
+    counted["died or stopped"] = sum(bool(report.get("failure")) for report in result["backends"])
     summary = ", ".join(f"{n} {state}" for state, n in counted.items() if n or state == "right")
-    return "\n".join([*lines, "", f"{'all is well' if result['right'] else 'NOT WELL'}: {summary}"])
+    return f"\n{'all is well' if result['right'] else 'NOT WELL'}: {summary}"
 
 
 def _load(report: dict) -> str:
-    if report["reason"] != "available" or report["load_s"] < 0.05:
+    if report["reason"] != "available" or report["load_s"] < 0.5:
         return ""
     how = "built and loaded" if report["built"] else "loaded"
     return f", {how} in {report['load_s']:.1f} s"
@@ -520,5 +566,5 @@ def _table(report: dict) -> list[str]:
             lines.append(f"{cells} {flag}{row['note']}".rstrip())
         lines += [f"  {count} combinations not served: {reason}" for reason, count in unserved.items()]
     if report.get("unchecked"):
-        lines.append(f"  {report['unchecked']} combinations left unchecked: the time was up (--seconds)")
+        lines.append(f"  {report['unchecked']} combinations left unchecked")
     return lines

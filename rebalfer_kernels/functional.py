@@ -353,6 +353,8 @@ def explain(
     if not detach_cam_weight:
         saved += n * classes * channels
     maps = features.shape[0] * classes * request.height * request.width * return_maps
-    moved = (2 + return_maps) * pair_bytes + (2 * saved + maps) * dtype.itemsize + copied_bytes
+    # The features are read once more for the maps (by Triton: for the gradient of a CAM weight that is not detached).
+    again = not detach_cam_weight if name == "triton" else return_maps
+    moved = (2 + again) * pair_bytes + (2 * saved + maps) * dtype.itemsize + copied_bytes
     moved_bytes = None if name == "reference" else moved
     return Explanation(name, passed_over, tuple(copies), moved_bytes, 2 * pair_bytes, because)

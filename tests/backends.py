@@ -59,7 +59,7 @@ def _param(backend: Backend, *more: object):
 
 BACKENDS = [_param(b) for b in _ALL]
 FUSED = [_param(b) for b in _ALL if b.name != "reference"]
-GPU = [_param(b._replace(device="cuda")) for b in _ALL if b.name in ("triton", "cuda") and not INTERPRETED]
+GPU = [_param(b) for b in _ALL if b.device == "cuda"]
 
 
 def serving(dtype: torch.dtype):

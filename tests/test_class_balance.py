@@ -34,6 +34,8 @@ def test_eq8():
     table = rk.target_table([0.5, 1.0, 1.5], 0.3)
     assert table.sum(1).allclose(torch.ones(3))
     torch.testing.assert_close(table[0], torch.tensor([0.7 + 0.05, 0.1, 0.15]))
+    raw = rk.target_table([0.01, 0.02, 0.03], 0.3)  # to the letter, though no distribution
+    torch.testing.assert_close(raw[0], torch.tensor([0.7 + 0.001, 0.002, 0.003]))
     other = rk.target_table([0.5, 1.0, 1.5], 0.3, spread="non_target")
     torch.testing.assert_close(other[1], torch.tensor([0.075, 0.7, 0.225]))
 

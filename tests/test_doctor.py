@@ -22,6 +22,10 @@ def small(monkeypatch):
 
     monkeypatch.setattr(doctor, "PAPER", doctor.SMALL)
     monkeypatch.setattr(doctor, "_median_seconds", once)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=CPU)])
@@ -103,27 +107,50 @@ def test_what_a_backend_does_not_serve_is_not_wrong(monkeypatch, capsys):
             return dispatch.Verdict(False, "float64 is not served")
         return dispatch.Verdict(True, "available")
 
+    dispatch._choose_cached.cache_clear()
     monkeypatch.setitem(dispatch.BACKENDS, "reference", picky)
     assert main(["doctor", "--backend", "reference"]) == 0
+    dispatch._choose_cached.cache_clear()
     assert "9 combinations not served: float64 is not served" in capsys.readouterr().out
 
 
 def test_a_backend_that_dies_or_hangs_does_not_stop_the_others(monkeypatch, tmp_path, capsys):
-    good = {"backend": "cpu", "reason": "available", "load_s": 0.0, "built": [], "rows": [], "copy_gb_per_s": {}}
-    script = tmp_path / "python"  # called as: python -m rebalfer_kernels doctor --backend NAME --json FILE …
+    part = doctor.examine("reference", 0.0) | {"unchecked": 35, "at": "maps, float16, nchw on cuda"}
+    good = doctor.examine("reference", 0.0) | {"unchecked": 0}
+    file = tmp_path / "report.json"
+    script = tmp_path / "python"  # called as: python -c CODE BACKEND SECONDS FILE
     script.write_text(
-        '#!/bin/sh\ncase "$5" in\nreference) echo about to die; kill -SEGV $$;;\ntriton) sleep 100 & sleep 100;;\n'
-        f"""*) echo '{json.dumps({"backends": [good]})}' > "$7";;\nesac\n"""
+        "#!/bin/sh\ncase $3 in\n"
+        f"""cuda) echo '{json.dumps(part)}' > "$5"; echo illegal address; kill -SEGV $$;;\n"""
+        "triton) sleep 100 & sleep 100;;\n"
+        f"""*) echo '{json.dumps(good)}' > "$5"; echo a warning;;\nesac\n"""
     )
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
     start = time.monotonic()
-    assert main(["doctor", "--seconds", "3"]) == 1
+    assert main(["doctor", "--seconds", "3", "--json", str(file)]) == 1
     assert time.monotonic() - start < 20
     out = capsys.readouterr().out
-    assert "reference: died of SIGSEGV\n  | about to die" in out
-    assert "triton: stopped after" in out
-    assert "2 crashed" in out and "cpu: available" in out
+    assert (
+        "  35 combinations left unchecked\n  DIED OF SIGSEGV at maps, float16, nchw on cuda\n  | illegal address" in out
+    )
+    assert "triton: not known\n  STOPPED AFTER" in out
+    assert "\nreference: available\n" in out and "a warning" not in out
+    assert "NOT WELL: 0 right, 35 unchecked, 2 died or stopped" in out
+    reports = json.loads(file.read_text())["backends"]
+    assert [bool(r["failure"]) for r in reports] == [True, True, False, False]
+    assert not json.loads(file.read_text())["right"]
+
+
+def test_a_backend_is_checked_in_a_process_of_its_own(tmp_path):
+    report = doctor.examine_apart("nonsense", time.monotonic() + 100, 1)
+    assert (report["failure"], report["at"]) == ("exit status 1", "loading")
+    assert report["output"].endswith("KeyError: 'nonsense'\n")
+    file = tmp_path / "report.json"
+    doctor.examine_into("reference", str(time.time() + 0.5), str(file))
+    report = json.loads(file.read_text())
+    assert report["rows"][0]["state"] == "right" and report["at"] is None
+    assert len(report["rows"]) + report["unchecked"] == 36
 
 
 def test_what_there_was_no_time_for_is_not_called_right(capsys):
@@ -171,5 +198,5 @@ def test_the_environment_survives_a_broken_installation(monkeypatch):
     found = doctor.environment()
     assert found["compiler"] is None and found["gpus"] is None
     assert found["settings"]["CXX"] == "/nonexistent/g++"
-    result = {"environment": found, "cache": {"directory": "~", "files": 0, "bytes": 0}, "backends": [], "right": True}
-    assert "gpus              none" in doctor.render(result)
+    result = {"environment": found, "cache": {"directory": "~", "files": 0, "bytes": 0}, "backends": []}
+    assert "gpus              none" in doctor._heading(result)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import rebalfer_kernels as rk
 from rebalfer_kernels import native, ops
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +41,12 @@ def test_two_builds_at_the_same_moment_on_an_empty_cache(tmp_path):
     assert sorted(errors.strip() for _, errors in results) == ["", f"building the CPU kernels into {tmp_path}"]
     out, errors = start(tmp_path, "-c", LOSS).communicate(timeout=100)
     assert out.strip() == "available", errors
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no compiler to build with")
+def test_it_builds_here():
+    """Else the tests of the cpu backend would all be skipped, and all would seem well."""
+    assert rk.backends()["cpu"] == "available"
 
 
 def test_without_a_compiler_all_else_works(tmp_path):

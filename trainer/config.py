@@ -72,6 +72,7 @@ DEMO = Config(
     epochs=16,
     learning_rate=2e-3,
     decay=0.85,
+    alpha=0.3,  # the share that the released program gives away
     consistency_weight=0.5,  # from scratch, the paper's 2 holds so short a run back
     batch_size=64,
     image_size=64,

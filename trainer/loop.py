@@ -43,7 +43,6 @@ def train(config: Config, *, resume: bool = False, root: Path = Path("runs")) ->
         ValueError: bad input, by the name of its option.
     """
     device = _device(config.device)
-    layout = torch.channels_last if config.channels_last else torch.contiguous_format
     directory = root / config.name
     saved = checkpoint.read(directory / "last.pt") if resume else None
     if saved and (changed := {k: v for k, v in config.differences(saved["config"]).items() if k != "epochs"}):
@@ -58,14 +57,8 @@ def train(config: Config, *, resume: bool = False, root: Path = Path("runs")) ->
     images, labels = sets.train.images.to(device), sets.train.labels.to(device)
     test_images, test_labels = sets.test.images.to(device), sets.test.labels.to(device)
 
-    torch.manual_seed(config.seed)
-    backbone = backbones.create(config.backbone, config.image_size, config.backbone_options)
-    head = rk.RebalancedHead(
-        backbone.channels, num_classes, counts, beta=config.beta, alpha=config.alpha,
-        consistency_weight=config.consistency_weight, backend=config.backend,
-    )  # fmt: skip
-    model = nn.ModuleDict({"backbone": backbone, "head": head}).to(device, memory_format=layout)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    model, optimizer = build(config, num_classes, counts, device)
+    head = model["head"]
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, config.decay)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
 
@@ -83,18 +76,6 @@ def train(config: Config, *, resume: bool = False, root: Path = Path("runs")) ->
         about = {"config": asdict(config), "classes": list(sets.classes), "counts": counts}
         return {**states, **where, **about, "random": checkpoint.random_state()}
 
-    def features(x: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.amp == "bf16"):
-            return backbone(_normalize(x).contiguous(memory_format=layout))
-
-    def losses(x: Tensor, y: Tensor) -> Tensor:
-        """(3,): loss, classification and consistency of a batch."""
-        if config.method == "baseline":
-            loss = nn.functional.cross_entropy(head(features(x)), y)
-            return torch.stack([loss, loss, loss.new_zeros(())])
-        out = head(features(torch.cat([x, x.flip(-1)])), y)  # both views in one pass
-        return torch.stack([out.loss, out.classification, out.consistency])
-
     directory.mkdir(parents=True, exist_ok=True)
     log = _Log(directory, history, config.tensorboard)
     with _Interrupt() as interrupt:
@@ -108,7 +89,7 @@ def train(config: Config, *, resume: bool = False, root: Path = Path("runs")) ->
                 while step < len(batches):
                     rows = batches[step]
                     x = augment(images[rows], _generator(config.seed, epoch, step))
-                    loss = losses(x, labels[rows])
+                    loss = losses(config, model, x, labels[rows])
                     optimizer.zero_grad()
                     loss[0].backward()
                     optimizer.step()
@@ -121,7 +102,7 @@ def train(config: Config, *, resume: bool = False, root: Path = Path("runs")) ->
                         raise KeyboardInterrupt
             scheduler.step()
 
-            matrix = evaluate(lambda x: head(features(x)), model, test_images, test_labels, num_classes)
+            matrix = evaluate(lambda x: head(features(config, model, x)), model, test_images, test_labels, num_classes)
             means = dict(zip(("loss", "classification", "consistency"), (sums / len(labels)).tolist(), strict=True))
             row = {"epoch": epoch + 1, **means, **metrics.accuracies(matrix), "seconds": time.perf_counter() - started}
             best = row["mean"] > max((h["mean"] for h in history), default=-1.0)
@@ -140,17 +121,46 @@ def train(config: Config, *, resume: bool = False, root: Path = Path("runs")) ->
                 raise KeyboardInterrupt
 
     log.close()
-    matrix = evaluate(lambda x: head(features(x)), model, test_images, test_labels, num_classes)
+    matrix = evaluate(lambda x: head(features(config, model, x)), model, test_images, test_labels, num_classes)
     figures.confusion_matrix(directory / "confusion.png", matrix.cpu(), sets.classes)
     # Fig. 4: a face of each class, its twin, and the maps of all classes for both.
     faces = torch.stack([test_images[(test_labels == c).nonzero()[0, 0]] for c in test_labels.unique().tolist()])
     with torch.no_grad():
-        pair = features(torch.cat([faces, faces.flip(-1)])).float()
+        pair = features(config, model, torch.cat([faces, faces.flip(-1)])).float()
         maps, predicted = head.maps(pair), head(pair).argmax(1)
     figures.activation_maps(
         directory / "cam.png", faces.cpu(), maps.cpu(), test_labels.unique().tolist(), predicted.tolist(), sets.classes
     )
     return Result(sets.classes, counts.tolist(), history, directory)
+
+
+def build(
+    config: Config, num_classes: int, counts: Tensor, device: torch.device
+) -> tuple[nn.ModuleDict, torch.optim.Adam]:
+    """Backbone and head as one module, random by the seed of ``config``, and the optimizer of both."""
+    torch.manual_seed(config.seed)
+    backbone = backbones.create(config.backbone, config.image_size, config.backbone_options)
+    head = rk.RebalancedHead(
+        backbone.channels, num_classes, counts, beta=config.beta, alpha=config.alpha,
+        consistency_weight=config.consistency_weight, backend=config.backend,
+    )  # fmt: skip
+    model = nn.ModuleDict({"backbone": backbone, "head": head}).to(device, memory_format=_layout(config))
+    return model, torch.optim.Adam(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+
+
+def features(config: Config, model: nn.ModuleDict, x: Tensor) -> Tensor:
+    """The last maps (M, C, H, W) of uint8 images (M, 1 or 3, h, w)."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=config.amp == "bf16"):
+        return model["backbone"](_normalize(x).contiguous(memory_format=_layout(config)))
+
+
+def losses(config: Config, model: nn.ModuleDict, x: Tensor, y: Tensor) -> Tensor:
+    """(3,): loss, classification and consistency of a batch."""
+    if config.method == "baseline":
+        loss = nn.functional.cross_entropy(model["head"](features(config, model, x)), y)
+        return torch.stack([loss, loss, loss.new_zeros(())])
+    out = model["head"](features(config, model, torch.cat([x, x.flip(-1)])), y)  # both views in one pass
+    return torch.stack([out.loss, out.classification, out.consistency])
 
 
 @torch.no_grad()
@@ -172,6 +182,10 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     x = torch.where(mirrored, width - 1 - x, x)
     y, x, i = (t.to(images.device) for t in (y[:, :, None], x[:, None, :], torch.arange(n)[:, None, None]))
     return images.movedim(1, -1)[i, y, x].movedim(-1, 1)
+
+
+def _layout(config: Config) -> torch.memory_format:
+    return torch.channels_last if config.channels_last else torch.contiguous_format
 
 
 def _normalize(images: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import rebalfer_kernels as rk
-from bench import baselines, cases, op, report, timing
+from bench import baselines, cases, gpu_timing, op, report, timing
 from bench.__main__ import main
 from bench.cases import Case, problem
 
@@ -187,7 +187,8 @@ def test_report_shows_the_newest_quiet_result(result, tmp_path):
     rows = _rows("N1", ours=2.0, identity=1.6, released=30.0)
     for row in rows:
         row["both"][1] = float(row["both"][1])
-    text = report.render([{**result, "rows": rows, "goals": op.goals(_rows("N1-float32", ours=2.0, identity=1.6))}])
+    judged = op.goals(_rows("N1-float32", ours=2.0, identity=1.6))
+    text = report.render([{**result, "rows": rows, "goals": judged}], [])
     assert "| N1 | 2.00 | 1.60 (0.80×) | refused | refused | 30.00 (15.00×) |" in text
     assert "| time against the identity op | at most 1.3× | 1.25× | yes |" in text
     assert "| speed-up over the released formulation | at least 12× | not measured | **no** |" in text
@@ -216,6 +217,6 @@ def test_a_case_that_is_not_there_is_an_error():
     assert (done.returncode, done.stderr) == (2, "error: no case of 'cpu' has 'N31' in its name\n")
 
 
-@pytest.mark.parametrize("module", [cases, report])
+@pytest.mark.parametrize("module", [cases, gpu_timing, op, report])
 def test_examples(module):
     assert doctest.testmod(module).failed == 0

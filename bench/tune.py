@@ -1,0 +1,91 @@
+"""Search the Triton tiles of one size on the GPU that is there, and propose a row for triton_tiles.TABLE."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import statistics
+from collections.abc import Callable, Iterator
+
+import torch
+
+from rebalfer_kernels import triton_tiles
+from rebalfer_kernels.triton_tiles import Row
+
+from . import baselines, gpu_timing
+from .cases import Case, problem
+
+#: (channels, warps, stages) of the forward and (channels, warps) of the backward.
+FORWARD = list(itertools.product((16, 32, 64, 128, 256), (2, 4, 8), (1, 2, 3, 4)))
+BACKWARD = list(itertools.product((32, 64, 128, 256), (2, 4, 8)))
+
+
+def rows(of: triton_tiles.Problem) -> Iterator[tuple[str, Row]]:
+    """What is tried: the other pass keeps its tiles."""
+    now = triton_tiles.policy(of)
+    forward = (now.forward.channels, now.forward.warps, now.forward.stages)
+    backward = (now.backward.channels, now.backward.warps)
+    key = (of.arch, of.channels_last, of.dtype.itemsize, now.forward.rows)
+    yield from (("forward", Row(*key, f, backward)) for f in [forward, *FORWARD])
+    yield from (("backward", Row(*key, forward, b)) for b in [backward, *BACKWARD])
+
+
+@contextlib.contextmanager
+def first(row: Row) -> Iterator[None]:
+    """The table with ``row`` before all others."""
+    was = triton_tiles.TABLE
+    triton_tiles.TABLE = (row, *was)
+    try:
+        yield
+    finally:
+        triton_tiles.TABLE = was
+
+
+def search(of: triton_tiles.Problem, milliseconds: Callable[[str, Row], float]) -> tuple[Row, dict[str, list[float]]]:
+    """The best row, and for each pass the milliseconds of the tiles of now and of the best; inf is out of the race."""
+    times: dict[str, list[tuple[float, Row]]] = {"forward": [], "backward": []}
+    for kind, row in rows(of):
+        times[kind].append((milliseconds(kind, row), row))
+    best = {kind: min(tried, key=lambda t: t[0]) for kind, tried in times.items()}
+    row = best["forward"][1]._replace(backward=best["backward"][1].backward)
+    return row, {kind: [times[kind][0][0], best[kind][0]] for kind in times}
+
+
+def main(case: Case) -> str:
+    """What to write into the table for ``case``; a GPU must be there."""
+    from rebalfer_kernels import triton_ops
+
+    clock = gpu_timing.CudaClock()
+    tensors = problem(case)
+    of = triton_tiles.Problem(
+        case.C, tensors.features.shape[2] * tensors.features.shape[3], len(tensors.weight),
+        case.layout == "channels_last", case.dtype, triton_ops.arch(torch.cuda.current_device()),
+    )  # fmt: skip
+
+    loss = functools.partial(baselines.ours, backend="triton")
+
+    def results():
+        value = loss(*tensors)
+        return value, *torch.autograd.grad(value, tensors[:3])
+
+    expected = results()
+
+    def milliseconds(kind: str, row: Row) -> float:
+        with first(row):
+            try:
+                close = all(
+                    torch.allclose(a, b, rtol=1e-2, atol=1e-4) for a, b in zip(results(), expected, strict=True)
+                )
+                rotation = gpu_timing.Rotation(loss, gpu_timing.rotated(tensors, clock.l2_bytes()))
+                run = rotation.forward if kind == "forward" else rotation.both
+                replay = clock.capture(run, gpu_timing.REPETITIONS)
+            except Exception as error:  # too much shared memory, mostly
+                print(f"{row}: {type(error).__name__}")
+                return float("inf")
+            times = [clock.intervals_ms(lambda mark: replay())[0] / gpu_timing.REPETITIONS for _ in range(20)]
+        return statistics.median(times) if close else float("inf")
+
+    row, times = search(of, milliseconds)
+    told = ", ".join(f"{kind} {now:.4f} -> {best:.4f} ms" for kind, (now, best) in times.items())
+    return f"# {case.name} on {torch.cuda.get_device_name()}: {told} (the backward's with a forward)\n{row!r},"

@@ -1,0 +1,108 @@
+"""How the Triton kernels cut up their work: one table, by (C, HW, L, layout, dtype, arch), and no autotuning.
+
+The batch size is no key: a sample's results do not depend on who else is in the batch, and nothing is compiled anew
+for another batch. `python -m bench tune` searches on a GPU and proposes a row.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Problem(NamedTuple):
+    """What a kernel is compiled for."""
+
+    channels: int
+    pixels: int  #: H W
+    classes: int
+    channels_last: bool
+    dtype: torch.dtype  #: of the features
+    arch: str  #: "sm_90", "gfx942", ...
+
+
+class Tiles(NamedTuple):
+    """A kernel's tile (rows are pixels of the map) and how many warps and pipeline stages work on it."""
+
+    rows: int
+    channels: int
+    classes: int
+    warps: int
+    stages: int
+
+
+class Policy(NamedTuple):
+    one_tile: bool  #: the maps of a pair fit in one tile: one program does all of a pair's forward
+    forward: Tiles  #: of the features, read
+    backward: Tiles  #: of their gradient, written
+    weight: Tiles  #: of features read again where they meet a gradient of maps; channels and classes of dW
+    all_classes: int  #: L padded: a row of logits
+    batch: int  #: rows of logits at once, in sums over the batch
+
+
+class Row(NamedTuple):
+    """Tiles for the problems it names; None names every one. The first row that fits is taken."""
+
+    arch: str | None
+    channels_last: bool | None
+    bytes: int | None  #: of a feature
+    max_pixels: int | None
+    forward: tuple[int, int, int]  #: channels, warps, stages
+    backward: tuple[int, int]  #: channels, warps
+
+
+#: Chosen by what ptxas reports (docs/triton.md), not by measurement: not yet run on a GPU.
+TABLE = (
+    Row("gfx942", True, 2, 64, forward=(64, 4, 2), backward=(128, 4)),
+    Row("gfx942", None, None, 64, forward=(32, 4, 2), backward=(64, 4)),
+    Row(None, True, 2, 16, forward=(128, 2, 3), backward=(256, 2)),
+    Row(None, True, 2, 64, forward=(64, 4, 3), backward=(128, 4)),
+    Row(None, True, 2, 256, forward=(32, 8, 2), backward=(64, 8)),
+    Row(None, None, None, 64, forward=(32, 4, 3), backward=(64, 4)),
+    Row(None, None, None, None, forward=(16, 8, 2), backward=(32, 8)),
+)
+
+#: Numbers of one view that the forward keeps in registers, of 2^16 in a multiprocessor.
+_ONE_TILE = 4096
+
+
+def policy(problem: Problem) -> Policy:
+    """The tiles of a problem.
+
+    >>> policy(Problem(512, 49, 7, True, torch.bfloat16, "sm_90")).forward
+    Tiles(rows=64, channels=64, classes=8, warps=4, stages=3)
+    """
+    rows = max(16, _power_of_2(problem.pixels))
+    # The tensor cores of NVIDIA take 8 columns, those of AMD 16.
+    every = max(16 if problem.arch.startswith("gfx") else 8, _power_of_2(problem.classes))
+    one_tile = rows <= 256 and rows * every <= _ONE_TILE
+    rows = rows if one_tile else min(rows, 64)
+    row = next(r for r in TABLE if _fits(r, problem, rows))
+    widest = max(16, _power_of_2(problem.channels))
+    channels, warps, stages = row.forward
+    channels = min(channels, widest)
+    back_channels, back_warps = row.backward
+    classes = min(every, 32)
+    return Policy(
+        one_tile,
+        Tiles(rows, channels, every if one_tile else min(every, 64), warps, stages),
+        Tiles(min(rows, 64), min(back_channels, widest), classes, back_warps, 1),
+        Tiles(min(rows, 64), min(64, widest), classes, 4, 2),
+        every,
+        max(16, min(64, 2048 // every)),
+    )
+
+
+def _fits(row: Row, problem: Problem, rows: int) -> bool:
+    return (
+        row.arch in (None, problem.arch)
+        and row.channels_last in (None, problem.channels_last)
+        and row.bytes in (None, problem.dtype.itemsize)
+        and (row.max_pixels is None or rows <= row.max_pixels)
+    )
+
+
+def _power_of_2(x: int) -> int:
+    """The least power of 2 that is not below x."""
+    return 1 << (x - 1).bit_length()

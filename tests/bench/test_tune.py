@@ -1,0 +1,33 @@
+"""The search for Triton tiles, with a clock that is made up."""
+
+import pytest
+import torch
+
+from bench import tune
+from bench.__main__ import main
+from rebalfer_kernels import triton_tiles
+
+PROBLEM = triton_tiles.Problem(512, 49, 7, True, torch.bfloat16, "sm_90")
+
+
+def test_the_best_tiles_of_each_pass_are_proposed_and_the_table_takes_them():
+    def milliseconds(kind, row):
+        assert triton_tiles.policy(PROBLEM).forward.channels == 64  # not changed by what is only proposed
+        if kind == "forward":
+            return {(128, 8, 2): 1.0}.get(row.forward, 2.0)
+        return {(256, 4): 0.5, (64, 4): float("inf")}.get(row.backward, 3.0)
+
+    row, times = tune.search(PROBLEM, milliseconds)
+    assert row == triton_tiles.Row("sm_90", True, 2, 64, forward=(128, 8, 2), backward=(256, 4))
+    assert times == {"forward": [2.0, 1.0], "backward": [3.0, 0.5]}
+    before = triton_tiles.policy(PROBLEM)
+    with tune.first(row):
+        cut = triton_tiles.policy(PROBLEM)
+    assert cut.forward[1:] == (128, 8, 8, 2) and cut.backward.channels == 256
+    assert triton_tiles.policy(PROBLEM) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which would be searched")
+def test_without_a_gpu_it_says_so(capsys):
+    assert main(["tune"]) == 2
+    assert "no GPU" in capsys.readouterr().err

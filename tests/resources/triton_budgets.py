@@ -1,0 +1,237 @@
+"""The Triton kernels as the operators launch them, compiled for GPUs that are not there, and what each then takes.
+
+A case calls the operators on tensors without memory; what they would launch is caught, compiled by Triton for each
+target and read back: registers, spills, shared memory, tensor-core instructions, 16-byte loads and stores.
+
+    python tests/resources/triton_budgets.py            measure; write the golden file and the tables of docs/triton.md
+    python tests/resources/triton_budgets.py --print    measure; print as JSON
+
+The golden file has a part for each version of Triton; only that of the version that runs is written.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import re
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import cubin  # noqa: E402
+import torch  # noqa: E402
+
+GOLDEN = Path(__file__).with_suffix(".json")
+PAGE = ROOT / "docs/triton.md"
+
+#: arch -> bytes of shared memory a block may have.
+TARGETS = {"sm_80": 163 * 2**10, "sm_90": 227 * 2**10, "sm_100": 227 * 2**10, "gfx942": 64 * 2**10}
+
+
+class Case(NamedTuple):
+    """What a head is called on, by default with a weight of the features' dtype."""
+
+    name: str
+    channels: int
+    side: int
+    classes: int
+    dtype: str
+    layout: str = "channels_last"
+    weight: str = ""
+    every_kernel: bool = False  #: or the head's with a detached weight and "none" alone
+    targets: tuple[str, ...] = ("sm_90", "gfx942")
+
+
+CASES = (
+    Case("C512-7x7-L7-bf16", 512, 7, 7, "bfloat16", targets=tuple(TARGETS)),
+    Case("C512-7x7-L7-fp16-w32", 512, 7, 7, "float16", weight="float32", every_kernel=True, targets=tuple(TARGETS)),
+    Case("C512-7x7-L7-fp32", 512, 7, 7, "float32", targets=tuple(TARGETS)),
+    Case("C2048-7x7-L8-bf16-w32", 2048, 7, 8, "bfloat16", weight="float32"),
+    Case("C768-14x14-L11-bf16", 768, 14, 11, "bfloat16"),
+    Case("C1280-1x1-L7-bf16", 1280, 1, 7, "bfloat16"),
+    Case("C512-7x7-L100-bf16", 512, 7, 100, "bfloat16"),
+    Case("C512-7x7-L7-bf16-nchw", 512, 7, 7, "bfloat16", "nchw"),
+)
+
+
+def launched(case: Case, arch: str) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """(kernel, arguments, keywords) of the forward and backward of the head and its maps."""
+    from rebalfer_kernels import transforms, triton_ops
+
+    caught: list[Any] = []
+
+    def catch(kernel, programs, tensor, *arguments, warps, stages=1, **constants):
+        caught.append((kernel, arguments, constants | {"num_warps": warps, "num_stages": stages}))
+
+    was = triton_ops._launch, triton_ops.arch
+    triton_ops._launch, triton_ops.arch = catch, lambda index: arch
+    try:
+        meta = {"device": "meta"}
+        dtype = getattr(torch, case.dtype)
+        weight_dtype = getattr(torch, case.weight or case.dtype)
+        channels_last = case.layout == "channels_last"
+        f = torch.empty(4, case.channels, case.side, case.side, dtype=dtype, **meta)
+        f = f.contiguous(memory_format=torch.channels_last) if channels_last else f
+        w = torch.empty(case.classes, case.channels, dtype=weight_dtype, **meta)
+        b = torch.empty(case.classes, dtype=weight_dtype, **meta)
+        y = torch.empty(2, dtype=torch.int64, **meta)
+        table, v = torch.empty(case.classes, case.classes, **meta), torch.empty(case.classes, **meta)
+        twin = transforms.twin_map("hflip", case.side, case.side)
+        options = (2.0, 2, twin, True, case.every_kernel)
+        _, _, _, logits, maps, *saved = triton_ops.head_forward(
+            f, w, b, y, table, v, *options, False, True, True, case.every_kernel
+        )
+        d_loss = torch.empty(() if case.every_kernel else 2, **meta)
+        triton_ops.head_backward(
+            d_loss, None, None, None, w, y, table, v, logits, *saved, *options, dtype, channels_last, True, True, True,
+        )  # fmt: skip
+        if case.every_kernel:
+            triton_ops.cam_backward(triton_ops.cam_forward(f, w), f, w, dtype, channels_last, True, True)
+            triton_ops.cross_entropy_forward(logits, y, table, False)
+            triton_ops.cross_entropy_backward(torch.empty((), **meta), logits, y, table, True)
+    finally:
+        triton_ops._launch, triton_ops.arch = was
+    return caught
+
+
+_TYPES = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64",
+}  # fmt: skip
+
+
+def source(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]):
+    """What Triton would compile at this launch, all tensors aligned."""
+    from triton.compiler import ASTSource
+
+    signature, constexprs, attributes = {}, {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        value = arguments[place] if place < len(arguments) else constants[name]
+        if place >= len(arguments) or value is None:
+            signature[name], constexprs[(place,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = _TYPES[value.dtype]
+            if name not in kernel.do_not_specialize_on_alignment:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+            if isinstance(value, int) and name not in kernel.do_not_specialize:
+                raise AssertionError(f"{kernel.__name__}: {name} would be compiled anew for its values")
+    return ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
+
+
+def measure(case: Case, arch: str) -> dict[str, dict[str, int]]:
+    """kernel -> figures."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    cuda = arch.startswith("sm_")
+    target = GPUTarget("cuda", int(arch[3:]), 32) if cuda else GPUTarget("hip", arch, 64)
+    found = {}
+    for kernel, arguments, keywords in launched(case, arch):
+        options = {name: keywords.pop(name) for name in ("num_warps", "num_stages")} | {"enable_fp_fusion": True}
+        compiled = triton.compile(source(kernel, arguments, keywords), target=target, options=options)
+        figures = _nvidia(compiled.asm["cubin"]) if cuda else _amd(compiled.asm["amdgcn"])
+        found[kernel.__name__] = figures | {"shared": compiled.metadata.shared, "warps": options["num_warps"]}
+    return found
+
+
+def _nvidia(binary: bytes) -> dict[str, int]:
+    (usage,) = cubin.usage(binary).values()
+    (instructions,) = cubin.sass(binary).values()
+    opcodes = collections.Counter(i.split()[0] for i in instructions)
+
+    def count(pattern: str) -> int:
+        return sum(n for opcode, n in opcodes.items() if re.match(pattern, opcode))
+
+    return {
+        "registers": usage.registers,
+        "spilled": usage.stack + usage.local + count(r"LDL|STL"),
+        "mma": count(r"[HQ]G?MMA|UTC[HQ]MMA"),
+        "loads": count(r"LDG|UBLKCP|UTMALDG"),
+        "loads_16": count(r"LDG(STS)?\.(?=.*128)"),
+        "stores": count(r"STG"),
+        "stores_16": count(r"STG\.(?=.*128)"),
+    }
+
+
+def _amd(assembly: str) -> dict[str, int]:
+    def figure(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])
+
+    def count(pattern: str) -> int:
+        return len(re.findall(rf"^\s+{pattern}", assembly, re.M))
+
+    return {
+        "registers": figure("vgpr_count"),
+        "spilled": figure("vgpr_spill_count") + figure("sgpr_spill_count") + figure("private_segment_fixed_size"),
+        "mma": count("v_mfma"),
+        "loads": count("(global|buffer)_load"),
+        "loads_16": count("(global|buffer)_load_dwordx4"),
+        "stores": count("(global|buffer)_store"),
+        "stores_16": count("(global|buffer)_store_dwordx4"),
+    }
+
+
+def measure_all() -> dict[str, dict[str, int]]:
+    """ "case/arch/kernel" -> figures, two processes at a time."""
+    with ProcessPoolExecutor(2) as pool:
+        jobs = {(c.name, arch): pool.submit(measure, c, arch) for c in CASES for arch in c.targets}
+        return {
+            f"{name}/{arch}/{kernel}": figures
+            for (name, arch), job in jobs.items()
+            for kernel, figures in job.result().items()
+        }
+
+
+def render(budgets: dict[str, dict[str, int]], version: str) -> str:
+    """The tables of docs/triton.md."""
+    lines = [f"Triton {version}, `python tests/resources/triton_budgets.py`."]
+    for arch in TARGETS:
+        lines += [
+            "", f"### {arch}", "",
+            "| case | kernel | warps | registers | shared memory, bytes | tensor-core instructions | 16-byte loads "
+            "| 16-byte stores |",
+            "|---|---|---|---|---|---|---|---|",
+        ]  # fmt: skip
+        for variant, f in budgets.items():
+            name, of, kernel = variant.split("/")
+            if of == arch:
+                lines.append(
+                    f"| {name} | {kernel.removesuffix('_kernel')} | {f['warps']} | {f['registers']} | {f['shared']:,} "
+                    f"| {f['mma']} | {f['loads_16']} of {f['loads']} | {f['stores_16']} of {f['stores']} |"
+                )
+    return "\n".join(lines) + "\n"
+
+
+BEGIN, END = "<!-- budgets:begin -->\n", "<!-- budgets:end -->"
+
+
+def insert(page: str, tables: str) -> str:
+    before, rest = page.split(BEGIN)
+    return before + BEGIN + tables + END + rest.split(END)[1]
+
+
+def main() -> None:
+    import triton
+
+    measured = measure_all()
+    if sys.argv[1:] == ["--print"]:
+        print(json.dumps({triton.__version__: measured}))
+        return
+    golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+    golden[triton.__version__] = measured
+    parts = (
+        f' "{version}": {{\n' + ",\n".join(f'  "{v}": {json.dumps(f)}' for v, f in figures.items()) + "\n }"
+        for version, figures in sorted(golden.items())
+    )
+    GOLDEN.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    newest = max(golden, key=lambda v: [int(x) for x in v.split(".")[:2]])
+    PAGE.write_text(insert(PAGE.read_text(), render(golden[newest], newest)))
+
+
+if __name__ == "__main__":
+    main()

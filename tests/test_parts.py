@@ -1,0 +1,197 @@
+"""The functions that compute a part of the head, and what callers do to it: strided upstreams, a scheduled lambda,
+large outputs, exact zeros of S, extreme logits; values and gradients against the float64 truth."""
+
+import oracle
+import pytest
+import torch
+from backends import BACKENDS, with_dtypes
+from test_head import ROUNDING, TOLERANCE, case
+
+import rebalfer_kernels as rk
+
+EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
+EVERY_DTYPE = pytest.mark.parametrize(
+    ("backend", "dtype"), with_dtypes(torch.float64, torch.float32, torch.bfloat16, torch.float16)
+)
+LAYOUTS = ["nchw", "channels_last"]
+
+
+def leaf(x, backend):
+    """A copy of its own, where the backend's tensors live; the truth is computed from ``x``, on the CPU."""
+    return x.detach().to(backend.device, copy=True, memory_format=torch.preserve_format).requires_grad_()
+
+
+def there(backend, *tensors):
+    return [x.to(backend.device) for x in tensors]
+
+
+def assert_close(got, truth, tolerance, name):
+    oracle.assert_close(got.cpu(), truth, tolerance, name)
+
+
+def strided(x):
+    """The same values, every second element of a larger tensor, in another order of the dimensions."""
+    larger = x.new_full([2 * s for s in reversed(x.shape)], float("nan"))
+    view = larger[tuple(slice(None, None, 2) for _ in x.shape)].permute(*reversed(range(x.dim())))
+    view.copy_(x)
+    return view
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_class_activation_maps(backend, dtype, layout):
+    features, weight, *_ = case(2, 37, 5, 3, 7, dtype, layout)
+    f, w = leaf(features, backend), leaf(weight, backend)
+    maps = rk.class_activation_maps(f, w, backend=backend.name)
+    d_maps = torch.randn(maps.shape, dtype=torch.float64).to(maps.dtype)
+    d_features, d_weight = torch.autograd.grad(maps, (f, w), strided(*there(backend, d_maps)))
+    F, W, D = features.double(), weight.double(), d_maps.double()
+    truth = torch.einsum("lc,mchw->mlhw", W, F)
+    assert_close(maps, truth, TOLERANCE[dtype], "maps")
+    assert_close(d_features, torch.einsum("lc,mlhw->mchw", W, D), ROUNDING[dtype], "d_features")
+    assert_close(d_weight, torch.einsum("mlhw,mchw->lc", D, F), ROUNDING[dtype], "d_weight")
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("detach", [True, False])
+@pytest.mark.parametrize("mean", [True, False])
+def test_attention_consistency(backend, dtype, layout, p, detach, mean):
+    features, weight, _, _, table, v = case(3, 37, 5, 3, 7, dtype, layout)
+    f, w = leaf(features, backend), leaf(weight, backend)
+    out = rk.attention_consistency(
+        f, w, v.to(backend.device), p=p, detach_cam_weight=detach, reduction="mean" if mean else "none",
+        backend=backend.name,
+    )  # fmt: skip
+    up = torch.tensor([-1.5, 0.25, 3.0], dtype=out.dtype)[0 if mean else slice(None)]
+    grads = torch.autograd.grad(out, (f, w), *there(backend, up), allow_unused=True)
+    truth = oracle.head(
+        features, weight, None, torch.zeros(3, dtype=torch.long), table, v, p=p, detach=detach, mean=mean, g_loss=0.0,
+        g_cons=up,
+    )  # fmt: skip
+    assert_close(out, truth["consistency"], TOLERANCE[dtype], "consistency")
+    assert_close(grads[0], truth["d_features"], ROUNDING[dtype], "d_features")
+    if detach:
+        assert grads[1] is None
+    else:
+        assert_close(grads[1], truth["d_weight"], ROUNDING[dtype], "d_weight")
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("mean", [True, False])
+def test_rebalanced_cross_entropy(backend, dtype, soft, mean):
+    _, _, _, targets, table, _ = case(5, 1, 1, 1, 7, dtype, soft=soft)
+    logits = (3 * torch.randn(5, 7, generator=torch.Generator().manual_seed(2), dtype=torch.float64)).to(dtype)
+    logits[1, 2] = 900  # no exponential of it exists
+    logits[2] = -700
+    z = leaf(logits, backend)
+    out = rk.rebalanced_cross_entropy(
+        z, *there(backend, targets, table), reduction="mean" if mean else "none", backend=backend.name
+    )
+    up = torch.tensor([-1.5, 0.25, 3.0, 2.0, -1.0], dtype=out.dtype)[0 if mean else slice(None)]
+    (d_logits,) = torch.autograd.grad(out, z, *there(backend, up))
+    t = targets.double() @ table.double() if soft else table.double()[targets]
+    exact = logits.double()
+    lse = exact.amax(1) + (exact - exact.amax(1, keepdim=True)).exp().sum(1).log()
+    losses = (t * (lse[:, None] - exact)).sum(1)
+    share = up.double() / 5 if mean else up.double()[:, None]
+    softmax = (exact - lse[:, None]).exp()
+    assert_close(out, losses.mean() if mean else losses, TOLERANCE[dtype], "loss")
+    assert_close(d_logits, share * (t.sum(1, keepdim=True) * softmax - t), ROUNDING[dtype], "d_logits")
+
+
+@EVERY_BACKEND
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_upstream_gradients_of_any_stride(backend, layout):
+    data = features, weight, bias, targets, table, v = case(3, 20, 5, 3, 4, torch.float32, layout)
+    inputs = leaf(features, backend), leaf(weight, backend), leaf(bias, backend)
+    y, rows, weights = there(backend, targets, table, v)
+    out = rk.rebalanced_head_loss(
+        *inputs, y, target_table=rows, map_weights=weights, reduction="none", backend=backend.name
+    )  # fmt: skip
+    every_other = torch.tensor([1.5, 9, -2, 9, 0.5, 9])[::2]
+    expanded = torch.tensor(-0.75).expand(3)
+    logits = torch.randn(6, 4)
+    outputs = out.loss, out.classification, out.logits
+    every_other, expanded, d_logits = there(backend, every_other, expanded, logits)
+    assert backend.device != "cpu" or (every_other.stride(), expanded.stride()) == ((2,), (0,))
+    grads = torch.autograd.grad(outputs, inputs, (every_other, expanded, strided(d_logits)))
+    truth = oracle.head(*data, mean=False, g_loss=every_other.cpu(), g_cls=expanded.cpu(), g_logits=logits)
+    for name, got in zip(("d_features", "d_weight", "d_bias"), grads, strict=True):
+        assert_close(got, truth[name], 3e-6, name)
+
+
+@EVERY_BACKEND
+def test_a_scheduled_consistency_weight(backend):
+    data = features, weight, bias, targets, table, v = case(3, 20, 5, 3, 4, torch.float32)
+    f, lam = leaf(features, backend), leaf(torch.tensor(1.7), backend)
+    w, b, y, rows, weights = there(backend, weight, bias, targets, table, v)
+    out = rk.rebalanced_head_loss(
+        f, w, b, y, target_table=rows, map_weights=weights, consistency_weight=lam, backend=backend.name
+    )
+    d_features, d_lam = torch.autograd.grad(-2 * out.loss, (f, lam))
+    truth = oracle.head(*data, lam=1.7, g_loss=-2.0)
+    assert_close(out.loss, truth["loss"], 3e-6, "loss")
+    assert_close(d_features, truth["d_features"], 3e-6, "d_features")
+    assert_close(d_lam, -2 * truth["consistency"], 3e-6, "d_lam")
+
+
+@pytest.mark.parametrize(("backend", "dtype"), with_dtypes(torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_float32_weight_with_16_bit_features_is_not_rounded(backend, dtype, layout):
+    features, _, _, targets, table, v = case(3, 37, 5, 3, 7, dtype, layout)
+    _, weight, *_ = case(3, 37, 5, 3, 7, torch.float32)
+    f, w = leaf(features, backend), leaf(weight, backend)
+    y, rows, weights = there(backend, targets, table, v)
+    out = rk.rebalanced_head_loss(
+        f, w, None, y, target_table=rows, map_weights=weights, detach_cam_weight=False, backend=backend.name
+    )
+    d_features, d_weight = torch.autograd.grad(out.loss, (f, w))
+    truth = oracle.head(features, weight, None, targets, table, v, detach=False)
+    assert_close(out.loss, truth["loss"], 3e-6, "loss")
+    assert_close(out.logits, truth["logits"], 3e-6, "logits")
+    assert_close(d_features, truth["d_features"], ROUNDING[dtype], "d_features")
+    assert_close(d_weight, truth["d_weight"], 3e-6, "d_weight")
+
+
+@EVERY_BACKEND
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("channels", [2048, 2053], ids="C{}".format)
+def test_large_gradients(backend, layout, channels):
+    """Beyond 24 MiB, from where the CPU kernels write past the caches, whole lines or not."""
+    if backend.name == "triton":
+        pytest.skip("minutes under the interpreter; size changes nothing there")
+    data = features, weight, bias, targets, table, v = case(32, channels, 7, 7, 7, torch.float32, layout)
+    f = leaf(features, backend)
+    assert f.numel() * 4 > 24 << 20
+    w, b, y, rows, weights = there(backend, weight, bias, targets, table, v)
+    out = rk.rebalanced_head_loss(f, w, b, y, target_table=rows, map_weights=weights, backend=backend.name)
+    (d_features,) = torch.autograd.grad(out.loss, f)
+    assert_close(d_features, oracle.head(*data)["d_features"], 3e-6, "d_features")
+    d_maps = torch.randn(64, 7, 7, 7)
+    maps = rk.class_activation_maps(f, w, backend=backend.name)
+    (d_features,) = torch.autograd.grad(maps, f, *there(backend, d_maps))
+    truth = torch.einsum("lc,mlhw->mchw", weight.double(), d_maps.double())
+    assert_close(d_features, truth, 3e-6, "d_features of the maps")
+
+
+@EVERY_BACKEND
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_where_the_views_agree_the_gradient_is_zero_for_p_1_too(backend, layout):
+    """sign(0) = 0. Small whole numbers, so that S is 0 exactly in any order of summation."""
+    g = torch.Generator().manual_seed(5)
+    features = torch.randint(-3, 4, (4, 20, 5, 3), generator=g).float()
+    features[2:] = features[:2].flip(-1)
+    features[3, :, 0] += 1  # the second pair differs in one row of the map
+    weight = torch.randint(-3, 4, (4, 20), generator=g).float()
+    f = leaf(features.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else features, backend)
+    v = torch.tensor([1.0, 0.5, 2.0, 1.0])
+    loss = rk.attention_consistency(f, *there(backend, weight, v), p=1, backend=backend.name)
+    (d_features,) = torch.autograd.grad(loss, f)
+    truth = oracle.head(
+        features, weight, None, torch.zeros(2, dtype=torch.long), torch.eye(4), v, p=1, g_loss=0, g_cons=1.0
+    )  # fmt: skip
+    assert truth["d_features"][1].any() and not truth["d_features"][0].any()
+    assert_close(d_features, truth["d_features"], 1e-6, "d_features")
