@@ -349,7 +349,7 @@ struct FeatureGradient {
 };
 
 template <typename T, bool kChannelsLast, int kBlocks>
-__global__ __launch_bounds__(kThreads) void backward_kernel(const __grid_constant__ BackwardParams p, int weight_blocks) {
+__global__ __launch_bounds__(kThreads, 5) void backward_kernel(const __grid_constant__ BackwardParams p, int weight_blocks) {
   REBALFER_DYNAMIC_SHARED(unsigned char, memory);
   const int64_t block = int64_t(blockIdx.x) - weight_blocks;
   if (block < 0) {
