@@ -54,9 +54,9 @@ class Row(NamedTuple):
 
 #: Chosen by what ptxas reports (docs/triton.md), not by measurement: not yet run on a GPU.
 TABLE = (
+    Row(None, True, 2, 16, forward=(128, 4, 3), backward=(256, 4)),
     Row("gfx942", True, 2, 64, forward=(64, 4, 2), backward=(128, 4)),
     Row("gfx942", None, None, 64, forward=(32, 4, 2), backward=(64, 4)),
-    Row(None, True, 2, 16, forward=(128, 2, 3), backward=(256, 2)),
     Row(None, True, 2, 64, forward=(64, 4, 3), backward=(128, 4)),
     Row(None, True, 2, 256, forward=(32, 8, 2), backward=(64, 8)),
     Row(None, None, None, 64, forward=(32, 4, 3), backward=(64, 4)),
