@@ -1,8 +1,10 @@
 // What the operators (ops.cu) ask of the kernels: plain parameters, plain launch functions, no torch.
 //
 // Served: L <= 16 classes, H W <= 64 positions, any C, NCHW and channels_last, float32, bfloat16 and float16 features
-// with a weight of the same dtype or float32 (see `serves`); the cross-entropy serves any L. One launch forward and one
-// backward for the head; class_activation_maps is one launch forward, and two backward where the weight needs a gradient.
+// with a weight of the same dtype or float32 (see `serves`); the cross-entropy serves any L. A float32 weight meets
+// 16-bit features as two parts of their dtype, so with float16 features it has float16's range. One launch forward and
+// one backward for the head; class_activation_maps is one launch forward, and two backward where the weight needs a
+// gradient.
 #pragma once
 
 #include <cuda_runtime_api.h>

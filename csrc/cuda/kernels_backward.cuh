@@ -21,7 +21,9 @@ constexpr int kWeightChannels = 32;              // of a block of the weight's g
 constexpr int kWeightRows = 128;                 // samples whose dz such a block holds at a time
 constexpr int kRow = kMaxClasses + 1;            // their pitch: odd, so that rows hit different banks
 
-__device__ __forceinline__ float upstream(const Upstream& u, int64_t i) { return u.data ? __ldg(u.data + i * u.stride) : 0; }
+__device__ __forceinline__ float upstream(const Upstream& u, int64_t i) {
+  return u.data ? __ldg(u.data + i * u.stride) : 0;
+}
 
 // The upstream gradient of a sample's consistency, in units of its sum over samples.
 __device__ __forceinline__ float consistency_upstream(const BackwardParams& p, int64_t i) {
@@ -212,7 +214,8 @@ struct FeatureGradient {
 
   // U at position x, for channels `channel(i)`, to both views.
   template <int n, typename Channel>
-  __device__ __forceinline__ void emit(int x, const float (&u)[n], const float (&k)[2][n], const Channel& channel) const {
+  __device__ __forceinline__ void emit(int x, const float (&u)[n], const float (&k)[2][n],
+                                       const Channel& channel) const {
     if constexpr (kChannelsLast) {
       float v[n];
 #pragma unroll
@@ -349,7 +352,8 @@ struct FeatureGradient {
 };
 
 template <typename T, bool kChannelsLast, int kBlocks>
-__global__ __launch_bounds__(kThreads, 5) void backward_kernel(const __grid_constant__ BackwardParams p, int weight_blocks) {
+__global__ __launch_bounds__(kThreads, 5) void backward_kernel(const __grid_constant__ BackwardParams p,
+                                                               int weight_blocks) {
   REBALFER_DYNAMIC_SHARED(unsigned char, memory);
   const int64_t block = int64_t(blockIdx.x) - weight_blocks;
   if (block < 0) {

@@ -8,7 +8,7 @@
 namespace rebalfer::gpu {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
-constexpr int kGroup = 32;                                   // channels that a warp takes at a time
+constexpr int kGroup = 32;  // channels that a warp takes at a time
 constexpr unsigned kAll = ~0u;
 
 __device__ __forceinline__ int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }

@@ -25,7 +25,8 @@ __global__ __launch_bounds__(kThreads) void cross_entropy_forward(const __grid_c
   REBALFER_DYNAMIC_SHARED(double, room);
   const int64_t m = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (m < p.M) {
-    const float loss = cross_entropy(Logits<T>{static_cast<const T*>(p.logits) + m * p.L}, target_row(p.targets, m, p.L), p.L);
+    const Logits<T> z{static_cast<const T*>(p.logits) + m * p.L};
+    const float loss = cross_entropy(z, target_row(p.targets, m, p.L), p.L);
     (p.ticket ? p.per_sample : p.loss)[m] = loss;
   }
   if (!p.ticket) return;

@@ -140,9 +140,9 @@ struct Ring {
   }
 };
 
-// This lane's 16-byte pieces of a view in channels_last, kStages steps ahead, `passes` times over. What a lane copies it
-// alone reads, so shared memory serves as more registers and no barrier is needed. If all steps fit they are fetched
-// once and stay.
+// This lane's 16-byte pieces of a view in channels_last, kStages steps ahead, `passes` times over. What a lane copies
+// it alone reads, so shared memory serves as more registers and no barrier is needed. If all steps fit they are
+// fetched once and stay.
 template <typename T>
 struct LaneRing {
   static constexpr int kStages = 4;
@@ -581,7 +581,8 @@ void launch_forward_as(const ForwardParams& p, cudaStream_t stream) {
     const int64_t chunks = ((p.g.C + channels - 1) / channels + p.cluster - 1) / p.cluster;
     const int64_t ring = p.g.channels_last ? LaneRing<T>::bytes(HW)
                                            : std::min<int64_t>(chunks, Ring<T>::kStages) * Ring<T>::stage_bytes(HW);
-    launch(kernel, dim3(unsigned(p.g.N * p.cluster)), dim3(kThreads), unsigned(p.cluster), size_t(fixed + ring), stream, p);
+    const dim3 blocks(unsigned(p.g.N * p.cluster));
+    launch(kernel, blocks, dim3(kThreads), unsigned(p.cluster), size_t(fixed + ring), stream, p);
   };
   const bool one = p.g.L <= 8;
   if (p.g.channels_last) {

@@ -62,7 +62,8 @@ Tensor output(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype, 
   return torch::stable::new_empty(like, shape, dtype);
 }
 
-Tensor feature_output(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype, bool channels_last, bool wanted) {
+Tensor feature_output(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype, bool channels_last,
+                      bool wanted) {
   if (!wanted) return output(like, {0}, dtype);
   return torch::stable::empty(
       shape, dtype, std::nullopt, like.device(), std::nullopt,
@@ -111,7 +112,8 @@ Upstream upstream(const OptionalTensor& t) { return {data(t), t && t->dim() ? t-
 // it by a launch more.
 class Ticket {
  public:
-  Ticket(const Device& device, const Tensor& like, cudaStream_t stream) : address_(take_ticket(device.index(), stream)) {
+  Ticket(const Device& device, const Tensor& like, cudaStream_t stream)
+      : address_(take_ticket(device.index(), stream)) {
     if (address_) return;
     own_ = torch::stable::new_zeros(like, {1}, ScalarType::Int);
     address_ = data<unsigned>(*own_);
@@ -141,7 +143,8 @@ HeadForward head_forward(Tensor features, Tensor weight, OptionalTensor bias, Op
 
   const std::vector<int64_t> losses = mean ? std::vector<int64_t>{} : std::vector<int64_t>{N};
   constexpr ScalarType dtype = ScalarType::Float;
-  Tensor loss = output(features, losses, dtype, classified), classification = output(features, losses, dtype, classified);
+  Tensor loss = output(features, losses, dtype, classified);
+  Tensor classification = output(features, losses, dtype, classified);
   Tensor consistency = output(features, losses, dtype), logits = output(features, {M, L}, dtype, classified);
   Tensor maps = output(features, {M, L, H, W}, dtype, with_maps);
   Tensor residual = output(features, {N, L, H, W}, dtype, save_residual);
@@ -187,7 +190,7 @@ HeadBackward head_backward(OptionalTensor d_loss, OptionalTensor d_classificatio
                            double consistency_weight, int64_t p, std::vector<int64_t> twin_map, bool both_views,
                            bool mean, ScalarType dtype, bool channels_last, bool need_features, bool need_weight,
                            bool need_bias) {
-  const int64_t N = residual.size(0), L = weight.size(0), C = weight.size(1), H = residual.size(2), W = residual.size(3);
+  const int64_t N = residual.size(0), H = residual.size(2), W = residual.size(3), L = weight.size(0), C = weight.size(1);
   const Device device(weight);
   Tensor d_features = feature_output(weight, {2 * N, C, H, W}, dtype, channels_last, need_features);
   Tensor d_weight = output(weight, {L, C}, weight.scalar_type(), need_weight);
@@ -205,7 +208,8 @@ HeadBackward head_backward(OptionalTensor d_loss, OptionalTensor d_classificatio
   params.share = mean ? 1.0f / float(std::max<int64_t>(N, 1)) : 1.0f;
   params.p = int(p);
   params.both_views = both_views;
-  params.d_features = data<void>(d_features), params.d_weight = data<void>(d_weight), params.d_bias = data<void>(d_bias);
+  params.d_features = data<void>(d_features), params.d_weight = data<void>(d_weight);
+  params.d_bias = data<void>(d_bias);
   launch_backward(storage_of(dtype), params, device.stream());
   return {d_features, d_weight, d_bias};
 }

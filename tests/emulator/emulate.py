@@ -19,6 +19,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
+COMPILER = os.environ.get("CXX") or "g++"
 FLAGS = "-x c++ -std=c++20 -O2 -g1 -fPIC -ffp-contract=off -Wall -Wextra -Werror -Wno-unknown-pragmas".split()
 COUNTERS = (
     "launches", "mma",
@@ -41,7 +42,7 @@ class Library:
         if not out.exists():
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 objects = list(pool.map(lambda source: _compile(source, flags, key), sources))
-            _run(["g++", "-shared", *flags, *map(str, objects), "-o", str(out)])
+            _run([COMPILER, "-shared", *flags, *map(str, objects), "-o", str(out)])
         self._library = ctypes.CDLL(str(out))
 
     def __call__(self, function: str, *arguments: Any, order: str = "forward") -> dict[str, int]:
@@ -69,7 +70,7 @@ class Library:
 
 def _compile(source: Path, flags: list[str], key: str) -> Path:
     out = Path(_directory.name) / f"{source.stem}-{key}.o"
-    _run(["g++", *FLAGS, *flags, f"-I{HERE}", f"-I{CSRC}", "-c", str(source), "-o", str(out)])
+    _run([COMPILER, *FLAGS, *flags, f"-I{HERE}", f"-I{CSRC}", "-c", str(source), "-o", str(out)])
     return out
 
 

@@ -15,7 +15,10 @@ Geometry geometry(int64_t N, int64_t C, int64_t H, int64_t W, int64_t L, int64_t
 
 extern "C" {
 
-int64_t cluster_of(int64_t C, int64_t HW, int64_t bytes, int64_t major) { return cluster_blocks(C, HW, bytes, int(major)); }
+const char* get_cluster_blocks(int64_t C, int64_t HW, int64_t element_bytes, int64_t major, int64_t* blocks) {
+  *blocks = cluster_blocks(C, HW, element_bytes, int(major));
+  return nullptr;
+}
 
 const char* run_forward(int64_t storage, int64_t N, int64_t C, int64_t H, int64_t W, int64_t L, int64_t views,
                         int64_t channels_last, const int64_t* twin, const void* features, const void* weight,

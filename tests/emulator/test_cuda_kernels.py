@@ -205,6 +205,16 @@ def test_misaligned_bases_and_a_float32_weight(dtype, layout):
     check(Case(2, 72, 7, 7, 11, dtype, layout, weight_dtype=torch.float32), mean=False)
 
 
+def test_a_cluster_is_chosen_from_what_a_sample_is():
+    blocks = torch.zeros(1, dtype=torch.int64)
+    for sample, expected in (
+        ((512, 49, 2, 9), 2), ((512, 49, 4, 9), 4), ((2048, 49, 2, 10), 8), ((4096, 64, 4, 9), 8), ((3, 1, 2, 9), 1),
+        ((2048, 49, 4, 8), 1),
+    ):  # fmt: skip
+        library()("get_cluster_blocks", *sample, blocks)
+        assert blocks.item() == expected, sample
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_cluster_size_and_slabs_that_come_twice(dtype, layout):
