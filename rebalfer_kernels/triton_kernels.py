@@ -152,16 +152,17 @@ def target_rows(targets, target_table, samples, ok, k, L: tl.constexpr, SOFT: tl
 
 @_inlined
 def log_sum_exp(z, k, L: tl.constexpr):  # (R, all classes)
+    """log sum_l exp(z_l - top) and top, the largest logit: differences first, so that large logits lose no digits."""
     z = tl.where((k < L)[None, :], z, float("-inf"))
     top = tl.max(z, 1)
-    return top + tl.log(tl.sum(tl.exp(z - top[:, None]), 1))
+    return tl.log(tl.sum(tl.exp(z - top[:, None]), 1)), top
 
 
 @_inlined
 def cross_entropy(z, t, k, L: tl.constexpr):  # (R, all classes) both
     """-sum_l t_l log softmax(z)_l of each row."""
-    lse = log_sum_exp(z, k, L)
-    return tl.sum(tl.where((k < L)[None, :], t * (lse[:, None] - z), 0.0), 1)
+    lse, top = log_sum_exp(z, k, L)
+    return tl.sum(tl.where((k < L)[None, :], t * (lse[:, None] - (z - top[:, None])), 0.0), 1)
 
 
 @_inlined
@@ -171,11 +172,11 @@ def cross_entropy_gradient(
     """(rows, classes k) g ((sum t) softmax(z)_l - t_l): the rows of the target table need not sum to 1."""
     every = tl.arange(0, B_ALL)
     z = tl.load(logits + rows[:, None] * L + every[None, :], mask=ok[:, None] & (every < L)[None, :], other=0.0)
-    lse = log_sum_exp(z.to(tl.float32), every, L)
+    lse, top = log_sum_exp(z.to(tl.float32), every, L)
     total = tl.sum(target_rows(targets, target_table, samples, ok, every, L, SOFT), 1)
     t = target_rows(targets, target_table, samples, ok, k, L, SOFT)
     z = tl.load(logits + rows[:, None] * L + k[None, :], mask=ok[:, None] & (k < L)[None, :], other=0.0)
-    return g[:, None] * (total[:, None] * tl.exp(z.to(tl.float32) - lse[:, None]) - t)
+    return g[:, None] * (total[:, None] * tl.exp(z.to(tl.float32) - top[:, None] - lse[:, None]) - t)
 
 
 @_inlined

@@ -202,6 +202,10 @@ def head_backward(
 ):  # fmt: skip
     n, classes, height, width = residual.shape
     channels = weight.shape[1]
+    # torch.compile hands on empty upstreams for outputs that were not wanted.
+    d_loss, d_classification, d_consistency, d_logits = (
+        None if x is None or x.numel() == 0 else x for x in (d_loss, d_classification, d_consistency, d_logits)
+    )
     problem = _problem(channels, height, width, classes, channels_last, dtype, weight.device)
     cut = policy(problem)
     tiles = cut.backward
