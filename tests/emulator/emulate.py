@@ -61,12 +61,6 @@ class Library:
         self._library.rebalfer_emulator_counters(counters)
         return dict(zip(COUNTERS, counters, strict=True))
 
-    def number(self, function: str, *arguments: Any) -> int:
-        """The result of a function of the host that returns int64_t."""
-        entry = getattr(self._library, function)
-        entry.restype = ctypes.c_int64
-        return entry(*map(_argument, arguments))
-
 
 def _compile(source: Path, flags: list[str], key: str) -> Path:
     out = Path(_directory.name) / f"{source.stem}-{key}.o"
