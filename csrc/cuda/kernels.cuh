@@ -1,4 +1,4 @@
-// What the operators (ops.cu) ask of the kernels: plain parameters, plain launch functions, no torch.
+// What the operators (ops.cpp) ask of the kernels: plain parameters, plain launch functions, no torch.
 //
 // Served: L <= 16 classes, H W <= 64 positions, any C, NCHW and channels_last, float32, bfloat16 and float16 features
 // with a weight of the same dtype or float32 (see `serves`); the cross-entropy serves any L. A float32 weight meets
