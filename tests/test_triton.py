@@ -56,14 +56,19 @@ AGREEMENT = {
     "one tile": (
         (3, 70, 5, 3, 7, torch.bfloat16, "channels_last"),
         dict(weight_dtype=torch.float32),
-        dict(mean=True, p=1, detach_cam_weight=False),
+        dict(mean=True, p=1, detach_cam_weight=False, slack=4),
     ),
     "float32, nchw": (
         (2, 33, 4, 4, 9, torch.float32, "nchw"),
         dict(soft=True),
         dict(mean=False, transform="rot90", views="original", detach_cam_weight=False),
     ),
-    "several tiles": ((2, 20, 8, 9, 40, torch.float16, "channels_last"), {}, dict(mean=True)),
+    # U outweighs the logits' part of dF here, so that its digits count.
+    "several tiles": (
+        (2, 20, 8, 9, 40, torch.float16, "channels_last"),
+        {},
+        dict(mean=True, consistency_weight=3000.0),
+    ),
 }
 
 
@@ -72,7 +77,7 @@ AGREEMENT = {
 def test_agreement(backend, name):
     """One case of each kind, for the injected faults of mutants.py."""
     shape, of_case, options = AGREEMENT[name]
-    check(backend, case(*shape, **of_case, device=backend.device), slack=4, **options)
+    check(backend, case(*shape, **of_case, device=backend.device), **options)
 
 
 @pytest.mark.parametrize("backend", TRITON)

@@ -10,6 +10,7 @@ from backends import BACKENDS, GPU, Backend
 from test_head import ROUNDING, case
 
 import rebalfer_kernels as rk
+from bench import gpu_timing
 
 #: Launches of forward and backward under "mean", features, weight and bias with a gradient, at the paper's batch.
 LAUNCHES = {"triton": (2, 1), "cuda": (1, 1)}
@@ -124,15 +125,6 @@ def test_two_streams_at_once(backend):
             assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
-def kernels_of(function) -> list[str]:
-    """Names of what ``function`` runs on the GPU, copies and fills included."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-    return [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-
-
 @pytest.mark.parametrize("backend", GPU)
 def test_launches(backend):
     features, w, b, targets, table, v = case(**PAPER, dtype=torch.bfloat16, layout="channels_last", device="cuda")
@@ -145,8 +137,9 @@ def test_launches(backend):
 
     forward()
     torch.autograd.grad(out[0].loss, (f, w, b), one)
-    forward_kernels = kernels_of(forward)
-    backward_kernels = kernels_of(lambda: torch.autograd.grad(out[1].loss, (f, w, b), one))
+    clock = gpu_timing.CudaClock()
+    forward_kernels = clock.launches(forward)
+    backward_kernels = clock.launches(lambda: torch.autograd.grad(out[1].loss, (f, w, b), one))
     assert (len(forward_kernels), len(backward_kernels)) == LAUNCHES[backend.name], (forward_kernels, backward_kernels)
 
 
@@ -227,4 +220,3 @@ def test_another_batch_compiles_nothing(backend):
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b.values[0].name == "cpu"])
 def test_the_helpers_on_a_cpu(backend):
     check_against_eager(backend, torch.float32, "channels_last", detach_cam_weight=False, p=1)
-    assert kernels_of(lambda: torch.ones(3) + 1) == []
