@@ -53,7 +53,7 @@ def _empty(like: Tensor, shape: tuple[Any, ...], dtype: torch.dtype, wanted: boo
     return torch.empty(shape if wanted else (0,), dtype=dtype, device=like.device)
 
 
-def _empty_features(
+def empty_features(
     like: Tensor, shape: tuple[Any, ...], dtype: torch.dtype, channels_last: bool, wanted: bool
 ) -> Tensor:
     if not wanted:
@@ -90,7 +90,7 @@ def _head_backward_fake(
     n, classes, h, w = residual.shape
     c = weight.shape[1]
     return (
-        _empty_features(weight, (2 * n, c, h, w), dtype, channels_last, need_features),
+        empty_features(weight, (2 * n, c, h, w), dtype, channels_last, need_features),
         _empty(weight, (classes, c), weight.dtype, need_weight),
         _empty(weight, (classes,), weight.dtype, need_bias),
     )
@@ -105,7 +105,7 @@ def _cam_backward_fake(d_maps, features, weight, dtype, channels_last, need_feat
     m, classes, h, w = d_maps.shape
     c = weight.shape[1]
     return (
-        _empty_features(weight, (m, c, h, w), dtype, channels_last, need_features),
+        empty_features(weight, (m, c, h, w), dtype, channels_last, need_features),
         _empty(weight, (classes, c), weight.dtype, need_weight),
     )
 
@@ -197,6 +197,8 @@ class HeadLossFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_loss, d_classification, d_consistency, d_logits, *_):
         weight, bias, targets, target_table, map_weights, logits, residual, pooled, cam_grad = ctx.saved_tensors
+        if targets is None:  # consistency alone: torch.compile hands on empty gradients of the empty outputs
+            d_loss = d_classification = d_logits = None
         if d_logits is not None:
             d_logits = d_logits.contiguous()
         upstream = (d_loss, d_classification, d_consistency, d_logits)

@@ -202,14 +202,10 @@ def head_backward(
 ):  # fmt: skip
     n, classes, height, width = residual.shape
     channels = weight.shape[1]
-    # torch.compile hands on empty upstreams for outputs that were not wanted.
-    d_loss, d_classification, d_consistency, d_logits = (
-        None if x is None or x.numel() == 0 else x for x in (d_loss, d_classification, d_consistency, d_logits)
-    )
     problem = _problem(channels, height, width, classes, channels_last, dtype, weight.device)
     cut = policy(problem)
     tiles = cut.backward
-    d_features = _features_output((2 * n, channels, height, width), dtype, channels_last, weight, need_features)
+    d_features = ops.empty_features(weight, (2 * n, channels, height, width), dtype, channels_last, need_features)
     d_weight = torch.empty(weight.shape if need_weight else (0,), dtype=weight.dtype, device=weight.device)
     d_bias = torch.empty((classes,) if need_bias else (0,), dtype=weight.dtype, device=weight.device)
     chunk_size = max(_CHUNK, _cdiv(n, _CHUNKS))
@@ -238,13 +234,6 @@ def head_backward(
     return d_features, d_weight, d_bias
 
 
-def _features_output(shape, dtype, channels_last: bool, like: Tensor, wanted: bool) -> Tensor:
-    if not wanted:
-        return torch.empty(0, dtype=dtype, device=like.device)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=layout)
-
-
 def cam_forward(features, weight):
     m, channels, height, width = features.shape
     classes = weight.shape[0]
@@ -265,7 +254,7 @@ def cam_backward(d_maps, features, weight, dtype, channels_last, need_features, 
     problem = _problem(channels, height, width, classes, channels_last, dtype, weight.device)
     cut = policy(problem)
     geometry = _geometry(problem, height, width)
-    d_features = _features_output((m, channels, height, width), dtype, channels_last, weight, need_features)
+    d_features = ops.empty_features(weight, (m, channels, height, width), dtype, channels_last, need_features)
     d_weight = torch.empty(weight.shape if need_weight else (0,), dtype=weight.dtype, device=weight.device)
     if need_features:
         tiles = cut.backward

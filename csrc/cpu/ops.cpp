@@ -88,7 +88,7 @@ int64_t bytes_of(ScalarType dtype) {
   return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
 }
 
-// The C shim's allocation: a third of the time of the dispatcher's `empty`, which a call pays for every output.
+// By the C shim, past the dispatcher, which a call would go through for every output.
 Tensor empty(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides, ScalarType dtype) {
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(),
