@@ -20,7 +20,9 @@ INTRODUCTION = """## Benchmark
 Milliseconds for forward and backward with a fresh gradient, median of interleaved rounds, and in brackets the time
 relative to ours; 7 × 7 maps, 7 classes. The identity op sums the features and writes a constant gradient: the same
 reads and writes, no computation. Each contender was first shown to equal float64, loss and gradients. glibc alone
-moves between the two ways to get memory by what was freed before; `python -m bench --help` says more."""
+moves between the two ways to get memory by what was freed before; `python -m bench --help` says more. A virtual machine
+that hands idle memory back to its host makes fresh pages, huge ones above all, dear after a second's pause: rows with
+slow neighbours show it. The goal on bfloat16 is judged by ours in both dtypes taking turns."""
 
 
 GPU_INTRODUCTION = """## Benchmark on a GPU

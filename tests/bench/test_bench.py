@@ -134,20 +134,34 @@ def _rows(case, **both):
 
 
 def test_goals_take_the_worst_case_and_count_a_missing_row_as_not_met():
-    rows = _rows("a-float32", ours=10, identity=8, released=150, best=12) + _rows("a-bfloat16", ours=9)
-    rows += _rows("b-float32", ours=10, identity=5, released=130, best=27) + _rows("b-bfloat16", ours=10)
+    rows = _rows("a-float32", ours=10, identity=8, released=150, best=12)
+    rows += _rows("b-float32", ours=10, identity=5, released=130, best=27)
     for row in rows:
         row["contender"] = row["contender"].replace("best", "best eager, compiled")
-    judged = {g["goal"]: (g["figure"] and round(g["figure"], 6), g["met"]) for g in op.goals(rows)}
+    judged = {
+        g["goal"]: (g["figure"] and round(g["figure"], 6), g["met"])
+        for g in op.goals(rows, {"a-float32": 0.9, "b-float32": 1.0})
+    }
     assert judged == {
         "time against the identity op": (2.0, False),
         "speed-up over plain eager, compiled": (None, False),
         "speed-up over best eager, compiled": (1.2, True),
         "speed-up over best eager, compiled, geometric mean": (1.8, True),
         "speed-up over the released formulation": (13.0, True),
-        "time of bfloat16 against float32": (1.0, True),
+        "time of bfloat16 against float32, by turns": (1.0, True),
     }
-    assert op.goals(rows)[0]["cases"] == {"a-float32": 1.25, "b-float32": 2.0}
+    assert op.goals(rows, {})[0]["cases"] == {"a-float32": 1.25, "b-float32": 2.0}
+    assert not op.goals(rows, {"a-float32": 0.9, "b-float32": 1.01})[-1]["met"]
+    assert not op.goals(rows, {})[-1]["met"]
+
+
+def test_the_dtypes_take_turns_at_each_size_that_has_both(monkeypatch):
+    turns = []
+    monkeypatch.setattr(timing, "once", lambda f, data: turns.append(data.features.dtype) or (1, 1, 2))
+    cases = [*SMALL.values(), Case(2, 8, "nchw", torch.float32)]
+    ratios = op.bfloat16_over_float32(cases, 0.0)
+    assert ratios == {c.name: 1.0 for c in SMALL.values() if c.dtype == torch.float32}
+    assert {turns[i] for i in (0, 1)} == {torch.float32, torch.bfloat16}
 
 
 @pytest.fixture
@@ -187,7 +201,7 @@ def test_report_shows_the_newest_quiet_result(result, tmp_path):
     rows = _rows("N1", ours=2.0, identity=1.6, released=30.0)
     for row in rows:
         row["both"][1] = float(row["both"][1])
-    judged = op.goals(_rows("N1-float32", ours=2.0, identity=1.6))
+    judged = op.goals(_rows("N1-float32", ours=2.0, identity=1.6), {})
     text = report.render([{**result, "rows": rows, "goals": judged}], [])
     assert "| N1 | 2.00 | 1.60 (0.80×) | refused | refused | 30.00 (15.00×) |" in text
     assert "| time against the identity op | at most 1.3× | 1.25× | yes |" in text
