@@ -61,6 +61,24 @@ def store_tile(view, tile, rows, row_ok, c, C: tl.constexpr, S_HW: tl.constexpr,
 
 
 @_inlined
+def features_tile(pid, C: tl.constexpr, HW: tl.constexpr, B_ROWS: tl.constexpr, B_C: tl.constexpr):
+    """Sample, rows, which of them exist, and channels of program pid, where the features are tiled."""
+    C_TILES: tl.constexpr = (C + B_C - 1) // B_C
+    ROW_TILES: tl.constexpr = (HW + B_ROWS - 1) // B_ROWS
+    rows = pid // C_TILES % ROW_TILES * B_ROWS + tl.arange(0, B_ROWS)
+    return (pid // (C_TILES * ROW_TILES)).to(tl.int64), rows, rows < HW, pid % C_TILES * B_C + tl.arange(0, B_C)
+
+
+@_inlined
+def weight_tile(pid, C: tl.constexpr, L: tl.constexpr, B_C: tl.constexpr, B_L: tl.constexpr):
+    """Sample or chunk of samples, channels and classes of program pid, where the weight is tiled."""
+    C_TILES: tl.constexpr = (C + B_C - 1) // B_C
+    L_TILES: tl.constexpr = (L + B_L - 1) // B_L
+    c = (pid // L_TILES) % C_TILES * B_C + tl.arange(0, B_C)
+    return pid // (L_TILES * C_TILES), c, pid % L_TILES * B_L + tl.arange(0, B_L)
+
+
+@_inlined
 def twin_rows(rows, W: tl.constexpr, twin_offset, twin_h, twin_w):
     """T(A~)[rows] = A~[twin_rows]; see transforms.TwinMap."""
     return twin_offset + (rows // W) * twin_h + (rows % W) * twin_w
@@ -376,12 +394,8 @@ def cam_grad_kernel(
 ):  # fmt: skip
     """K_i = sum_hw (d l_cons,i / dS) (F - T F~), of a block of channels and classes: the features are read again."""
     HW: tl.constexpr = H * W
-    C_TILES: tl.constexpr = (C + B_C - 1) // B_C
-    L_TILES: tl.constexpr = (L + B_L - 1) // B_L
-    pid = tl.program_id(0)
-    i = (pid // (L_TILES * C_TILES)).to(tl.int64)
-    c = (pid // L_TILES) % C_TILES * B_C + tl.arange(0, B_C)
-    k = pid % L_TILES * B_L + tl.arange(0, B_L)
+    i, c, k = weight_tile(tl.program_id(0), C, L, B_C, B_L)
+    i = i.to(tl.int64)
     v = tl.load(map_weights + k, mask=k < L, other=0.0)
     acc = tl.zeros([B_C, B_L], tl.float32)
     for row0 in range(0, HW, B_ROWS):
@@ -504,12 +518,7 @@ def features_gradient(
     B_C: tl.constexpr, B_L: tl.constexpr, B_ALL: tl.constexpr,
 ):  # fmt: skip
     """dF = U + W^T dz / HW and dF~ = -T^T(U) + W^T dz~ / HW of one tile of a pair, U = W^T dS computed once."""
-    C_TILES: tl.constexpr = (C + B_C - 1) // B_C
-    ROW_TILES: tl.constexpr = (HW + B_ROWS - 1) // B_ROWS
-    i = (pid // (C_TILES * ROW_TILES)).to(tl.int64)
-    rows = pid // C_TILES % ROW_TILES * B_ROWS + tl.arange(0, B_ROWS)
-    row_ok = rows < HW
-    c = pid % C_TILES * B_C + tl.arange(0, B_C)
+    i, rows, row_ok, c = features_tile(pid, C, HW, B_ROWS, B_C)
     sample = i + tl.arange(0, 1)
     ok = sample >= 0
     g = residual_upstream(d_loss, d_consistency, sample, ok, lam, share, d_loss_stride, d_consistency_stride)
@@ -595,13 +604,7 @@ def cam_backward_kernel(
 ):  # fmt: skip
     """The gradient of Eq. 2 to the features, W^T dA, write-only."""
     HW: tl.constexpr = H * W
-    C_TILES: tl.constexpr = (C + B_C - 1) // B_C
-    ROW_TILES: tl.constexpr = (HW + B_ROWS - 1) // B_ROWS
-    pid = tl.program_id(0)
-    m = (pid // (C_TILES * ROW_TILES)).to(tl.int64)
-    rows = pid // C_TILES % ROW_TILES * B_ROWS + tl.arange(0, B_ROWS)
-    row_ok = rows < HW
-    c = pid % C_TILES * B_C + tl.arange(0, B_C)
+    m, rows, row_ok, c = features_tile(tl.program_id(0), C, HW, B_ROWS, B_C)
     slot = tl.arange(0, PARTS * B_L)
     acc = tl.zeros([B_ROWS, B_C], tl.float32)
     for l0 in range(0, L, B_L):
@@ -623,12 +626,7 @@ def cam_weight_kernel(
 ):  # fmt: skip
     """The gradient of Eq. 2 to the weight, summed over the samples chunk, chunk + chunks, ... of each chunk."""
     HW: tl.constexpr = H * W
-    C_TILES: tl.constexpr = (C + B_C - 1) // B_C
-    L_TILES: tl.constexpr = (L + B_L - 1) // B_L
-    pid = tl.program_id(0)
-    chunk = pid // (L_TILES * C_TILES)
-    c = (pid // L_TILES) % C_TILES * B_C + tl.arange(0, B_C)
-    k = pid % L_TILES * B_L + tl.arange(0, B_L)
+    chunk, c, k = weight_tile(tl.program_id(0), C, L, B_C, B_L)
     acc = tl.zeros([B_C, B_L], tl.float32)
     for sample in range(chunk, M, chunks):
         m = tl.cast(sample, tl.int64)

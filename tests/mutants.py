@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-TREE = ("rebalfer_kernels", "csrc", "tests", "pyproject.toml")
+TREE = ("rebalfer_kernels", "csrc", "bench", "tests", "pyproject.toml")
 COMPILER = """#!/bin/sh
 [ "$1" = --version ] && exec g++ "$@"
 case "$*" in *" -c "*) ;; *) exec g++ "$@" -O0 ;; esac

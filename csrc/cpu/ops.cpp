@@ -25,6 +25,7 @@
 #endif
 
 #include "../head_math.h"
+#include "../layout.h"
 #include "kernels.h"
 
 namespace rebalfer {
@@ -126,16 +127,6 @@ Tensor feature_output(int64_t M, int64_t C, int64_t H, int64_t W, ScalarType dty
   }
 #endif
   return empty(shape, strides, dtype);
-}
-
-// Reads the layout off the strides, which the caller made one of the two.
-bool is_channels_last(const Tensor& features) {
-  if (features.is_contiguous()) return false;
-  const int64_t C = features.size(1), H = features.size(2), W = features.size(3);
-  const bool ok = (C == 1 || features.stride(1) == 1) && (W == 1 || features.stride(3) == C) &&
-                  (H == 1 || features.stride(2) == W * C) && (features.size(0) == 1 || features.stride(0) == H * W * C);
-  STD_TORCH_CHECK(ok, "features: expected NCHW or channels_last strides");
-  return true;
 }
 
 struct Free {

@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "../layout.h"
 #include "kernels.cuh"
 
 namespace rebalfer::gpu {
@@ -78,16 +79,6 @@ T* data(const Tensor& t) {
 template <typename T = float>
 const T* data(const OptionalTensor& t) {
   return t ? data<const T>(*t) : nullptr;
-}
-
-// Reads the layout off the strides, which the caller made one of the two.
-bool is_channels_last(const Tensor& features) {
-  if (features.is_contiguous()) return false;
-  const int64_t C = features.size(1), H = features.size(2), W = features.size(3);
-  const bool ok = (C == 1 || features.stride(1) == 1) && (W == 1 || features.stride(3) == C) &&
-                  (H == 1 || features.stride(2) == W * C) && (features.size(0) == 1 || features.stride(0) == H * W * C);
-  STD_TORCH_CHECK(ok, "features: expected NCHW or channels_last strides");
-  return true;
 }
 
 Geometry geometry(int64_t N, int64_t C, int64_t H, int64_t W, int64_t L, int views, bool channels_last, TwinMap twin) {

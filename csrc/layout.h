@@ -1,0 +1,18 @@
+// The layout of feature maps, read off their strides; for both backends' operators.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+namespace rebalfer {
+
+// The caller made the strides one of the two.
+inline bool is_channels_last(const torch::stable::Tensor& features) {
+  if (features.is_contiguous()) return false;
+  const int64_t C = features.size(1), H = features.size(2), W = features.size(3);
+  const bool ok = (C == 1 || features.stride(1) == 1) && (W == 1 || features.stride(3) == C) &&
+                  (H == 1 || features.stride(2) == W * C) && (features.size(0) == 1 || features.stride(0) == H * W * C);
+  STD_TORCH_CHECK(ok, "features: expected NCHW or channels_last strides");
+  return true;
+}
+
+}  // namespace rebalfer
