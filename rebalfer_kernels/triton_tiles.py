@@ -58,9 +58,14 @@ TABLE = (
     Row("gfx942", True, 2, 64, forward=(64, 4, 2), backward=(128, 4)),
     Row("gfx942", None, None, 64, forward=(32, 4, 2), backward=(64, 4)),
     Row(None, True, 2, 64, forward=(64, 4, 3), backward=(128, 4)),
+    Row("sm_100", True, 2, 256, forward=(32, 16, 2), backward=(64, 4)),  # Triton 3.6 fails on 8 warps and 16 classes
     Row(None, True, 2, 256, forward=(32, 8, 2), backward=(64, 8)),
-    Row(None, None, None, 64, forward=(32, 4, 3), backward=(64, 4)),
-    Row(None, None, None, None, forward=(16, 8, 2), backward=(32, 8)),
+    Row(None, True, 4, 64, forward=(32, 8, 3), backward=(64, 4)),
+    Row("sm_100", False, None, 64, forward=(32, 4, 3), backward=(64, 8)),
+    Row(None, False, None, 64, forward=(32, 4, 3), backward=(32, 4)),
+    Row("sm_80", False, 2, None, forward=(16, 8, 1), backward=(32, 4)),
+    Row("sm_100", False, 2, None, forward=(16, 16, 2), backward=(64, 8)),  # as above
+    Row(None, None, None, None, forward=(16, 8, 2), backward=(32, 4)),
 )
 
 #: Numbers of one view that the forward keeps in registers, of 2^16 in a multiprocessor.
