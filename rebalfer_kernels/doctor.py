@@ -279,7 +279,7 @@ def examine(backend: str, seconds: float, progress: Callable[[dict], object] = l
     start = time.monotonic()
     report["reason"] = dispatch.BACKENDS[backend](None).reason
     report["load_s"] = time.monotonic() - start
-    report["built"] = sorted({p.name for p in cache_files()} - cached - {"lock"})
+    report["built"] = sorted({p.name for p in cache_files() if p.suffix == ".so"} - cached)
     if report["reason"] != "available":
         return report
     interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
@@ -418,7 +418,7 @@ def cache_files() -> list[Path]:
     directory = native.cache_directory()
     if not directory.is_dir():
         return []
-    name = re.compile(r"rebalfer_[a-z]+_[0-9a-f]{20}\.so|lock")
+    name = re.compile(r"rebalfer_[a-z]+_[0-9a-f]{20}\.so|[a-z]+\.lock")
     files = [p for p in directory.iterdir() if p.is_file() and name.fullmatch(p.name)]
     for work in directory.glob("build-*"):
         if (work / "build.ninja").is_file():

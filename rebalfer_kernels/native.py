@@ -183,11 +183,13 @@ def build(part: str = "cpu", architectures: Sequence[str] | None = None) -> Path
     if ninja is None:
         raise ToolMissing("ninja is not installed (python -m pip install ninja)")
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with _lock(directory / "lock"):
+    with _lock(directory / f"{part}.lock"):
         if library.exists():  # another process built it while this one waited
             return library
+        for leftover in directory.glob(f"build-{part}-*/build.ninja"):  # of a build that was killed: the lock is ours
+            shutil.rmtree(leftover.parent)
         logger.info("building the %s kernels into %s", part.upper(), directory)
-        with tempfile.TemporaryDirectory(dir=directory, prefix="build-") as work:
+        with tempfile.TemporaryDirectory(dir=directory, prefix=f"build-{part}-") as work:
             (Path(work) / "build.ninja").write_text(recipe.ninja())
             run = subprocess.run([ninja, "-C", work], capture_output=True, text=True)
             if run.returncode:

@@ -170,7 +170,7 @@ def test_the_limit_kills_grandchildren_too_and_keeps_the_output():
 
 def test_clear_cache_removes_the_builds_files_and_no_others(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("REBALFER_CACHE_DIR", str(tmp_path))
-    ours = ["rebalfer_cpu_0123456789abcdef0123.so", "lock", "build-abc/build.ninja", "build-abc/ops.o"]
+    ours = ["rebalfer_cpu_0123456789abcdef0123.so", "cpu.lock", "build-abc/build.ninja", "build-abc/ops.o"]
     others = ["rebalfer_notes.txt", "results.so", "build-mine/keep.txt", "sub/rebalfer_cpu_0123456789abcdef0123.so"]
     for name in ours + others:
         (tmp_path / name).parent.mkdir(exist_ok=True)
