@@ -65,6 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     check.add_argument("--out", type=Path, required=True, help="folder of the results, at most 8 files")
     check.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses the steps")
     check.add_argument("--seconds", type=float, default=480.0, help="in all")
+    check.add_argument("--only", nargs="+", metavar="STEP", help='such as "build cuda" memcheck racecheck')
     tune = commands.add_parser("tune", help="search the tiles of the Triton kernels on a GPU")
     tune.add_argument("--cases", default="", metavar="SUBSTRING", help="those whose name has it, as in N32-C512-nchw")
     report = commands.add_parser("report", help="write the README's section")
@@ -75,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command == "gpu-check":
         from . import gpu_check
 
-        return gpu_check.main(options.out, options.device, options.seconds)
+        return gpu_check.main(options.out, options.device, options.seconds, options.only)
     if options.command == "tune":
         return _tune(options.cases)
     if options.command == "step":

@@ -136,10 +136,10 @@ def worst_error(formulation: Formulation, problem: Problem, expected: list[Tenso
     """The largest relative L2 error of the loss and the gradients; infinite for a missing, surplus or NaN one."""
     loss = formulation(*problem)
     got = [loss.detach(), *torch.autograd.grad(loss, problem[:3], allow_unused=True)]
-    return max(_relative_error(g, e) for g, e in zip(got, expected, strict=True))
+    return max(relative_error(g, e) for g, e in zip(got, expected, strict=True))
 
 
-def _relative_error(got: Tensor | None, expected: Tensor | None) -> float:
+def relative_error(got: Tensor | None, expected: Tensor | None) -> float:
     if got is None or expected is None:
         return 0.0 if got is expected else math.inf
     error = ((got.double() - expected).norm() / expected.norm()).item()

@@ -1,38 +1,67 @@
-"""Every operation of a backend once, forward and backward, at small sizes: what a sanitizer watches.
+"""Every operation of some backends once, forward and backward.
 
-    compute-sanitizer --tool memcheck --error-exitcode 9 python -m bench.every_op cuda triton
+    python -m bench.every_op cuda triton      at the doctor's sizes, in several processes, which warm Triton's cache
+    compute-sanitizer --tool memcheck --error-exitcode 9 python -m bench.every_op --small cuda triton
 
 Results are compared with float64 as in the doctor; the exit status is 1 if one is wrong.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import functools
+import itertools
+import multiprocessing
+import os
 import sys
+from collections.abc import Iterable, Sequence
 
 import torch
 
 import rebalfer_kernels as rk
 from rebalfer_kernels import doctor
 
-SIZES = (doctor.SMALL, doctor.ODD)
+DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 
-def main(backends: list[str], device: str) -> int:
+def combinations(backends: Sequence[str]) -> Iterable[tuple]:
+    """(backend, operation, dtype, layout)."""
+    for backend, dtype, (name, (op, *_)) in itertools.product(backends, DTYPES, doctor.OPERATIONS.items()):
+        for layout in doctor.LAYOUTS if op != "cross_entropy" else ("rows",):
+            yield backend, name, dtype, layout
+
+
+def _check(sizes: tuple[doctor.Size, ...], device: str, combination: tuple) -> dict:
+    backend, name, dtype, layout = combination
+    return doctor.check(backend, device, name, dtype, layout, sizes)
+
+
+def main(backends: Sequence[str], device: str, small: bool, processes: int = 1) -> int:
     """Run the operations of these backends, those that are there; the exit status."""
-    rows = []
+    there = []
     for backend in backends:
         reason = rk.backends()[backend]
         print(f"{backend}: {reason}", flush=True)
-        if reason != "available":
-            continue
-        for dtype in (torch.bfloat16, torch.float32, torch.float16):
-            for name, (op, *_) in doctor.OPERATIONS.items():
-                for layout in doctor.LAYOUTS if op != "cross_entropy" else ("rows",):
-                    rows.append(doctor.check(backend, device, name, dtype, layout, SIZES))
-                    row = rows[-1]
-                    print(f"  {name}, {row['dtype']}, {layout}: {row['state']} {row['note']}".rstrip(), flush=True)
-    return int(any(row["state"] in ("wrong", "failed") for row in rows))
+        there += [backend] if reason == "available" else []
+    check = functools.partial(_check, (doctor.SMALL if small else doctor.PAPER, doctor.ODD), device)
+    wrong = False
+    with contextlib.ExitStack() as stack:
+        rows: Iterable[dict] = map(check, combinations(there))
+        if processes > 1:
+            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(processes))
+            rows = pool.imap(check, list(combinations(there)))
+        for row in rows:
+            wrong |= row["state"] in ("wrong", "failed")
+            told = f"{row['backend']}, {row['op']}, {row['dtype']}, {row['layout']}: {row['state']} {row['note']}"
+            print(told.rstrip(), flush=True)
+    return int(wrong)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], "cuda" if torch.cuda.is_available() else "cpu"))
+    parser = argparse.ArgumentParser(prog="python -m bench.every_op", description=__doc__.splitlines()[0])
+    parser.add_argument("backends", nargs="+")
+    parser.add_argument("--small", action="store_true", help="at small sizes, in one process: for a sanitizer")
+    options = parser.parse_args()
+    count = 1 if options.small else min(12, os.cpu_count() or 1)
+    sys.exit(main(options.backends, "cuda" if torch.cuda.is_available() else "cpu", options.small, count))

@@ -2,7 +2,7 @@
 
 Each step is a process of its own with a limit, so that one that hangs, crashes or is slow costs the others little, and
 a run that is cut off leaves what was done until then: ``summary.json`` is written anew after every step. At most eight
-files: summary.json, doctor.txt, doctor.json, gpu-tests.txt, gpu-tests.xml, op-*.json, step-*.json, sanitizer.txt.
+files: summary.json, every-op.txt, doctor.txt, doctor.json, gpu-tests.txt, op-*.json, step-*.json, sanitizer.txt.
 """
 
 from __future__ import annotations
@@ -49,13 +49,24 @@ def steps(out: Path, device: str) -> list[Step]:
     no_sanitizer = no_gpu or (None if Path(sanitizer).exists() else "compute-sanitizer is not installed")
     no_pytest = no_gpu or (None if importlib.util.find_spec("pytest") else "pytest is not installed")
 
+    built = {"REBALFER_BUILD": "0"}  # what could not be built in its own step is not tried again in every other
+
+    def tests(backend: str, share: float) -> Step:
+        """A process for each backend: after a bad access nothing in a process is to be believed."""
+        command = [PYTHON, "-m", "pytest", "-m", "gpu", "-k", backend, "-o", "addopts=", "-v", "-rs", "--tb=short"]
+        command += ["-p", "no:cacheprovider", "tests/gpu", "tests"]  # the GPU's own first
+        if importlib.util.find_spec("xdist"):
+            command += ["-n", str(min(8, os.cpu_count() or 1))]
+        own = {"HYPOTHESIS_PROFILE": "short", **built}
+        return Step(f"{backend} tests", share, lambda _: command, "gpu-tests.txt", no_pytest, own, {5: "no test"})
+
     def sanitize(tool: str, share: float) -> Step:
         command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
         if tool == "memcheck":  # PyTorch asks the driver for things it may refuse
             command += ["--report-api-errors", "no"]
-        command += [PYTHON, "-m", "bench.every_op", "cuda", "triton"]
+        command += [PYTHON, "-m", "bench.every_op", "--small", "cuda", "triton"]
         # Every tensor an allocation of its own, or an access beyond one falls into another.
-        own = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        own = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **built}
         return Step(tool, share, lambda _: command, "sanitizer.txt", no_sanitizer, own, {9: "errors found"})
 
     return [
@@ -66,27 +77,27 @@ def steps(out: Path, device: str) -> list[Step]:
             lambda _: [PYTHON, "-c", "from rebalfer_kernels import native; print(native.build('cuda'))"], skip=no_gpu,
         ),
         Step(
-            "doctor", 0.2,
+            "every op", 0.2, lambda _: [PYTHON, "-m", "bench.every_op", "cuda", "triton"], "every-op.txt", no_gpu,
+            built, {1: "a result is wrong, see every-op.txt"},
+        ),
+        Step(
+            "doctor", 0.25,
             lambda limit: [PYTHON, "-m", "rebalfer_kernels", "doctor", "--json", str(out / "doctor.json"), "--seconds",
                            f"{max(0.9 * limit - 10, 1):.0f}"],
-            "doctor.txt", statuses={1: "something is wrong or unchecked, see doctor.txt"},
+            "doctor.txt", None, built, {1: "something is wrong or unchecked, see doctor.txt"},
         ),
+        tests("cuda", 0.2),
+        tests("triton", 0.25),
         Step(
-            "gpu tests", 0.25,
-            lambda _: [PYTHON, "-m", "pytest", "-m", "gpu", "-o", "addopts=", "-v", "-rs", "--tb=short",
-                       "-p", "no:cacheprovider", f"--junitxml={out / 'gpu-tests.xml'}", "tests"],
-            "gpu-tests.txt", no_pytest, {}, {5: "no test is marked gpu"},
-        ),
-        Step(
-            "op", 0.55,
+            "op", 0.45,
             lambda limit: [*bench, "op", "--device", "cuda", "--seconds", "1.5", "--limit", f"{0.9 * limit:.0f}",
                            "--out", str(out), *rehearse],
-            statuses={1: "a contender was refused or a case failed; the others are measured"},
+            environment=built, statuses={1: "a contender was refused or a case failed; the others are measured"},
         ),
         Step(
-            "step", 0.5,
+            "step", 0.35,
             lambda limit: [*bench, "step", "--seconds", f"{min(0.4 * limit, 20):.0f}", "--out", str(out), *rehearse],
-            statuses={1: "a head was refused or a part failed; the others are measured"},
+            environment=built, statuses={1: "a head was refused or a part failed; the others are measured"},
         ),
         sanitize("memcheck", 0.5),
         sanitize("racecheck", 1.0),
@@ -97,7 +108,7 @@ def run(out: Path, device: str, seconds: float, todo: list[Step]) -> dict:
     """Run the steps within ``seconds``; what summary.json holds."""
     end = time.monotonic() + seconds
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("doctor.txt", "sanitizer.txt", "gpu-tests.txt"):
+    for name in {step.log for step in todo if step.log}:
         (out / name).unlink(missing_ok=True)
     found = doctor.environment()
     gpus = found["gpus"] or []
@@ -165,12 +176,17 @@ def table(summary: dict) -> str:
     return "\n".join(lines)
 
 
-def main(out: Path, device: str, seconds: float) -> int:
-    """Run the check; 2 without a GPU, 1 if a step failed or was stopped, else 0."""
+def main(out: Path, device: str, seconds: float, only: list[str] | None = None) -> int:
+    """Run the check, or ``only`` the steps of these names; 2 without a GPU, 1 if a step failed or was stopped."""
     if device == "cuda" and not doctor.environment()["gpus"]:
         print("error: PyTorch sees no GPU here (--device cpu rehearses the steps that need none)", file=sys.stderr)
         return 2
     out = out.resolve()
-    summary = run(out, device, seconds, steps(out, device))
+    todo = steps(out, device)
+    if unknown := set(only or ()) - {step.name for step in todo}:
+        names = ", ".join(repr(step.name) for step in todo)
+        print(f"error: --only: got {', '.join(map(repr, sorted(unknown)))}, expected some of {names}", file=sys.stderr)
+        return 2
+    summary = run(out, device, seconds, [step for step in todo if not only or step.name in only])
     print(table(summary))
     return int(any(step["state"] in ("failed", "stopped") for step in summary["steps"]))

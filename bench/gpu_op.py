@@ -6,6 +6,7 @@ A row's ``forward`` and ``both`` are from a CUDA graph of at least 20 calls over
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -56,8 +57,8 @@ def run(
         result["copy_gb_per_s"] = gpu_timing.copy_gb_per_s(clock, device, elements, min(1.0, seconds))
     except Exception as error:
         result["errors"].append({"case": "copy", "error": _short(error)})
-    clock.release()
     longest = 0.0
+    proven: dict[Case, dict] = {}  # case -> contender -> it and its error
     for case in cases:
         start = time.monotonic()
         if start + longest > end:
@@ -67,9 +68,10 @@ def run(
         try:
             one = problem(case._replace(N=1))  # the batch size never changes the choice
             result["served_by"][case.name] = rk.explain(one.features, one.weight, one.targets).backend
-            passed, rejected = prove(case, contenders())
+            clock.release()
+            proven[case], rejected = prove(case, contenders())
             result["rejected"] += rejected
-            rows = measure(case, passed, seconds, result["copy_gb_per_s"], clock)
+            rows = measure(case, proven[case], seconds, result["copy_gb_per_s"], clock)
             result["rows"] += rows
             for row in rows:
                 both, eager = (1e3 * x[1] if x else float("nan") for x in (row["both"], row["eager"]["both"]))
@@ -77,32 +79,44 @@ def run(
         except Exception as error:
             result["errors"].append({"case": case.name, "error": _short(error)})
             print(f"  failed: {_short(error)}", flush=True)
-        clock.release()
+            if isinstance(error, torch.AcceleratorError):  # of no use any more to this process
+                result["left_out"] += [later.name for later in cases[cases.index(case) + 1 :]]
+                break
         longest = max(longest, time.monotonic() - start)
         result["goals"] = goals(result["rows"])
         write_json(result, path)
+    else:  # last, as the profiler stays attached to the process
+        for case, passed in proven.items():
+            if time.monotonic() < end:
+                count_launches(case, passed, [r for r in result["rows"] if r["case"] == case.name], clock)
+    result["goals"] = goals(result["rows"])
     return result, write_json(result, path)
+
+
+def count_launches(case: Case, passed: dict, rows: list[dict], clock: Clock) -> None:
+    """Add ``kernels``, what is launched for a forward and a backward, to our rows of a case, and how many."""
+    for row in rows:
+        if row["contender"] in ("ours", *GPU_BACKENDS):
+            rotation = Rotation(passed[row["contender"]][0], [problem(case)])
+            row["kernels"] = _try(row, "kernels", lambda r=rotation: [k[:100] for k in clock.launches(r.both)])
+            row["launches"] = None if row["kernels"] is None else len(row["kernels"])
 
 
 def measure(case: Case, passed: dict, seconds: float, copy_gb_per_s: float | None, clock: Clock) -> list[dict]:
     """A row for each contender; what could not be measured is None, with the reason in ``errors``."""
     problems = gpu_timing.rotated(problem(case), clock.l2_bytes())
-    repetitions = max(gpu_timing.REPETITIONS, len(problems))
+    repetitions = len(problems) * math.ceil(gpu_timing.REPETITIONS / len(problems))  # each as often as the others
     rotations = {name: Rotation(formulation, problems) for name, (formulation, _) in passed.items()}
     eager = gpu_timing.eager_ms(clock, rotations, seconds / 3)
     rows = []
     for name, rotation in rotations.items():
         row = {
             "case": case.name, "group": case.group, "contender": name, "error": passed[name][1], "eager": eager[name],
-            "buffers": len(problems), "repetitions": repetitions, "errors": {},
+            "buffers": len(problems), "repetitions": repetitions, "launches": None, "errors": {},
         }  # fmt: skip
         row["host_ms"] = _try(row, "host_ms", lambda r=rotation: gpu_timing.host_ms(clock, r.both))
         rotation.clear()
         row["peak_extra_bytes"] = _try(row, "peak_extra_bytes", lambda r=rotation: clock.peak_bytes(r.both))
-        launched = _try(row, "launches", lambda r=rotation: clock.launches(r.both))
-        row["launches"] = None if launched is None else len(launched)
-        if launched is not None and name in ("ours", *GPU_BACKENDS):  # those of PyTorch have names of 300 characters
-            row["kernels"] = [kernel[:100] for kernel in launched]
         rotation.clear()
         rows.append(row)
     clock.release()

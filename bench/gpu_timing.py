@@ -6,6 +6,7 @@ tried anywhere (``--rehearse``), and its times mean nothing.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import json
@@ -98,10 +99,14 @@ class CudaClock:
                 run()
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(repetitions):
-                run()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph):
+                for _ in range(repetitions):
+                    run()
+        except Exception:  # a capture that fails may leave its stream the current one
+            torch.cuda.set_stream(current)
+            raise
         return graph.replay
 
     def launches(self, run: Callable[[], object]) -> list[str]:
@@ -198,14 +203,24 @@ def graph_ms(clock: Clock, runs: dict[str, Callable[[], object]], repetitions: i
             replays[name] = clock.capture(run, repetitions)
         except Exception as error:  # this one cannot be captured; the others can still be timed
             failures[name] = f"{type(error).__name__}: {error}"[:300]
-            clock.release()
-    timed = interleave(
-        {name: lambda r=replay: clock.intervals_ms(lambda _: r()) for name, replay in replays.items()}, seconds
-    )
+            with contextlib.suppress(Exception):
+                clock.release()
+    timed = interleave({name: lambda r=replay: (replay_ms(clock, r),) for name, replay in replays.items()}, seconds)
     return {
         **{name: quartiles([total / repetitions for (total,) in samples]) for name, samples in timed.items()},
         **{name: {"error": reason} for name, reason in failures.items()},
     }
+
+
+def replay_ms(clock: Clock, replay: Callable[[], object]) -> float:
+    """Of the second of two replays: the first keeps the device busy while the host launches what is timed."""
+
+    def run(mark: Callable[[], object]) -> None:
+        replay()
+        mark()
+        replay()
+
+    return clock.intervals_ms(run)[1]
 
 
 def eager_ms(clock: Clock, rotations: dict[str, Rotation], seconds: float) -> dict[str, dict[str, list[float]]]:

@@ -58,8 +58,18 @@ def run(
                 status: int | None = process.wait(max(seconds, 0.0))
             except subprocess.TimeoutExpired:
                 status = None
-            finally:  # Ctrl-C too ends the whole session of the child
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+            finally:  # Ctrl-C too
+                _kill_session(process.pid)
                 process.wait()
         return Outcome(status, path.read_bytes()[begin:].decode(errors="replace"), time.monotonic() - start)
+
+
+def _kill_session(session: int) -> None:
+    """Kill what a session's leader started, the process groups in it too: ninja gives each compiler one of its own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(session, signal.SIGKILL)
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            # After the name, which may hold anything: state, parent, group, session.
+            if int(stat.read_text().rpartition(")")[2].split()[3]) == session:
+                os.kill(int(stat.parent.name), signal.SIGKILL)

@@ -99,6 +99,10 @@ def _load_triton(interpreted: bool) -> Verdict:
         return Verdict(False, f"Triton is not installed ({error})")
     if triton_ops.INTERPRETED != interpreted:
         return Verdict(False, "TRITON_INTERPRET was changed after the Triton kernels were imported")
+    try:
+        triton_ops.probe()
+    except Exception as error:  # no C compiler, no Python.h, a driver that is too old, ...
+        return Verdict(False, f"Triton cannot launch a kernel here: {type(error).__name__}: {error}".splitlines()[0])
     return Verdict(True, "available")
 
 

@@ -3,7 +3,7 @@
 Two libraries, ``cpu`` and ``cuda``, by one recipe, against PyTorch's stable ABI for torch 2.11 and later. A library
 lies in a cache, under a name made of a hash of the sources, torch's version, the compiler and the flags, so that
 nothing stale is ever loaded; processes that build at the same moment take turns at a lock, and the finished file
-appears by an atomic rename.
+appears by an atomic rename. With ``REBALFER_BUILD=0`` nothing is built, only what the cache has is loaded.
 """
 
 from __future__ import annotations
@@ -63,6 +63,12 @@ def load(part: str) -> tuple[bool, str]:
         if part == "cuda" and not torch.cuda.is_available():
             return False, "no CUDA GPU" if torch.version.cuda else "this torch is built without CUDA"
         torch.ops.load_library(str(build(part)))
+        if part == "cuda" and (problem := torch.ops.rebalfer_kernels.cuda_problem()):
+            architectures = " ".join(_present_architectures())
+            raise BuildError(
+                f"the CUDA kernels cannot run here: {problem} (built for other GPUs? "
+                f"`python -m rebalfer_kernels build cuda --arch {architectures}` builds for those of this machine)"
+            )
     except (BuildError, OSError) as error:
         level = logging.INFO if isinstance(error, ToolMissing) and part == "cuda" else logging.WARNING
         logger.log(level, "the %s backend is absent: %s", part, error)
@@ -159,8 +165,8 @@ def _present_architectures() -> tuple[str, ...]:
 def build(part: str = "cpu", architectures: Sequence[str] | None = None) -> Path:
     """Path of the built library, from the cache or built now.
 
-    For "cuda", ``architectures`` such as "90a" or "90+ptx"; None for a library made ahead of time, if it is in the
-    cache, else for the present GPUs.
+    For "cuda", ``architectures`` such as "90a" or "90+ptx"; None for the present GPUs, unless the cache has no library
+    for them and one that was made ahead of time.
 
     Raises:
         BuildError: the sources are missing, or the compiler's message. ToolMissing: no compiler, no ninja.
@@ -173,12 +179,14 @@ def build(part: str = "cpu", architectures: Sequence[str] | None = None) -> Path
     elif architectures is not None:
         recipe = _cuda_recipe(architectures)
     else:
-        recipe = _cuda_recipe(AHEAD)
-        if not _library(directory, recipe).exists():
-            recipe = _cuda_recipe(_present_architectures())
+        ahead, recipe = _cuda_recipe(AHEAD), _cuda_recipe(_present_architectures())
+        if not _library(directory, recipe).exists() and _library(directory, ahead).exists():
+            recipe = ahead
     library = _library(directory, recipe)
     if library.exists():
         return library
+    if os.environ.get("REBALFER_BUILD") == "0":
+        raise BuildError(f"not built, and REBALFER_BUILD=0 (`python -m rebalfer_kernels build {recipe.repeat}`)")
     ninja = shutil.which("ninja") or _ninja_of_this_environment()
     if ninja is None:
         raise ToolMissing("ninja is not installed (python -m pip install ninja)")
@@ -187,7 +195,7 @@ def build(part: str = "cpu", architectures: Sequence[str] | None = None) -> Path
         if library.exists():  # another process built it while this one waited
             return library
         for leftover in directory.glob(f"build-{part}-*/build.ninja"):  # of a build that was killed: the lock is ours
-            shutil.rmtree(leftover.parent)
+            shutil.rmtree(leftover.parent, ignore_errors=True)
         logger.info("building the %s kernels into %s", part.upper(), directory)
         with tempfile.TemporaryDirectory(dir=directory, prefix=f"build-{part}-") as work:
             (Path(work) / "build.ninja").write_text(recipe.ninja())

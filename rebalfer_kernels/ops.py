@@ -138,6 +138,8 @@ for _backend in FUSED_BACKENDS:
 
 # The instruction set that the CPU kernels run on: the widest of the CPU's, or the one REBALFER_CPU_ISA names.
 _library.define("cpu_isa() -> str")
+# Why the CUDA kernels cannot run on the current device; empty if they can.
+_library.define("cuda_problem() -> str")
 
 
 def register(backend: str, name: str, implementation: Any, dispatch_key: str) -> None:

@@ -16,12 +16,12 @@ from triton.runtime.interpreter import InterpretedFunction
 
 
 @triton.jit
-def _probe():
+def empty_kernel():
     pass
 
 
 #: Whether the kernels below run in Triton's interpreter, as TRITON_INTERPRET=1 said when this module was imported.
-INTERPRETED = isinstance(_probe, InterpretedFunction)
+INTERPRETED = isinstance(empty_kernel, InterpretedFunction)
 _UPCAST = tl.constexpr(INTERPRETED)
 
 #: What the kernels call is inlined by the compiler; the interpreter takes 2 ms for each call of a jit function.

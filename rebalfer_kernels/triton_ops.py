@@ -46,6 +46,11 @@ def arch(device_index: int | None) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
+def probe() -> None:
+    """Compile and launch a kernel that does nothing, on the current device; whatever stands in the way is raised."""
+    kernels.empty_kernel[(1,)]()
+
+
 def _launch(kernel: Any, programs: int, tensor: Tensor, *arguments: Any, warps: int, stages: int = 1, **constants: Any):
     """On the current stream of the device of ``tensor``."""
     if programs == 0:

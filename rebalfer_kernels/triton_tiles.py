@@ -101,8 +101,9 @@ def policy(problem: Problem) -> Policy:
 
 
 def _fits(row: Row, problem: Problem, rows: int) -> bool:
+    arch = "sm_100" if problem.arch == "sm_103" else problem.arch  # compiled alike
     return (
-        row.arch in (None, problem.arch)
+        row.arch in (None, arch)
         and row.channels_last in (None, problem.channels_last)
         and row.bytes in (None, problem.dtype.itemsize)
         and (row.max_pixels is None or rows <= row.max_pixels)

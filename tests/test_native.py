@@ -135,6 +135,18 @@ def test_on_first_use_the_present_gpus_are_built_for(monkeypatch, capabilities, 
     assert native._present_architectures() == expected
 
 
+def test_a_library_for_the_present_gpus_comes_before_one_made_ahead(tmp_path, nvcc, monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", str(nvcc))
+    monkeypatch.setenv("REBALFER_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(native, "_present_architectures", lambda: ("120",))
+    with pytest.raises(native.BuildError, match="build cuda --arch 120`"):
+        native.build("cuda")
+    for architectures in (native.AHEAD, ("120",)):
+        library = native._library(tmp_path, native._cuda_recipe(architectures))
+        library.touch()
+        assert native.build("cuda") == library
+
+
 def cuda_cannot_be_built():
     try:
         native._cuda_recipe(native.AHEAD)
@@ -151,6 +163,9 @@ import torch, rebalfer_kernels
 torch.ops.load_library({str(library)!r})
 print(*(op for op in {list(ops._SCHEMAS)!r}
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"rebalfer_kernels::{{op}}_cuda", "CUDA")))
+print(torch.ops.rebalfer_kernels.cuda_problem())
 """
-    out, errors = start(native.cache_directory(), "-c", served).communicate(timeout=100)
-    assert out.split() == list(ops._SCHEMAS), errors
+    out, errors = start(native.cache_directory(), "-c", served, CUDA_VISIBLE_DEVICES="").communicate(timeout=100)
+    operators, problem = out.splitlines()
+    assert operators.split() == list(ops._SCHEMAS), errors
+    assert problem.startswith("tickets: ")  # and CUDA's reason: no driver, or no device

@@ -166,6 +166,7 @@ __device__ __forceinline__ void mbarrier_wait_parity(uint64_t* barrier, unsigned
                  : "memory");
 #endif
   } while (!done);
+  __syncwarp();  // what follows may be for whole warps: mma
 }
 
 // One thread copies; addresses and size are multiples of 16. The bytes count against the mbarrier's announced ones.
@@ -242,8 +243,11 @@ template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, unsigned cluster_size, size_t dynamic_shared_bytes,
             cudaStream_t stream, Arguments&&... arguments) {
   if (dynamic_shared_bytes > 48 * 1024) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(dynamic_shared_bytes)),
-          "dynamic shared memory");
+    // The kernel's limit on this device, not this launch's: always the same, lest a thread lower it for another.
+    int device = 0, limit = 0;
+    check(cudaGetDevice(&device), "current device");
+    check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory");
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit), "dynamic shared memory");
   }
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;

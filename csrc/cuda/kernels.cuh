@@ -20,11 +20,11 @@ inline bool serves(int64_t C, int64_t HW, int64_t L) {
 }
 
 // Blocks that share one pair's channels, from what a sample is, never from how many there are: its sums keep their
-// order in every batch. About 24 KiB of each view a block. Clusters came with sm_90.
-inline int cluster_blocks(int64_t C, int64_t HW, int64_t element_bytes, int compute_capability_major) {
+// order in every batch. About 24 KiB of each view a block. `clusters`: the GPU has them (from sm_90 on).
+inline int cluster_blocks(int64_t C, int64_t HW, int64_t element_bytes, bool clusters) {
   constexpr int64_t kViewBytes = 24 * 1024;
   int blocks = 1;
-  while (compute_capability_major >= 9 && blocks < 8 && C * HW * element_bytes >= 2 * blocks * kViewBytes) blocks *= 2;
+  while (clusters && blocks < 8 && C * HW * element_bytes >= 2 * blocks * kViewBytes) blocks *= 2;
   return blocks;
 }
 
@@ -111,6 +111,9 @@ void launch_cross_entropy_backward(Storage storage, const CrossEntropyParams& p,
 
 // A ticket, zero now, for a launch on this stream of the current device, or null where there are no more (tickets.cu).
 unsigned* take_ticket(int device, cudaStream_t stream);
+
+// Throws where the compiled code cannot run on the current device: its driver is too old, or it is for other GPUs.
+void load_module();
 
 // Of one dtype, each in a file of its own so that they compile side by side.
 template <typename T>

@@ -10,8 +10,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <exception>
 #include <limits>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -45,11 +47,11 @@ class Device {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     return static_cast<cudaStream_t>(stream);
   }
-  int compute_capability_major() const {
-    int major = 0;
-    const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index_);
-    STD_TORCH_CHECK(error == cudaSuccess, "compute capability: ", cudaGetErrorString(error));
-    return major;
+  bool clusters() const {
+    int there = 0;
+    const cudaError_t error = cudaDeviceGetAttribute(&there, cudaDevAttrClusterLaunch, index_);
+    STD_TORCH_CHECK(error == cudaSuccess, "cluster launch: ", cudaGetErrorString(error));
+    return there;
   }
   int32_t index() const { return index_; }
 
@@ -163,7 +165,7 @@ HeadForward head_forward(Tensor features, Tensor weight, OptionalTensor bias, Op
   params.consistency_weight = float(consistency_weight);
   params.p = int(p);
   params.both_views = both_views;
-  params.cluster = cluster_blocks(C, H * W, storage == Storage::f32 ? 4 : 2, device.compute_capability_major());
+  params.cluster = cluster_blocks(C, H * W, storage == Storage::f32 ? 4 : 2, device.clusters());
   params.loss = data(loss), params.classification = data(classification), params.consistency = data(consistency);
   if (per_sample) params.per_sample = data(*per_sample);
   params.ticket = ticket ? ticket->get() : nullptr;
@@ -213,7 +215,7 @@ ForwardParams single_views(const Tensor& features, const Tensor& weight, const D
   params.g = geometry(features.size(0), C, H, W, weight.size(0), 1, is_channels_last(features), {});
   params.features = data<void>(features);
   params.weight = parameter(weight);
-  params.cluster = cluster_blocks(C, H * W, is_float ? 4 : 2, device.compute_capability_major());
+  params.cluster = cluster_blocks(C, H * W, is_float ? 4 : 2, device.clusters());
   return params;
 }
 
@@ -288,6 +290,16 @@ Tensor cross_entropy_backward(Tensor d_loss, Tensor logits, Tensor targets, Tens
   return d_logits;
 }
 
+// Why the kernels cannot run on the current device; nothing if they can.
+std::string problem() {
+  try {
+    load_module();
+  } catch (const std::exception& error) {
+    return error.what();
+  }
+  return "";
+}
+
 }  // namespace
 }  // namespace rebalfer::gpu
 
@@ -298,4 +310,8 @@ STABLE_TORCH_LIBRARY_IMPL(rebalfer_kernels, CUDA, m) {
   m.impl("cam_backward_cuda", TORCH_BOX(&rebalfer::gpu::cam_backward));
   m.impl("cross_entropy_forward_cuda", TORCH_BOX(&rebalfer::gpu::cross_entropy_forward));
   m.impl("cross_entropy_backward_cuda", TORCH_BOX(&rebalfer::gpu::cross_entropy_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rebalfer_kernels, CompositeExplicitAutograd, m) {
+  m.impl("cuda_problem", TORCH_BOX(&rebalfer::gpu::problem));
 }

@@ -124,7 +124,7 @@ def test_graph_times_are_per_call_and_a_failed_capture_is_told():
 
     calls = []
     timed = gpu_timing.graph_ms(Refusing(), {"good": lambda: calls.append(1), "bad": bad}, 25, 0.0)
-    assert timed["good"] == pytest.approx([(1 + 50) / 25] * 3)
+    assert timed["good"] == pytest.approx([(2 + 100) / 25] * 3)  # 100: the fake counts both replays
     assert timed["bad"] == {"error": "RuntimeError: operation not permitted when stream is capturing"}
     assert len(calls) >= 5
 
@@ -215,11 +215,11 @@ def test_a_run_has_rows_of_proven_contenders_alone(tmp_path, monkeypatch):
     assert len(result["rows"]) == 2 * len(baselines.FORMULATIONS)
     ours = result["rows"][0]
     assert ours["repetitions"] == 20 and ours["buffers"] == 2 and ours["errors"] == {}
-    assert ours["both"] == pytest.approx([(1 + 40) / 20] * 3) == ours["forward"]
+    assert ours["both"] == pytest.approx([(2 + 80) / 20] * 3) == ours["forward"]
     assert ours["eager"]["both"] == [3.0] * 3
     assert (ours["launches"], ours["peak_extra_bytes"], ours["ratio_to_identity"]) == (2, 1234, 1.0)
     assert ours["kernels"] == ["forward kernel", "backward kernel"] and "kernels" not in result["rows"][1]
-    assert ours["gb_per_s"] == pytest.approx(TINY.floor_bytes / 2.05 / 1e6)
+    assert ours["gb_per_s"] == pytest.approx(TINY.floor_bytes / 4.1 / 1e6)
     assert ours["share_of_copy"] == pytest.approx(ours["gb_per_s"] / 50)
     assert result["served_by"][TINY.name] == rk.explain(problem(TINY).features, problem(TINY).weight).backend
     for field in ("device", "driver", "torch", "triton", "cuda", "commit", "date", "goals"):
@@ -387,12 +387,14 @@ CPU = pytest.mark.skipif(rk.backends()["cpu"] != "available", reason=rk.backends
 
 @CPU
 def test_every_op_runs_all_and_fails_on_a_wrong_one(monkeypatch, capsys):
-    assert every_op.main(["cpu"], "cpu") == 0
+    assert every_op.main(["cpu"], "cpu", small=True) == 0
     out = capsys.readouterr().out
-    assert all(f"  {name}, bfloat16" in out for name in doctor.OPERATIONS)
+    assert all(f"cpu, {name}, bfloat16" in out for name in doctor.OPERATIONS)
+    assert every_op.main(["cpu"], "cpu", small=False, processes=2) == 0
+    assert capsys.readouterr().out == out
     backward = ops.OPERATORS["cpu"]["cam_backward"]
     monkeypatch.setitem(ops.OPERATORS["cpu"], "cam_backward", lambda *a: [g * 1.1 for g in backward(*a)])
-    assert every_op.main(["cpu"], "cpu") == 1
+    assert every_op.main(["cpu"], "cpu", small=True) == 1
 
 
 def _python(code, **options):
@@ -444,15 +446,17 @@ def test_the_check_stops_when_its_time_is_up(tmp_path):
 
 def test_the_steps_of_the_check(tmp_path):
     on_gpu, rehearsed = gpu_check.steps(tmp_path, "cuda"), gpu_check.steps(tmp_path, "cpu")
-    names = ["build cpu", "build cuda", "doctor", "gpu tests", "op", "step", "memcheck", "racecheck"]
+    tests = ["cuda tests", "triton tests"]
+    names = ["build cpu", "build cuda", "every op", "doctor", *tests, "op", "step", "memcheck", "racecheck"]
     assert [s.name for s in on_gpu] == [s.name for s in rehearsed] == names
-    assert [s.name for s in rehearsed if s.skip] == ["build cuda", "gpu tests", "memcheck", "racecheck"]
+    assert [s.name for s in rehearsed if s.skip] == ["build cuda", "every op", *tests, "memcheck", "racecheck"]
+    assert all(("REBALFER_BUILD" in s.environment) == (not s.name.startswith("build")) for s in on_gpu)
     commands = {s.name: s.command(100.0) for s in on_gpu}
-    assert "--rehearse" not in commands["op"] and "--rehearse" in rehearsed[4].command(9.0)
+    assert "--rehearse" not in commands["op"] and "--rehearse" in rehearsed[6].command(9.0)
     assert commands["op"][commands["op"].index("--limit") + 1] == "90"
     assert commands["racecheck"][2] == "racecheck" and commands["memcheck"][-2:] == ["cuda", "triton"]
     logs = {s.log for s in on_gpu if s.log}
-    assert len(logs) + len({"summary.json", "doctor.json", "gpu-tests.xml", "op.json", "step.json"}) == 8
+    assert len(logs) + len({"summary.json", "doctor.json", "op.json", "step.json"}) == 8
     left = 480.0
     for each in on_gpu:  # were each to use all it may, the later ones would still have their turn
         limit = left * each.share
@@ -465,6 +469,8 @@ def test_without_a_gpu_the_commands_say_so(tmp_path, capsys):
     assert main(["gpu-check", "--out", str(tmp_path / "out")]) == 2
     assert "PyTorch sees no GPU here" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    assert main(["gpu-check", "--out", str(tmp_path / "out"), "--device", "cpu", "--only", "nothing"]) == 2
+    assert "--only: got 'nothing', expected some of 'build cpu'" in capsys.readouterr().err
     assert main(["op", "--device", "cuda"]) == 2
     assert main(["step", "--device", "cuda"]) == 2
 

@@ -15,8 +15,8 @@ Geometry geometry(int64_t N, int64_t C, int64_t H, int64_t W, int64_t L, int64_t
 
 extern "C" {
 
-const char* get_cluster_blocks(int64_t C, int64_t HW, int64_t element_bytes, int64_t major, int64_t* blocks) {
-  *blocks = cluster_blocks(C, HW, element_bytes, int(major));
+const char* get_cluster_blocks(int64_t C, int64_t HW, int64_t element_bytes, int64_t clusters, int64_t* blocks) {
+  *blocks = cluster_blocks(C, HW, element_bytes, clusters != 0);
   return nullptr;
 }
 

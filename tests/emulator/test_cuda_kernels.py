@@ -208,8 +208,8 @@ def test_misaligned_bases_and_a_float32_weight(dtype, layout):
 def test_a_cluster_is_chosen_from_what_a_sample_is():
     blocks = torch.zeros(1, dtype=torch.int64)
     for sample, expected in (
-        ((512, 49, 2, 9), 2), ((512, 49, 4, 9), 4), ((2048, 49, 2, 10), 8), ((4096, 64, 4, 9), 8), ((3, 1, 2, 9), 1),
-        ((2048, 49, 4, 8), 1),
+        ((512, 49, 2, 1), 2), ((512, 49, 4, 1), 4), ((2048, 49, 2, 1), 8), ((4096, 64, 4, 1), 8), ((3, 1, 2, 1), 1),
+        ((2048, 49, 4, 0), 1),
     ):  # fmt: skip
         library()("get_cluster_blocks", *sample, blocks)
         assert blocks.item() == expected, sample

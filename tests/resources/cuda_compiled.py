@@ -77,8 +77,8 @@ def launches() -> dict[str, dict[str, tuple[int, int]]]:
         case = kernels.Case(1, 512, 7, 7, classes, dtype, layout)
         instance = f"<{TYPES[dtype]}, {str(case.channels_last).lower()}, {blocks}>"
         for architecture in SHARED:
-            cluster, major = torch.zeros(1, dtype=torch.int64), 8 if architecture == "sm_80" else 9
-            kernels.library()("get_cluster_blocks", 512, 49, dtype.itemsize, major, cluster)
+            cluster = torch.zeros(1, dtype=torch.int64)
+            kernels.library()("get_cluster_blocks", 512, 49, dtype.itemsize, architecture != "sm_80", cluster)
             saved, forward = kernels.forward(case, cluster=int(cluster))
             _, backward = kernels.backward(case, saved, kernels.upstreams(case, True))
             for name, counters in (("forward_kernel", forward), ("backward_kernel", backward)):
