@@ -57,6 +57,12 @@ def test_without_a_compiler_all_else_works(tmp_path):
     assert out.startswith("no C++ compiler found"), errors
 
 
+def test_what_is_not_built_stays_so_where_building_is_forbidden(tmp_path):
+    out, errors = start(tmp_path, "-c", LOSS, REBALFER_BUILD="0").communicate(timeout=100)
+    assert out.strip() == "not built, and REBALFER_BUILD=0 (`python -m rebalfer_kernels build cpu`)", errors
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_failing_compiler_shows_its_message_once(tmp_path):
     compiler = tmp_path / "failing"
     compiler.write_text('#!/bin/sh\n[ "$1" = --version ] || { echo "no space on moon" >&2; exit 1; }\n')
