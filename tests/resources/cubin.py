@@ -42,6 +42,12 @@ def missing() -> str | None:
     return f"no {' and no '.join(absent)}, neither on the PATH nor in a Triton wheel" if absent else None
 
 
+def release(program: str) -> tuple[int, ...]:
+    """CUDA's version of one of its programs, (13, 0)."""
+    printed = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
+    return tuple(int(x) for x in re.search(r"release ([\d.]+)", printed)[1].split("."))
+
+
 def usage(cubin: bytes | Path) -> dict[str, Usage]:
     """kernel -> what it takes."""
     with _file(cubin) as path:

@@ -47,10 +47,18 @@ def missing() -> str | None:
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
     try:
-        native._cuda_recipe(native.AHEAD)
+        compiler = native._cuda_recipe(native.AHEAD).compiler
     except native.BuildError as error:
         return str(error)
-    return cubin.missing()
+    if reason := cubin.missing():
+        return reason
+    tool = str(cubin.tool("cuobjdump"))
+    (reads, *_), (writes, *_) = cubin.release(tool), cubin.release(compiler)
+    return (
+        f"the cuobjdump that is there, of CUDA {reads}, cannot read what nvcc {writes} writes"
+        if reads < writes
+        else None
+    )
 
 
 @functools.cache
