@@ -48,7 +48,7 @@ def features_and_weight(features: Tensor, weight: Tensor, *, pair: bool) -> None
     if weight.dtype != features.dtype and (weight.dtype != torch.float32 or features.dtype == torch.float64):
         raise TypeError(
             f"weight: got dtype {weight.dtype}, expected {features.dtype} as the features"
-            + ("" if features.dtype == torch.float64 else " or float32")
+            + (" or float32" if features.dtype in (torch.bfloat16, torch.float16) else "")
         )
     same_device("weight", weight, features)
 
@@ -92,12 +92,15 @@ def targets_of(targets: Tensor, rows: int, num_classes: int, features: Tensor) -
     elif targets.dtype == torch.bool or targets.is_complex():
         raise TypeError(f"targets: got dtype {targets.dtype}, expected integer classes or floating distributions")
     elif targets.shape != (rows,):
-        raise ValueError(f"targets: got {targets.dtype} of shape {tuple(targets.shape)}, expected classes ({rows},)")
+        raise ValueError(
+            f"targets: got {targets.dtype} of shape {tuple(targets.shape)}, expected integer classes of shape "
+            f"({rows},), or floating label distributions of shape ({rows}, {num_classes})"
+        )
     same_device("targets", targets, features)
 
 
 def option(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed or isinstance(value, bool):
+    if not any(type(value) is type(choice) and value == choice for choice in allowed):
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, allowed))}")
 
 
@@ -120,13 +123,15 @@ def consistency_options(p: int, transform: str, detach_cam_weight: bool, feature
         )
 
 
-def consistency_weight(value: float | Tensor) -> None:
+def consistency_weight(value: float | Tensor, features: Tensor | None) -> None:
     if isinstance(value, Tensor):
         if value.dim() != 0 or not value.is_floating_point():
             raise ValueError(
                 f"consistency_weight: got {value.dtype} of shape {tuple(value.shape)}, "
                 "expected a number or a 0-d float tensor"
             )
+        if features is not None and value.device.type != "cpu":  # from the CPU PyTorch takes a number along
+            same_device("consistency_weight", value, features)
     elif isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"consistency_weight: got {value!r}, expected a number or a 0-d float tensor")
 

@@ -79,7 +79,7 @@ def target_table(class_weights: Sequence[float] | Tensor, alpha: float = 0.1, *,
             [0.0500, 0.8000, 0.1500],
             [0.0500, 0.1000, 0.8500]])
     """
-    b = torch.as_tensor(class_weights).detach().double()
+    b = _vector("class_weights", class_weights, "finite numbers >= 0").detach().double()
     if b.dim() != 1 or len(b) < 2:
         raise ValueError(f"class_weights: got shape {tuple(b.shape)}, expected (L,) with L >= 2")
     if not bool(torch.isfinite(b).all()) or bool((b < 0).any()):
@@ -100,15 +100,24 @@ def target_table(class_weights: Sequence[float] | Tensor, alpha: float = 0.1, *,
 
 
 def _counts(class_counts: Sequence[int] | Tensor) -> Tensor:
-    try:
-        n = torch.as_tensor(class_counts)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"class_counts: got {class_counts!r}, expected whole numbers >= 1") from error
+    n = _vector("class_counts", class_counts, "whole numbers >= 1")
     if n.dim() != 1 or n.numel() == 0:
         raise ValueError(f"class_counts: got shape {tuple(n.shape)}, expected (L,) with L >= 1")
-    if n.dtype == torch.bool or n.is_complex():
+    if n.dtype == torch.bool:
         raise ValueError(f"class_counts: got dtype {n.dtype}, expected whole numbers >= 1")
     n = n.detach().cpu().double()
     if not bool((torch.isfinite(n) & (n == n.round()) & (n >= 1)).all()):
         raise ValueError(f"class_counts: got {n.tolist()}, expected whole numbers >= 1")
     return n
+
+
+def _vector(name: str, values: object, expected: str) -> Tensor:
+    """A tensor of a tensor, a NumPy array of any strides or a sequence; on the CPU unless it is a tensor."""
+    try:
+        if not isinstance(values, Tensor):
+            values = torch.as_tensor(values.tolist() if hasattr(values, "tolist") else values, device="cpu")
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{name}: got {values!r}, expected {expected}") from error
+    if values.is_complex():
+        raise ValueError(f"{name}: got dtype {values.dtype}, expected {expected}")
+    return values

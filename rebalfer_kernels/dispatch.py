@@ -49,14 +49,19 @@ def layout_of(features: Tensor) -> str:
 
 
 def request(op: str, features: Tensor, weight: Tensor) -> Request:
-    channels, height, width = (int(s) for s in features.shape[1:]) if op != "cross_entropy" else (1, 1, 1)
+    channels, height, width = (_constant(s) for s in features.shape[1:]) if op != "cross_entropy" else (1, 1, 1)
     device = features.device
     layout = layout_of(features) if op != "cross_entropy" else "nchw"
     return Request(
         op, device.type, device.index, features.dtype, weight.dtype, layout, channels, height, width,
-        int(weight.shape[0] if op != "cross_entropy" else features.shape[1]),
+        _constant(weight.shape[0] if op != "cross_entropy" else features.shape[1]),
         not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active(),
     )  # fmt: skip
+
+
+def _constant(size: int) -> int:
+    """The size; for torch.compile a constant even where it was told that all sizes change, as no range is symbolic."""
+    return len(range(size))
 
 
 def _reference(r: Request | None) -> Verdict:
@@ -157,8 +162,10 @@ def choose(r: Request, backend: str | None) -> str:
     """The backend that serves ``r``: the forced one (argument, else ``REBALFER_BACKEND``), else the first able one.
 
     Raises:
-        ValueError: an unknown name. RuntimeError: the forced backend cannot serve; says why.
+        TypeError, ValueError: no name, an unknown one. RuntimeError: the forced backend cannot serve; says why.
     """
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend: got {backend!r}, expected None or one of {', '.join(map(repr, reversed(BACKENDS)))}")
     name, error = _choose(backend, *r)
     if error is not None:
         raise (ValueError if name is None else RuntimeError)(error)
@@ -168,7 +175,10 @@ def choose(r: Request, backend: str | None) -> str:
 
 @torch.compiler.assume_constant_result
 def _choose(backend: str | None, *r: Any) -> tuple[str | None, str | None]:  # torch.compile hands on plain constants
-    return _choose_cached(Request(*r), backend, os.environ.get("REBALFER_BACKEND") or None)
+    asked = Request(*r)
+    # torch.compile cannot ask this while it traces, but runs this function then.
+    asked = asked._replace(functorch=asked.functorch or torch._C._are_functorch_transforms_active())
+    return _choose_cached(asked, backend, os.environ.get("REBALFER_BACKEND") or None)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -192,7 +193,7 @@ def rebalanced_head_loss(
     checks.table_matrix(target_table, weight.shape[0], features)
     checks.map_weight_vector(map_weights, weight)
     checks.targets_of(targets, features.shape[0] // 2, weight.shape[0], features)
-    checks.consistency_weight(consistency_weight)
+    checks.consistency_weight(consistency_weight, features)
     checks.consistency_options(p, transform, detach_cam_weight, features)
     checks.option("views", views, ("both", "original"))
     checks.reduction(reduction)
@@ -205,14 +206,15 @@ def rebalanced_head_loss(
             consistency_weight=consistency_weight, p=p, transform=transform, views=views,
             detach_cam_weight=detach_cam_weight, reduction=reduction, return_maps=return_maps,
         )  # fmt: skip
-    scheduled = isinstance(consistency_weight, Tensor)
+    # Outside the operator a lambda is differentiable if it is a tensor and, compiled, may change from call to call.
+    scheduled = isinstance(consistency_weight, Tensor) or torch.compiler.is_compiling()
     loss, classification, consistency, logits, maps = _head(
         name, request, features, weight, bias, targets, target_table, map_weights,
         0.0 if scheduled else float(consistency_weight), p, transform, views == "both", detach_cam_weight, reduction,
         return_maps,
     )  # fmt: skip
     if scheduled:
-        loss = classification + consistency_weight * consistency
+        loss = reference.combine(classification, consistency, consistency_weight)
     return HeadLoss(loss, classification, consistency, logits, maps if return_maps else None)
 
 
@@ -317,7 +319,7 @@ def explain(
         checks.table_matrix(target_table, weight.shape[0], features)
     if targets is not None:
         checks.targets_of(targets, features.shape[0] // 2, weight.shape[0], features)
-    checks.consistency_weight(consistency_weight)
+    checks.consistency_weight(consistency_weight, features)
     checks.consistency_options(p, transform, detach_cam_weight, features)
     checks.option("views", views, ("both", "original"))
     checks.reduction(reduction)
@@ -325,7 +327,7 @@ def explain(
 
     request = dispatch.request("head", features, weight)
     name = dispatch.choose(request, backend)
-    forced = backend is not None
+    forced = backend is not None or bool(os.environ.get("REBALFER_BACKEND"))
     verdicts = {} if forced else dispatch.verdicts(request)
     passed_over = {b: v.reason for b, v in verdicts.items() if b != name}
     because = verdicts[name].reason if name in verdicts and verdicts[name].reason != "available" else ""

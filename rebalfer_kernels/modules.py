@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from . import checks
+from . import checks, reference
 from .class_balance import effective_number_weights, target_table
 from .functional import class_activation_maps, rebalanced_head_loss
 from .reference import HeadLoss
@@ -25,11 +25,13 @@ class RebalancedHead(nn.Module):
         num_classes: L >= 2.
         class_counts: L training images per class, for Eq. 4 and Eq. 8.
         beta: of Eq. 4. alpha: of Eq. 8. consistency_weight: lambda of Eq. 6, a plain attribute that may be
-            changed between steps. p, transform, views, detach_cam_weight, backend: as in
-            :func:`rebalanced_head_loss`; the map weights are B^(1/p). spread: as in :func:`target_table`.
+            changed between steps (the other options are fixed: the tables are made of them). p, transform, views,
+            detach_cam_weight, backend: as in :func:`rebalanced_head_loss`; the map weights are B^(1/p). spread: as in
+            :func:`target_table`.
 
     Called with packed features (2N, C, H, W) and targets it returns a :class:`HeadLoss`; with features (M, C, H, W)
-    alone, logits (M, L).
+    alone, logits (M, L), of the same dtype as in training. After ``to_empty``, ``reset_parameters`` fills the tables
+    too.
 
     >>> import torch
     >>> head = RebalancedHead(8, 3, class_counts=[900, 90, 10])
@@ -67,11 +69,12 @@ class RebalancedHead(nn.Module):
             raise ValueError(f"in_features: got {in_features!r}, expected a whole number >= 1")
         if not isinstance(num_classes, int) or num_classes < 2:
             raise ValueError(f"num_classes: got {num_classes!r}, expected a whole number >= 2")
-        if len(class_counts) != num_classes:
-            raise ValueError(f"class_counts: got {len(class_counts)} counts, expected num_classes = {num_classes}")
+        class_weights = effective_number_weights(class_counts, beta)
+        if len(class_weights) != num_classes:
+            raise ValueError(f"class_counts: got {len(class_weights)} counts, expected num_classes = {num_classes}")
         checks.consistency_options(p, transform, detach_cam_weight, None)
         checks.option("views", views, ("both", "original"))
-        checks.consistency_weight(consistency_weight)
+        checks.consistency_weight(consistency_weight, None)
         self.in_features = in_features
         self.num_classes = num_classes
         self.beta = beta
@@ -84,14 +87,15 @@ class RebalancedHead(nn.Module):
         self.backend = backend
         self.weight = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_classes, device=device, dtype=dtype)) if bias else None
-        class_weights = effective_number_weights(class_counts, beta)
-        table = target_table(class_weights, alpha, spread=spread)
-        self.register_buffer("target_table", table.to(device), persistent=False)
-        self.register_buffer("map_weights", class_weights.pow(1 / p).to(device), persistent=False)
+        self._tables = target_table(class_weights, alpha, spread=spread), class_weights.pow(1 / p)
+        for name, table in zip(("target_table", "map_weights"), self._tables, strict=True):
+            self.register_buffer(name, table.to(self.weight.device), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """``nn.Linear``'s initialisation: uniform in +-1/sqrt(C)."""
+        """``nn.Linear``'s initialisation: uniform in +-1/sqrt(C); the tables from ``class_counts``."""
+        self.target_table.copy_(self._tables[0])
+        self.map_weights.copy_(self._tables[1])
         bound = 1 / math.sqrt(self.in_features)
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
@@ -99,7 +103,8 @@ class RebalancedHead(nn.Module):
 
     def forward(self, features: Tensor, targets: Tensor | None = None, *, reduction: str = "mean") -> HeadLoss | Tensor:
         if targets is None:
-            return nn.functional.linear(features.mean((2, 3)).to(self.weight.dtype), self.weight, self.bias)
+            checks.features_and_weight(features, self.weight, pair=False)
+            return reference.logits_of(features, self.weight, self.bias)
         return rebalanced_head_loss(
             features,
             self.weight,

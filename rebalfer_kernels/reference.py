@@ -24,6 +24,7 @@ dF has rank L in the channels, which is why nothing of its size ever needs to be
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -57,10 +58,15 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
+    kind = tensor.device.type
+    return contextlib.nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)  # which has none
+
+
 def class_activation_maps(features: Tensor, weight: Tensor) -> Tensor:
     """Eq. 2: A[m, l, h, w] = sum_c weight[l, c] features[m, c, h, w]; (M, C, H, W), (L, C) -> (M, L, H, W)."""
     dtype = compute_dtype(features.dtype)
-    with torch.autocast(features.device.type, enabled=False):
+    with _without_autocast(features):
         return torch.einsum("lc,mchw->mlhw", weight.to(dtype), features.to(dtype))
 
 
@@ -92,7 +98,8 @@ def rebalanced_cross_entropy(
 ) -> Tensor:
     """-sum_l t_l log softmax(z)_l with t = target_table[y], or targets @ target_table for distributions."""
     logits = logits.to(compute_dtype(logits.dtype))
-    t = target_distribution(targets, target_table.to(logits.dtype))
+    with _without_autocast(logits):
+        t = target_distribution(targets, target_table.to(logits.dtype))
     return _reduce(-(t * logits.log_softmax(1)).sum(1), reduction)
 
 
@@ -113,10 +120,7 @@ def rebalanced_head_loss(
     return_maps: bool = False,
 ) -> HeadLoss:
     """Eq. 6: l = l_cls + lambda l_cons, with l_cls summed over both views (Eq. 1) or of the original alone."""
-    dtype = compute_dtype(features.dtype)
-    with torch.autocast(features.device.type, enabled=False):
-        pooled = features.to(dtype).mean((2, 3))
-        logits = torch.nn.functional.linear(pooled, weight.to(dtype), None if bias is None else bias.to(dtype))
+    logits = logits_of(features, weight, bias)
     n = len(features) // 2
     classification = rebalanced_cross_entropy(logits[:n], targets, target_table, reduction=reduction)
     if views == "both":
@@ -131,17 +135,33 @@ def rebalanced_head_loss(
         detach_cam_weight=detach_cam_weight,
         reduction=reduction,
     )
-    loss = classification + consistency_weight * consistency
+    loss = combine(classification, consistency, consistency_weight)
     maps = class_activation_maps(features.detach(), weight.detach()) if return_maps else None
     return HeadLoss(loss, classification, consistency, logits, maps)
 
 
+def logits_of(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """z = W P + b with the mean P over the map: (M, C, H, W), (L, C), (L,) -> (M, L)."""
+    dtype = compute_dtype(features.dtype)
+    with _without_autocast(features):
+        pooled = features.mean((2, 3), dtype=dtype)
+        return torch.nn.functional.linear(pooled, weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def combine(classification: Tensor, consistency: Tensor, consistency_weight: float | Tensor) -> Tensor:
+    """Eq. 6, in the dtype of the losses whatever that of a lambda."""
+    if isinstance(consistency_weight, Tensor):
+        consistency_weight = consistency_weight.to(consistency.dtype)
+    return classification + consistency_weight * consistency
+
+
 def target_distribution(targets: Tensor, table: Tensor) -> Tensor:
-    """(M, L) target distributions t. A class outside [0, L) is an IndexError on a CPU and NaN elsewhere."""
+    """(M, L) target distributions t. A class outside [0, L) is NaN, and an IndexError on a CPU where it can be read."""
     if targets.is_floating_point():
         return targets.to(table.dtype) @ table
     valid = (targets >= 0) & (targets < len(table))
-    if targets.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(valid.all()):
+    readable = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    if targets.device.type == "cpu" and readable and not bool(valid.all()):
         wrong = targets[~valid][0].item()
         raise IndexError(f"targets: got class {wrong}, expected classes in [0, {len(table)})")
     rows = table[torch.where(valid, targets, 0).long()]

@@ -107,7 +107,7 @@ PYTHON = [
     Mutant(
         "a scheduled lambda is left out",
         "rebalfer_kernels/functional.py",
-        "loss = classification + consistency_weight * consistency\n    return",
+        "loss = reference.combine(classification, consistency, consistency_weight)\n    return",
         "loss = classification + consistency\n    return",
         "test_parts.py::test_a_scheduled_consistency_weight",
     ),

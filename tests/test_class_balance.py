@@ -54,5 +54,6 @@ def test_other_errors():
         rk.target_table([1.0, 1.0], 1.5)
     with pytest.raises(ValueError, match="spread: got"):
         rk.target_table([1.0, 1.0], spread="some")
-    with pytest.raises(ValueError, match="class_weights: got"):
-        rk.target_table([1.0])
+    for weights in ([1.0], None, {"a": 1.0}, "abc", [1, "a"], torch.ones(2, dtype=torch.complex64)):
+        with pytest.raises(ValueError, match="class_weights: got"):
+            rk.target_table(weights)

@@ -69,6 +69,27 @@ def test_the_bounds_are_those_of_the_kernels():
     assert (dispatch.CUDA_MAX_CLASSES, dispatch.CUDA_MAX_POSITIONS) == tuple(map(int, bounds.groups()))
 
 
+def test_explain_knows_the_default_backend(monkeypatch):
+    features, weight = torch.zeros(2, 3, 2, 2), torch.zeros(2, 3)
+    monkeypatch.setenv("REBALFER_BACKEND", "reference")
+    told = rk.explain(features, weight)
+    assert (told.backend, told.passed_over, told.because) == ("reference", {}, "")
+
+
+def test_the_reference_serves_meta_tensors():
+    features, weight, y = (torch.zeros(s, device="meta") for s in ((2, 3, 2, 2), (2, 3), (1, 2)))
+    out = rk.rebalanced_head_loss(features, weight, None, y, target_table=weight[:, :2], map_weights=weight[:, 0])
+    assert out.loss.device.type == "meta" and out.logits.shape == (2, 2)
+
+
+def test_the_reference_computes_soft_targets_in_float32_under_autocast():
+    z, soft, table = torch.randn(50, 7), torch.rand(50, 7), torch.rand(7, 7)
+    expected = rk.reference.rebalanced_cross_entropy(z.double(), soft.double(), table.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        got = rk.rebalanced_cross_entropy(z, soft, table, backend="reference")
+    torch.testing.assert_close(got, expected.float(), rtol=1e-6, atol=0)
+
+
 def test_explain_says_why(gpu):
     with FakeTensorMode():  # tensors of a GPU that is not there
         features, weight = torch.empty(4, 512, 7, 7, device="cuda"), torch.empty(7, 512, device="cuda")

@@ -139,6 +139,60 @@ def test_compiles_fullgraph_and_the_batch_recompiles_once_at_most(backend, name)
             torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_fullgraph_where_every_size_changes(backend, name, dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(CALLS[name], fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for n, side, classes in ((2, 3, 3), (3, 4, 3), (3, 2, 3), (4, 3, 5)):
+        if name == "RebalancedHead" and classes != 3:
+            continue
+        MODULES[backend.name].to(backend.device)
+        data = case(n, 6, side, side, classes, torch.float32, seed=n, device=backend.device)
+        torch.testing.assert_close(compiled(backend.name, *data), CALLS[name](backend.name, *data))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_lambda_that_changes_is_compiled_once_more_at_most(backend):
+    torch._dynamo.reset()
+    features, weight, bias, targets, table, v = case(3, 6, 3, 3, 3, torch.float32, device=backend.device)
+
+    def call(f, lam):
+        return rk.rebalanced_head_loss(
+            f, weight, bias, targets, target_table=table, map_weights=v, consistency_weight=lam, backend=backend.name
+        ).loss
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for i in range(12):
+        results = []
+        with torch._dynamo.config.patch(error_on_recompile=i > 1):
+            for function in (compiled, call):
+                f = features.clone().requires_grad_()
+                loss = function(f, 1 + i / 4)
+                results.append((loss, *torch.autograd.grad(loss, f)))
+        for got, expected in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+def test_torch_func_is_served_by_the_reference_compiled_or_not():
+    """Per-sample gradients to features of several pairs with classes of their own."""
+    torch._dynamo.reset()
+    features, weight, bias, targets, table, v = case(8, 6, 3, 3, 3, torch.float32)
+    pairs = torch.stack([torch.stack([features[i], features[8 + i]]) for i in range(8)])
+
+    def loss(pair, y):
+        return rk.rebalanced_head_loss(pair, weight, bias, y[None], target_table=table, map_weights=v).loss
+
+    one_by_one = []
+    for pair, y in zip(pairs, targets, strict=True):
+        leaf = pair.clone().requires_grad_()
+        one_by_one += torch.autograd.grad(loss(leaf, y), leaf)
+    per_sample = torch.func.vmap(torch.func.grad(loss))
+    for call in (per_sample, torch.compile(per_sample, fullgraph=True, backend="aot_eager")):
+        torch.testing.assert_close(call(pairs, targets), torch.stack(one_by_one))
+
+
 def test_everything_public_that_takes_a_backend_is_compiled():
     public = {name: getattr(rk, name) for name in rk.__all__ if callable(getattr(rk, name))}
     served = {name for name, f in public.items() if "backend" in inspect.signature(f).parameters}

@@ -133,6 +133,12 @@ def test_a_scheduled_consistency_weight(backend):
     )
     d_features, d_lam = torch.autograd.grad(-2 * out.loss, (f, lam))
     truth = oracle.head(*data, lam=1.7, g_loss=-2.0)
+    with torch.no_grad():
+        double = rk.rebalanced_head_loss(
+            f, w, b, y, target_table=rows, map_weights=weights, consistency_weight=lam.double(), backend=backend.name
+        )
+    assert double.loss.dtype == torch.float32
+    assert_close(double.loss, truth["loss"], 3e-6, "loss with a float64 lambda")
     assert_close(out.loss, truth["loss"], 3e-6, "loss")
     assert_close(d_features, truth["d_features"], 3e-6, "d_features")
     assert_close(d_lam, -2 * truth["consistency"], 3e-6, "d_lam")
