@@ -95,10 +95,13 @@ def run(
 
 def count_launches(case: Case, passed: dict, rows: list[dict], clock: Clock) -> None:
     """Add ``kernels``, what is launched for a forward and a backward, to our rows of a case, and how many."""
+
+    def kernels(formulation: baselines.Formulation) -> list[str]:
+        return [name[:100] for name in clock.launches(Rotation(formulation, [problem(case)]).both)]
+
     for row in rows:
         if row["contender"] in ("ours", *GPU_BACKENDS):
-            rotation = Rotation(passed[row["contender"]][0], [problem(case)])
-            row["kernels"] = _try(row, "kernels", lambda r=rotation: [k[:100] for k in clock.launches(r.both)])
+            row["kernels"] = _try(row, "kernels", lambda r=row: kernels(passed[r["contender"]][0]))
             row["launches"] = None if row["kernels"] is None else len(row["kernels"])
 
 
