@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import itertools
 import multiprocessing
 import os
 import sys
@@ -23,13 +22,6 @@ import rebalfer_kernels as rk
 from rebalfer_kernels import doctor
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
-
-
-def combinations(backends: Sequence[str]) -> Iterable[tuple]:
-    """(backend, operation, dtype, layout)."""
-    for backend, dtype, (name, (op, *_)) in itertools.product(backends, DTYPES, doctor.OPERATIONS.items()):
-        for layout in doctor.LAYOUTS if op != "cross_entropy" else ("rows",):
-            yield backend, name, dtype, layout
 
 
 def _check(sizes: tuple[doctor.Size, ...], device: str, combination: tuple) -> dict:
@@ -45,12 +37,13 @@ def main(backends: Sequence[str], device: str, small: bool, processes: int = 1) 
         print(f"{backend}: {reason}", flush=True)
         there += [backend] if reason == "available" else []
     check = functools.partial(_check, (doctor.SMALL if small else doctor.PAPER, doctor.ODD), device)
+    todo = [(backend, *combination) for backend in there for combination in doctor.combinations(DTYPES)]
     wrong = False
     with contextlib.ExitStack() as stack:
-        rows: Iterable[dict] = map(check, combinations(there))
+        rows: Iterable[dict] = map(check, todo)
         if processes > 1:
             pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(processes))
-            rows = pool.imap(check, list(combinations(there)))
+            rows = pool.imap(check, todo)
         for row in rows:
             wrong |= row["state"] in ("wrong", "failed")
             told = f"{row['backend']}, {row['op']}, {row['dtype']}, {row['layout']}: {row['state']} {row['note']}"

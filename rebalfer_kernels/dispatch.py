@@ -49,17 +49,17 @@ def layout_of(features: Tensor) -> str:
 
 
 def request(op: str, features: Tensor, weight: Tensor) -> Request:
-    channels, height, width = (_constant(s) for s in features.shape[1:]) if op != "cross_entropy" else (1, 1, 1)
+    channels, height, width = (_static(s) for s in features.shape[1:]) if op != "cross_entropy" else (1, 1, 1)
     device = features.device
     layout = layout_of(features) if op != "cross_entropy" else "nchw"
     return Request(
         op, device.type, device.index, features.dtype, weight.dtype, layout, channels, height, width,
-        _constant(weight.shape[0] if op != "cross_entropy" else features.shape[1]),
+        _static(weight.shape[0] if op != "cross_entropy" else features.shape[1]),
         not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active(),
     )  # fmt: skip
 
 
-def _constant(size: int) -> int:
+def _static(size: int) -> int:
     """The size; for torch.compile a constant even where it was told that all sizes change, as no range is symbolic."""
     return len(range(size))
 
@@ -158,6 +158,13 @@ def backends() -> dict[str, str]:
     return {name: BACKENDS[name](None).reason for name in reversed(BACKENDS)}
 
 
+def forced_by(backend: str | None) -> tuple[str | None, str]:
+    """The backend that must serve, if any, and who says so: the argument, else ``REBALFER_BACKEND``."""
+    if backend is not None:
+        return backend, "backend"
+    return os.environ.get("REBALFER_BACKEND") or None, "REBALFER_BACKEND"
+
+
 def choose(r: Request, backend: str | None) -> str:
     """The backend that serves ``r``: the forced one (argument, else ``REBALFER_BACKEND``), else the first able one.
 
@@ -178,14 +185,12 @@ def _choose(backend: str | None, *r: Any) -> tuple[str | None, str | None]:  # t
     asked = Request(*r)
     # torch.compile cannot ask this while it traces, but runs this function then.
     asked = asked._replace(functorch=asked.functorch or torch._C._are_functorch_transforms_active())
-    return _choose_cached(asked, backend, os.environ.get("REBALFER_BACKEND") or None)
+    return _choose_cached(asked, *forced_by(backend))
 
 
 @functools.lru_cache(maxsize=1024)
-def _choose_cached(r: Request, backend: str | None, default: str | None) -> tuple[str | None, str | None]:
-    forced = backend if backend is not None else default
+def _choose_cached(r: Request, forced: str | None, source: str) -> tuple[str | None, str | None]:
     if forced is not None:
-        source = "backend" if backend is not None else "REBALFER_BACKEND"
         if forced not in BACKENDS:
             return None, f"{source}: got {forced!r}, expected one of {', '.join(map(repr, reversed(BACKENDS)))}"
         verdict = _answer(forced, r._replace(forced=True))

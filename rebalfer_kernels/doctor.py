@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -264,6 +264,16 @@ def copy_gb_per_s(device: str) -> float:
     return 2 * source.nbytes / _median_seconds(lambda: target.copy_(source), device) / 1e9
 
 
+def combinations(dtypes: Iterable[torch.dtype]) -> list[tuple[str, torch.dtype, str]]:
+    """(operation, dtype, layout), dtype by dtype."""
+    return [
+        (name, dtype, layout)
+        for dtype in dtypes
+        for name, (op, *_) in OPERATIONS.items()
+        for layout in (LAYOUTS if op != "cross_entropy" else ("rows",))
+    ]
+
+
 def examine(backend: str, seconds: float, progress: Callable[[dict], object] = lambda report: None) -> dict:
     """Check one backend in this process: whether it is there, on which device, and a row for each combination.
 
@@ -285,15 +295,9 @@ def examine(backend: str, seconds: float, progress: Callable[[dict], object] = l
     interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     devices = {"cpu": ["cpu"], "cuda": ["cuda"], "triton": ["cpu" if interpreted else "cuda"]}.get(backend)
     devices = devices or (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
-    combinations = [
-        (device, name, dtype, layout)
-        for device in devices
-        for dtype in LIMITS
-        for name, (op, *_) in OPERATIONS.items()
-        for layout in (LAYOUTS if op != "cross_entropy" else ("rows",))
-    ]
-    report["unchecked"] = len(combinations)
-    for device, name, dtype, layout in combinations:
+    todo = [(device, *combination) for device in devices for combination in combinations(LIMITS)]
+    report["unchecked"] = len(todo)
+    for device, name, dtype, layout in todo:
         if time.monotonic() > end:
             break
         report["at"] = f"{name}, {dtype}, {layout} on {device}".replace("torch.", "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import torch
@@ -327,8 +326,8 @@ def explain(
 
     request = dispatch.request("head", features, weight)
     name = dispatch.choose(request, backend)
-    forced = backend is not None or bool(os.environ.get("REBALFER_BACKEND"))
-    verdicts = {} if forced else dispatch.verdicts(request)
+    forced, _ = dispatch.forced_by(backend)
+    verdicts = {} if forced is not None else dispatch.verdicts(request)
     passed_over = {b: v.reason for b, v in verdicts.items() if b != name}
     because = verdicts[name].reason if name in verdicts and verdicts[name].reason != "available" else ""
 

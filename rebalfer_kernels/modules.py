@@ -25,9 +25,9 @@ class RebalancedHead(nn.Module):
         num_classes: L >= 2.
         class_counts: L training images per class, for Eq. 4 and Eq. 8.
         beta: of Eq. 4. alpha: of Eq. 8. consistency_weight: lambda of Eq. 6, a plain attribute that may be
-            changed between steps (the other options are fixed: the tables are made of them). p, transform, views,
-            detach_cam_weight, backend: as in :func:`rebalanced_head_loss`; the map weights are B^(1/p). spread: as in
-            :func:`target_table`.
+            changed between steps (beta, alpha, p and spread may not: the tables are made of them). p, transform,
+            views, detach_cam_weight, backend: as in :func:`rebalanced_head_loss`; the map weights are B^(1/p).
+            spread: as in :func:`target_table`.
 
     Called with packed features (2N, C, H, W) and targets it returns a :class:`HeadLoss`; with features (M, C, H, W)
     alone, logits (M, L), of the same dtype as in training. After ``to_empty``, ``reset_parameters`` fills the tables

@@ -24,7 +24,7 @@ def gpu(monkeypatch):
 
 
 def chosen(request, backend=None):
-    name, error = dispatch._choose_cached.__wrapped__(request, backend, None)
+    name, error = dispatch._choose_cached.__wrapped__(request, backend, "backend")
     return error or name
 
 

@@ -3,8 +3,8 @@
 // A ticket is zero before and after each launch, so launches that run one after the other may share one. Launches that
 // can run at the same time may not: each stream has a ticket, and each launch captured into a graph, which may be
 // replayed on any stream, one for good. A stream is known by its number: a handle may be used anew, and that of a
-// thread's own stream is the same in all threads. They lie in the module's own memory, which is there, zeroed, on every device
-// without an allocation that a capture would forbid.
+// thread's own stream is the same in all threads. They lie in the module's own memory, which is there, zeroed, on every
+// device without an allocation that a capture would forbid.
 #include <map>
 #include <mutex>
 

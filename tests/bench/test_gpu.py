@@ -235,6 +235,16 @@ def test_a_case_that_fails_is_told_and_the_next_one_measured(tmp_path, monkeypat
     assert json.loads(path.read_text())["errors"] == result["errors"]
 
 
+def test_after_an_error_of_the_device_nothing_is_measured(tmp_path, monkeypatch):
+    def broken(case):
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(gpu_op, "problem", broken)
+    result, path = _run(tmp_path, [TINY._replace(C=9), TINY])
+    assert [error["case"] for error in result["errors"]] == ["N2-C9-channels_last-float32"]
+    assert result["left_out"] == json.loads(path.read_text())["left_out"] == [TINY.name] and result["rows"] == []
+
+
 def test_cases_there_is_no_time_for_are_left_out_and_named(tmp_path):
     result, path = _run(tmp_path, [TINY, TINY._replace(C=9)], limit=-1.0)
     assert result["left_out"] == json.loads(path.read_text())["left_out"] == [TINY.name, "N2-C9-channels_last-float32"]
