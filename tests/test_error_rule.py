@@ -1,11 +1,11 @@
 """error(ours) <= 2 error(plain eager in the same dtype) + a few ulp, on every output and gradient; and that this rule
 notices what it is there to notice."""
 
-import oracle
 import pytest
 import torch
-from backends import with_dtypes
-from test_head import case
+from support import oracle
+from support.backends import with_dtypes
+from support.cases import case
 
 import rebalfer_kernels as rk
 

@@ -2,60 +2,14 @@
 
 import itertools
 
-import oracle
 import pytest
 import torch
-from backends import BACKENDS, FUSED, serving, with_dtypes
+from support import oracle
+from support.agreement import check
+from support.backends import BACKENDS, FUSED, serving, with_dtypes
+from support.cases import case
 
 import rebalfer_kernels as rk
-
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 3e-6, torch.float16: 3e-6}
-ROUNDING = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
-
-
-def case(n, c, h, w, classes, dtype, layout="nchw", seed=0, soft=False, device="cpu", weight_dtype=None):
-    """features, weight, bias, targets, target_table, map_weights; the same numbers on every device."""
-    g = torch.Generator().manual_seed(seed)
-    features = torch.randn(2 * n, c, h, w, generator=g, dtype=torch.float64).to(device, dtype)
-    if layout == "channels_last":
-        features = features.contiguous(memory_format=torch.channels_last)
-    elif layout == "slice":
-        features = torch.cat([features, features], 1)[:, :c]
-    weight = (torch.randn(classes, c, generator=g, dtype=torch.float64) / c**0.5).to(device, weight_dtype or dtype)
-    bias = torch.randn(classes, generator=g, dtype=torch.float64).to(device, weight_dtype or dtype)
-    targets = torch.randint(0, classes, (n + 1,), generator=g).to(device)[1:]  # not aligned to 16 bytes
-    if soft:
-        targets = torch.rand(n, classes, generator=g, dtype=torch.float64).to(device)
-    weights = rk.effective_number_weights([10 * 3**i + 1 for i in range(min(classes, 12))] + [7] * (classes - 12))
-    return features, weight, bias, targets, (rk.target_table(weights) * 1.25).to(device), weights.sqrt().to(device)
-
-
-def check(backend, data, *, mean, seed=1, slack=1, **options):
-    """All outputs and gradients with signed random upstreams on each output at once."""
-    features, weight, bias, targets, table, v = data
-    n, classes = len(features) // 2, len(weight)
-    f, w, b = (x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in (features, weight, bias))
-    out = rk.rebalanced_head_loss(
-        f, w, b, targets, target_table=table, map_weights=v, reduction="mean" if mean else "none",
-        return_maps=True, backend=backend.name, **options,
-    )  # fmt: skip
-    g = torch.Generator().manual_seed(seed)
-    ups = [torch.randn(() if mean else (n,), generator=g).to(out.loss.dtype) for _ in range(3)]
-    ups.append(torch.randn(2 * n, classes, generator=g).to(out.loss.dtype))
-    grads = torch.autograd.grad(out[:4], (f, w, b), [up.to(backend.device) for up in ups])
-    translate = {"consistency_weight": "lam", "detach_cam_weight": "detach"}
-    truth = oracle.head(
-        *(x.cpu() for x in data), mean=mean, g_loss=ups[0], g_cls=ups[1], g_cons=ups[2],
-        g_logits=ups[3], **{translate.get(k, k): x for k, x in options.items()},
-    )  # fmt: skip
-    for name in ("loss", "classification", "consistency", "logits", "maps"):
-        oracle.assert_close(getattr(out, name).cpu(), truth[name], slack * TOLERANCE[features.dtype], name)
-        assert not out.maps.requires_grad
-    for name, got in zip(("d_features", "d_weight", "d_bias"), grads, strict=True):
-        oracle.assert_close(got.cpu(), truth[name], slack * ROUNDING[got.dtype], name)
-    if backend.name != "reference" and rk.explain(features, weight).copies == ():
-        assert grads[0].stride() == features.stride()
-
 
 OPTIONS = [
     {},

@@ -4,17 +4,13 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from support.machine import ISAS_HERE, ROOT
 
 import rebalfer_kernels as rk
 
-ROOT = Path(__file__).parents[1]
-HERE = {"DEFAULT": ["baseline"], "AVX2": ["baseline", "avx2"], "AVX512": ["baseline", "avx2", "avx512"]}.get(
-    torch.backends.cpu.get_cpu_capability(), ["baseline"]
-)
 pytestmark = pytest.mark.skipif(rk.backends()["cpu"] != "available", reason=rk.backends()["cpu"])
 
 # Values and gradients of every option, dtype, layout and odd shape against the float64 truth.
@@ -36,8 +32,8 @@ def run(isa, *arguments):
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_agreement_on(isa):
-    if isa not in HERE:
-        pytest.skip(f"this CPU has {', '.join(HERE)} alone")
+    if isa not in ISAS_HERE:
+        pytest.skip(f"this CPU has {', '.join(ISAS_HERE)} alone")
     if isa == torch.ops.rebalfer_kernels.cpu_isa():
         pytest.skip("the whole suite runs on it here")
     result = run(isa, "-c", SUITE, isa)
@@ -47,10 +43,10 @@ def test_agreement_on(isa):
 
 
 def test_without_a_wish_the_widest_is_chosen():
-    assert torch.ops.rebalfer_kernels.cpu_isa() == (os.environ.get("REBALFER_CPU_ISA") or HERE[-1])
+    assert torch.ops.rebalfer_kernels.cpu_isa() == (os.environ.get("REBALFER_CPU_ISA") or ISAS_HERE[-1])
 
 
-@pytest.mark.parametrize("isa", [i for i in ("avx512", "avx2") if i not in HERE] + ["avx1024"])
+@pytest.mark.parametrize("isa", [i for i in ("avx512", "avx2") if i not in ISAS_HERE] + ["avx1024"])
 def test_an_instruction_set_that_is_not_there_is_refused(isa):
     result = run(isa, "-c", CALL)
     assert result.returncode == 1

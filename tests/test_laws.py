@@ -3,9 +3,10 @@
 import hypothesis.strategies as st
 import pytest
 import torch
-from backends import BACKENDS
 from hypothesis import given
-from test_head import case, check
+from support.agreement import check
+from support.backends import BACKENDS
+from support.cases import case
 
 import rebalfer_kernels as rk
 

@@ -4,9 +4,9 @@ import copy
 import pickle
 
 import numpy as np
-import oracle
 import pytest
 import torch
+from support import oracle
 
 import rebalfer_kernels as rk
 

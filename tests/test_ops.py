@@ -4,8 +4,8 @@ import inspect
 
 import pytest
 import torch
-from backends import BACKENDS, FUSED
-from test_head import case
+from support.backends import BACKENDS, FUSED
+from support.cases import case
 
 import rebalfer_kernels as rk
 from rebalfer_kernels import ops

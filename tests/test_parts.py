@@ -1,11 +1,13 @@
 """The functions that compute a part of the head, and what callers do to it: strided upstreams, a scheduled lambda,
 large outputs, exact zeros of S, extreme logits; values and gradients against the float64 truth."""
 
-import oracle
 import pytest
 import torch
-from backends import BACKENDS, with_dtypes
-from test_head import ROUNDING, TOLERANCE, case
+from support import oracle
+from support.backends import BACKENDS, with_dtypes
+from support.cases import case
+from support.tolerances import ROUNDING, TOLERANCE
+from support.upstreams import leaf, strided
 
 import rebalfer_kernels as rk
 
@@ -16,25 +18,12 @@ EVERY_DTYPE = pytest.mark.parametrize(
 LAYOUTS = ["nchw", "channels_last"]
 
 
-def leaf(x, backend):
-    """A copy of its own, where the backend's tensors live; the truth is computed from ``x``, on the CPU."""
-    return x.detach().to(backend.device, copy=True, memory_format=torch.preserve_format).requires_grad_()
-
-
 def there(backend, *tensors):
     return [x.to(backend.device) for x in tensors]
 
 
 def assert_close(got, truth, tolerance, name):
     oracle.assert_close(got.cpu(), truth, tolerance, name)
-
-
-def strided(x):
-    """The same values, every second element of a larger tensor, in another order of the dimensions."""
-    larger = x.new_full([2 * s for s in reversed(x.shape)], float("nan"))
-    view = larger[tuple(slice(None, None, 2) for _ in x.shape)].permute(*reversed(range(x.dim())))
-    view.copy_(x)
-    return view
 
 
 @EVERY_DTYPE

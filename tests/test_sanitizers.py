@@ -3,12 +3,12 @@
 import subprocess
 
 import pytest
-from test_isa import HERE, ROOT
+from support.machine import ISAS_HERE, ROOT
 
 from rebalfer_kernels import native
 
 SANITIZE = "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"  # -O3 would compile for minutes
-ISAS = [isa for isa in native._ISAS if isa in HERE]
+ISAS = [isa for isa in native._ISAS if isa in ISAS_HERE]
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from backends import BACKENDS, INTERPRETED
-from test_head import case, check
+from support.agreement import check, check_labels_out_of_range
+from support.backends import BACKENDS, INTERPRETED
+from support.cases import case
 
 import rebalfer_kernels as rk
 from rebalfer_kernels.triton_tiles import Problem, policy
@@ -196,8 +197,6 @@ def test_launches(n, sum_of_chunks, classes, mean, cam_grad, forward):
 @in_interpreter
 def test_labels_out_of_range_are_nan_in_the_kernels(monkeypatch):
     """What a GPU does; on a CPU an IndexError comes first."""
-    from gpu.test_compiled_kernels import check_labels_out_of_range
-
     from rebalfer_kernels import triton_ops
 
     monkeypatch.setattr(triton_ops, "_check_labels", lambda targets, classes: None)

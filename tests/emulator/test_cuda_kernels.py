@@ -7,9 +7,9 @@ import math
 from pathlib import Path
 
 import emulate
-import oracle
 import pytest
 import torch
+from support import oracle
 from torch import Tensor
 
 import rebalfer_kernels as rk

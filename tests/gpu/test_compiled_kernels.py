@@ -3,11 +3,14 @@
 Not yet run on a GPU. The helpers that need none are tried on a CPU at the end of this file.
 """
 
-import oracle
 import pytest
 import torch
-from backends import BACKENDS, GPU, Backend
-from test_head import ROUNDING, case
+from support import oracle
+from support.agreement import check_labels_out_of_range, run
+from support.backends import BACKENDS, GPU, Backend
+from support.cases import case
+from support.tolerances import ROUNDING
+from support.upstreams import signed_upstreams
 
 import rebalfer_kernels as rk
 from bench import gpu_timing
@@ -16,27 +19,6 @@ from bench import gpu_timing
 LAUNCHES = {"triton": (2, 1), "cuda": (1, 1)}
 
 PAPER = dict(n=32, c=512, h=7, w=7, classes=7)
-
-
-def run(backend: str, data, upstreams=None, **options):
-    """Outputs and gradients by name, of the loss or, given four upstreams, of all four outputs."""
-    features, weight, bias, targets, table, v = data
-    f, w, b = (x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in (features, weight, bias))
-    out = rk.rebalanced_head_loss(
-        f, w, b, targets, target_table=table, map_weights=v, return_maps=True, backend=backend, **options
-    )
-    if upstreams is None:
-        grads = torch.autograd.grad(out.loss.sum(), (f, w, b))
-    else:
-        grads = torch.autograd.grad(out[:4], (f, w, b), upstreams)
-    named = dict(zip(("loss", "classification", "consistency", "logits", "maps"), out, strict=True))
-    return named | dict(zip(("d_features", "d_weight", "d_bias"), grads, strict=True))
-
-
-def signed_upstreams(n: int, classes: int, device: str):
-    g = torch.Generator().manual_seed(3)
-    shapes = [(n,), (n,), (n,), (2 * n, classes)]
-    return [torch.randn(s, generator=g).to(device) for s in shapes]
 
 
 def check_against_eager(backend: Backend, dtype, layout, channels=PAPER["c"], **options):
@@ -185,26 +167,6 @@ def test_more_than_2_to_the_31_elements(backend, layout):
 @pytest.mark.parametrize("backend", GPU)
 def test_labels_out_of_range_are_nan(backend):
     check_labels_out_of_range(backend, "cuda")
-
-
-def check_labels_out_of_range(backend, device):
-    """That sample's classification and gradients are NaN; its consistency and all other samples are as ever."""
-    data = case(5, 24, 7, 7, 7, torch.float32, device=device)
-    for label in (7, -1, 2**40):
-        targets = data[3].clone()
-        targets[2] = label
-        got = run(backend.name, (*data[:3], targets, *data[4:]), reduction="none")
-        expected = run(backend.name, data, reduction="none")
-        others = [0, 1, 3, 4]
-        assert got["classification"][2].isnan() and got["loss"][2].isnan()
-        assert torch.equal(got["consistency"], expected["consistency"])
-        assert torch.equal(got["loss"][others], expected["loss"][others])
-        assert torch.equal(got["logits"], expected["logits"])
-        assert got["d_features"][[2, 7]].isnan().all()
-        kept = others + [5 + i for i in others]
-        assert torch.equal(got["d_features"][kept], expected["d_features"][kept])
-        assert got["d_weight"].isnan().all() and got["d_bias"].isnan().all()
-        assert run(backend.name, (*data[:3], targets, *data[4:]))["loss"].isnan()
 
 
 @pytest.mark.parametrize("backend", GPU)
