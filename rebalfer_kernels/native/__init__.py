@@ -26,9 +26,25 @@ from typing import NamedTuple
 
 import torch
 
+from .cache import cache_directory, cache_files, clear_cache
+from .tools import BuildError, ToolMissing, find_compiler, find_ninja, find_nvcc
+
+__all__ = [
+    "BuildError",
+    "ToolMissing",
+    "build",
+    "cache_directory",
+    "cache_files",
+    "clear_cache",
+    "find_compiler",
+    "find_ninja",
+    "find_nvcc",
+    "load",
+]
+
 logger = logging.getLogger(__name__)
 
-_HERE = Path(__file__).resolve().parent
+_HERE = Path(__file__).resolve().parents[1]
 #: In a wheel the sources lie in the package, in a checkout beside it.
 SOURCES = next((p for p in (_HERE / "csrc", _HERE.parent / "csrc") if (p / "head_math.h").exists()), None)
 
@@ -50,12 +66,6 @@ _ISAS = (
 )
 
 
-def cache_directory() -> Path:
-    """``REBALFER_CACHE_DIR``, or ``rebalfer_kernels`` in the user's cache directory."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("REBALFER_CACHE_DIR") or Path(base) / "rebalfer_kernels")
-
-
 @functools.cache
 def load(part: str) -> tuple[bool, str]:
     """Whether "cpu" or "cuda" is there, built and loaded if need be, and "available" or the reason why not."""
@@ -74,14 +84,6 @@ def load(part: str) -> tuple[bool, str]:
         logger.log(level, "the %s backend is absent: %s", part, error)
         return False, str(error).splitlines()[0]
     return True, "available"
-
-
-class BuildError(RuntimeError):
-    """The build could not run or failed; the message says why, and how to repeat it."""
-
-
-class ToolMissing(BuildError):
-    """There is nothing to build with."""
 
 
 class Recipe(NamedTuple):

@@ -1,0 +1,66 @@
+"""The one place that finds the C++ compiler, nvcc and ninja."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shlex
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+
+class BuildError(RuntimeError):
+    """The library cannot be found, built or loaded; the message says why, and what mends it."""
+
+
+class ToolMissing(BuildError):
+    """A compiler or ninja is not installed."""
+
+
+def find_compiler() -> list[str]:
+    """The C++ compiler as the first words of a command: ``CXX``, such as "ccache g++" or "g++ -m64", else g++ or c++.
+
+    Raises:
+        ToolMissing: none is installed, or not the one that ``CXX`` names, which no other replaces.
+    """
+    wanted = os.environ.get("CXX", "").strip()
+    if not wanted:
+        return [_first(("g++", "c++"), "no C++ compiler found (g++ or c++ on PATH; CXX names another)")]
+    if _found(wanted):  # its path may contain spaces
+        return [_first([wanted], "")]
+    try:
+        program, *options = shlex.split(wanted)
+    except ValueError as error:
+        raise ToolMissing(f"CXX: got {wanted!r}, which cannot be split into words: {error}") from None
+    return [_first([program], f"CXX: got {wanted!r}, but {program!r} is not an executable or not on PATH"), *options]
+
+
+def find_nvcc() -> str:
+    """Path of nvcc, in ``CUDA_HOME``, else on ``PATH``, else in /usr/local/cuda. Raises ToolMissing."""
+    home = os.environ.get("CUDA_HOME", "")
+    places = [*([f"{home}/bin/nvcc"] if home else []), "nvcc", "/usr/local/cuda/bin/nvcc"]
+    return _first(places, f"no nvcc found (CUDA_HOME={home!r}, PATH, /usr/local/cuda)")
+
+
+def find_ninja() -> str:
+    """Path of ninja, on ``PATH`` or of the Python package. Raises ToolMissing."""
+    places = ["ninja"]
+    try:
+        places.append(str(Path(importlib.import_module("ninja").BIN_DIR, "ninja")))
+    except ImportError:
+        pass
+    return _first(places, "ninja is not installed (python -m pip install ninja)")
+
+
+def _first(names: Iterable[str], otherwise: str) -> str:
+    """Absolute path of the first of these programs that is installed."""
+    for name in names:
+        if path := _found(name):
+            return path
+    raise ToolMissing(otherwise)
+
+
+def _found(name: str) -> str | None:
+    path = shutil.which(name)
+    return path and str(Path(path).absolute())
