@@ -3,10 +3,10 @@
 from . import reference
 from .class_balance import effective_number_weights, inverse_frequency_weights, target_table
 from .dispatch import backends
+from .explanation import explain
 from .functional import (
     attention_consistency,
     class_activation_maps,
-    explain,
     rebalanced_cross_entropy,
     rebalanced_head_loss,
 )

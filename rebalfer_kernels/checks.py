@@ -99,6 +99,37 @@ def targets_of(targets: Tensor, rows: int, num_classes: int, features: Tensor) -
     same_device("targets", targets, features)
 
 
+def head(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor | None,
+    target_table: Tensor | None,
+    map_weights: Tensor | None,
+    lam: float | Tensor,
+    p: int,
+    transform: str,
+    views: str,
+    detach_cam_weight: bool,
+    reduction_: str,
+    return_maps: bool,
+) -> None:
+    """The arguments of the head's loss; what is None is not checked."""
+    features_and_weight(features, weight, pair=True)
+    bias_vector(bias, weight)
+    if target_table is not None:
+        table_matrix(target_table, weight.shape[0], features)
+    if map_weights is not None:
+        map_weight_vector(map_weights, weight)
+    if targets is not None:
+        targets_of(targets, features.shape[0] // 2, weight.shape[0], features)
+    consistency_weight(lam, features)
+    consistency_options(p, transform, detach_cam_weight, features)
+    option("views", views, ("both", "original"))
+    reduction(reduction_)
+    flag("return_maps", return_maps)
+
+
 def option(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if not any(type(value) is type(choice) and value == choice for choice in allowed):
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, allowed))}")

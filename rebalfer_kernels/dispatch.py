@@ -1,44 +1,19 @@
-"""Which backend serves a call, and why the others do not.
-
-A backend is a name in ``BACKENDS`` and a predicate that answers ``(ok, reason)`` from a :class:`Request`; the first
-that can serve is taken. The batch size is no part of a request: it never changes the choice, and never recompiles.
-"""
+"""Which backend serves a call, and why the others do not: the first of ``BACKENDS`` that answers yes."""
 
 from __future__ import annotations
 
 import functools
 import logging
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from . import native
+from .backend import BACKENDS, EXPORT, Request, Verdict
 
 logger = logging.getLogger(__name__)
-
-
-class Request(NamedTuple):
-    """What a predicate may look at."""
-
-    op: str  #: "head", "cam" or "cross_entropy"
-    device: str  #: device type
-    device_index: int | None
-    dtype: torch.dtype  #: of the features (or logits)
-    weight_dtype: torch.dtype
-    layout: str  #: "nchw", "channels_last" or "strided" (which is copied to nchw first)
-    channels: int
-    height: int
-    width: int
-    classes: int
-    functorch: bool  #: called under torch.func (vmap, grad, jvp, ...)
-    forced: bool = False  #: asked for by name
-
-
-class Verdict(NamedTuple):
-    ok: bool
-    reason: str  #: "available", or why not
 
 
 def layout_of(features: Tensor) -> str:
@@ -49,104 +24,54 @@ def layout_of(features: Tensor) -> str:
 
 
 def request(op: str, features: Tensor, weight: Tensor) -> Request:
-    channels, height, width = (_static(s) for s in features.shape[1:]) if op != "cross_entropy" else (1, 1, 1)
-    device = features.device
-    layout = layout_of(features) if op != "cross_entropy" else "nchw"
+    """What is asked for: "head" or "cam" of features (2N or M, C, H, W) and weight (L, C)."""
+    device, (_, channels, height, width) = features.device, features.shape
+    classes, positions, elements = weight.shape[0], height * width, channels * height * width
+    exact = not torch.compiler.is_compiling()
+    if not exact:
+        limits = _limits(device.type)
+        classes, positions = _stand_in(classes, limits[0]), _stand_in(positions, limits[1])
+        elements = _stand_in(elements, limits[2])
     return Request(
-        op, device.type, device.index, features.dtype, weight.dtype, layout, channels, height, width,
-        _static(weight.shape[0] if op != "cross_entropy" else features.shape[1]),
-        not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active(),
+        op, device.type, device.index, features.dtype, weight.dtype, layout_of(features), classes, positions, elements,
+        exact, _context(),
     )  # fmt: skip
 
 
-def _static(size: int) -> int:
-    """The size; for torch.compile a constant even where it was told that all sizes change, as no range is symbolic."""
-    return len(range(size))
+def request_of_rows(logits: Tensor) -> Request:
+    """The cross-entropy of logits (M, L)."""
+    device, dtype = logits.device, logits.dtype
+    return Request("cross_entropy", device.type, device.index, dtype, dtype, "rows", context=_context())
 
 
-def _reference(r: Request | None) -> Verdict:
-    return Verdict(True, "available")
+def _stand_in(size: int, limits: tuple[int, ...]) -> int:
+    """A constant on the same side of each limit: torch.compile then makes one graph for all sizes between them."""
+    for limit in limits:
+        if size <= limit:
+            return limit
+    return limits[-1] + 1 if limits else 0
 
 
-def _cpu(r: Request | None) -> Verdict:
-    if r is not None and r.device != "cpu":
-        return Verdict(False, f"serves CPU tensors, got {r.device}")
-    return Verdict(*native.load("cpu"))
+@torch.compiler.assume_constant_result
+def _limits(device: str) -> tuple[tuple[int, ...], ...]:
+    """The limits on classes, positions and elements that a backend of this device has, each in ascending order."""
+    of_device = [backend.limits for backend in BACKENDS.values() if backend.fused and device in backend.devices()]
+    names = ("classes", "positions", "elements")
+    return tuple(tuple(sorted({limits[name] for limits in of_device if name in limits})) for name in names)
 
 
-def _triton(r: Request | None) -> Verdict:
-    """NVIDIA and AMD GPUs; a CPU through Triton's interpreter, which is slow, so only when asked for by name."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if r is not None:
-        if r.device != ("cpu" if interpreted else "cuda"):
-            return Verdict(False, f"serves GPU tensors, or CPU tensors under TRITON_INTERPRET=1, got {r.device}")
-        if interpreted and not r.forced:
-            return Verdict(False, "serves CPU tensors, by Triton's interpreter, only where it is asked for by name")
-        if r.dtype == torch.float64:
-            return Verdict(False, "serves no float64")
-        if r.channels * r.height * r.width >= 2**31:
-            return Verdict(False, "serves views of fewer than 2^31 elements")
-    elif not interpreted and not torch.cuda.is_available():
-        return Verdict(False, "no NVIDIA or AMD GPU (under TRITON_INTERPRET=1 a CPU will do)")
-    if not interpreted and not torch.version.hip:
-        capability = torch.cuda.get_device_capability(None if r is None else r.device_index)
-        if capability < (8, 0):
-            return Verdict(False, f"needs compute capability 8.0, got {capability[0]}.{capability[1]}")
-    return _load_triton(interpreted)
+def _context() -> str:
+    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+    return EXPORT if exporting else ""
 
 
-@functools.cache
-def _load_triton(interpreted: bool) -> Verdict:
-    """Import the Triton kernels, which registers them."""
-    try:
-        from . import triton_ops
-    except ImportError as error:
-        return Verdict(False, f"Triton is not installed ({error})")
-    if triton_ops.INTERPRETED != interpreted:
-        return Verdict(False, "TRITON_INTERPRET was changed after the Triton kernels were imported")
-    try:
-        triton_ops.probe()
-    except Exception as error:  # no C compiler, no Python.h, a driver that is too old, ...
-        return Verdict(False, f"Triton cannot launch a kernel here: {type(error).__name__}: {error}".splitlines()[0])
-    return Verdict(True, "available")
-
-
-#: What csrc/cuda/kernels.cuh serves: classes and H W positions of a map.
-CUDA_MAX_CLASSES, CUDA_MAX_POSITIONS = 16, 64
-#: Layout of the maps (strided ones are copied to nchw) -> whether CUDA comes before Triton where both serve, and why.
-#: C, H W, L, dtype and architecture make no difference yet.
-_CUDA_FIRST = {
-    "cross_entropy": (True, "one launch each way"),
-    "nchw": (True, "a row of 7 x 7 is no whole number of vectors: CUDA copies slabs of channels, Triton elements"),
-    "channels_last": (False, "both read 16 bytes at a time, and Triton fits its tiles to the shape"),
-}
-_NOT_MEASURED = "by design, not yet measured"
-
-
-def _cuda(r: Request | None) -> Verdict:
-    if r is None:
-        return Verdict(*native.load("cuda"))
-    if r.device != "cuda":
-        return Verdict(False, f"serves CUDA tensors, got {r.device}")
-    if r.dtype == torch.float64:
-        return Verdict(False, "serves no float64")
-    if r.op != "cross_entropy" and r.classes > CUDA_MAX_CLASSES:
-        return Verdict(False, f"serves at most {CUDA_MAX_CLASSES} classes, got {r.classes}")
-    if r.op != "cross_entropy" and r.height * r.width > CUDA_MAX_POSITIONS:
-        return Verdict(False, f"serves maps of at most {CUDA_MAX_POSITIONS} positions, got {r.height} x {r.width}")
-    capability = torch.cuda.get_device_capability(r.device_index)
-    if capability < (8, 0):
-        return Verdict(False, f"needs compute capability 8.0, got {capability[0]}.{capability[1]}")
-    kind = r.op if r.op == "cross_entropy" else r.layout if r.layout == "channels_last" else "nchw"
-    first, why = _CUDA_FIRST[kind]
-    if not r.forced and not first and _triton(r).ok:
-        return Verdict(False, f"Triton comes first: {why} ({_NOT_MEASURED})")
-    there, reason = native.load("cuda")
-    return Verdict(there, f"{why} ({_NOT_MEASURED})" if there and first else reason)
-
-
-#: In order of preference. Each answers for a request, or, given None, whether it is there at all.
-BACKENDS = {"cuda": _cuda, "triton": _triton, "cpu": _cpu, "reference": _reference}
+def _in_context(r: Request) -> Request:
+    """With what is under way that only the reference serves, and that torch.compile cannot ask while it traces."""
+    if r.context:
+        return r
+    if torch._C._are_functorch_transforms_active():
+        return r._replace(context="torch.func transforms (vmap, grad, ...)")
+    return r._replace(context="forward-mode differentiation") if forward_ad._current_level >= 0 else r
 
 
 def backends() -> dict[str, str]:
@@ -155,7 +80,7 @@ def backends() -> dict[str, str]:
     >>> backends()["reference"]
     'available'
     """
-    return {name: BACKENDS[name](None).reason for name in reversed(BACKENDS)}
+    return {name: backend.available().reason for name, backend in reversed(BACKENDS.items())}
 
 
 def forced_by(backend: str | None) -> tuple[str | None, str]:
@@ -172,7 +97,7 @@ def choose(r: Request, backend: str | None) -> str:
         TypeError, ValueError: no name, an unknown one. RuntimeError: the forced backend cannot serve; says why.
     """
     if backend is not None and not isinstance(backend, str):
-        raise TypeError(f"backend: got {backend!r}, expected None or one of {', '.join(map(repr, reversed(BACKENDS)))}")
+        raise TypeError(f"backend: got {backend!r}, expected None or {_names()}")
     name, error = _choose(backend, *r)
     if error is not None:
         raise (ValueError if name is None else RuntimeError)(error)
@@ -182,37 +107,34 @@ def choose(r: Request, backend: str | None) -> str:
 
 @torch.compiler.assume_constant_result
 def _choose(backend: str | None, *r: Any) -> tuple[str | None, str | None]:  # torch.compile hands on plain constants
-    asked = Request(*r)
-    # torch.compile cannot ask this while it traces, but runs this function then.
-    asked = asked._replace(functorch=asked.functorch or torch._C._are_functorch_transforms_active())
-    return _choose_cached(asked, *forced_by(backend))
+    return _choose_cached(_in_context(Request(*r)), *forced_by(backend))
 
 
 @functools.lru_cache(maxsize=1024)
 def _choose_cached(r: Request, forced: str | None, source: str) -> tuple[str | None, str | None]:
     if forced is not None:
         if forced not in BACKENDS:
-            return None, f"{source}: got {forced!r}, expected one of {', '.join(map(repr, reversed(BACKENDS)))}"
-        verdict = _answer(forced, r._replace(forced=True))
+            return None, f"{source}: got {forced!r}, expected {_names()}"
+        verdict = BACKENDS[forced].answer(r._replace(forced=True))
         return forced, None if verdict.ok else f"{source}: {forced!r} cannot serve this call: {verdict.reason}"
-    for name, passed_over in verdicts(r).items():
-        if passed_over.ok:
-            logger.debug("%s is served by %s", r, name)
-            return name, None
-    raise AssertionError("the reference serves everything")
+    name = next(name for name, verdict in _verdicts(r).items() if verdict.ok)
+    logger.debug("%s is served by %s", r, name)
+    return name, None
 
 
-def _answer(name: str, r: Request) -> Verdict:
-    if r.functorch and name != "reference":
-        return Verdict(False, "the fused backends do not serve torch.func transforms (vmap, grad, ...)")
-    return BACKENDS[name](r)
+def _names() -> str:
+    return f"one of {', '.join(map(repr, reversed(BACKENDS)))}"
 
 
 def verdicts(r: Request) -> dict[str, Verdict]:
     """Each backend's answer to a request, in order of preference, up to the first that serves."""
+    return _verdicts(_in_context(r))
+
+
+def _verdicts(r: Request) -> dict[str, Verdict]:
     answers = {}
-    for name in BACKENDS:
-        answers[name] = _answer(name, r)
+    for name, backend in BACKENDS.items():
+        answers[name] = backend.answer(r)
         if answers[name].ok:
             break
     return answers

@@ -194,9 +194,10 @@ def check(backend: str, device: str, name: str, dtype: torch.dtype, layout: str,
         worst: list[dict[str, float]] = [{}, {}]
         for size in sizes:
             x = inputs(size, dtype, layout, device)
-            asks = (x.features, x.weight) if op != "cross_entropy" else (x.logits, x.logits)
+            rows = op == "cross_entropy"
+            request = dispatch.request_of_rows(x.logits) if rows else dispatch.request(op, x.features, x.weight)
             try:
-                dispatch.choose(dispatch.request(op, *asks), backend)
+                dispatch.choose(request, backend)
             except RuntimeError as refusal:
                 return {**row, "state": "not served", "note": str(refusal).partition("serve this call: ")[2]}
             for seen, new in zip(worst, errors(name, x, truth(name, size, dtype), backend), strict=True):
@@ -287,7 +288,7 @@ def examine(backend: str, seconds: float, progress: Callable[[dict], object] = l
     progress(report)
     cached = {p.name for p in cache_files()}
     start = time.monotonic()
-    report["reason"] = dispatch.BACKENDS[backend](None).reason
+    report["reason"] = dispatch.BACKENDS[backend].available().reason
     report["load_s"] = time.monotonic() - start
     report["built"] = sorted({p.name for p in cache_files() if p.suffix == ".so"} - cached)
     if report["reason"] != "available":

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from . import checks, dispatch, ops, reference
+from .backend import Request
+from .ops import HeadOptions
 from .reference import HeadLoss, compute_dtype
-from .transforms import twin_map
+from .transforms import TWIN_MAPS
 
 
 def class_activation_maps(features: Tensor, weight: Tensor, *, backend: str | None = None) -> Tensor:
@@ -36,10 +38,9 @@ def class_activation_maps(features: Tensor, weight: Tensor, *, backend: str | No
     name = dispatch.choose(request, backend)
     if name == "reference":
         return reference.class_activation_maps(features, weight)
-    features = _native_layout(features, request)
-    return ops.ClassActivationMapsFunction.apply(
-        features, weight.contiguous(), name, request.layout == "channels_last"
-    )[0]
+    features = features.contiguous() if request.layout == "strided" else features
+    channels_last = request.layout == "channels_last"
+    return ops.ClassActivationMapsFunction.apply(features, weight.contiguous(), name, channels_last)[0]
 
 
 def attention_consistency(
@@ -87,12 +88,9 @@ def attention_consistency(
             features, weight, map_weights, p=p, transform=transform, detach_cam_weight=detach_cam_weight,
             reduction=reduction,
         )  # fmt: skip
-    if detach_cam_weight:
-        weight = weight.detach()
-    return _head(
-        name, request, features, weight, None, None, None, map_weights, 0.0, p, transform, True, detach_cam_weight,
-        reduction, False,
-    )[2]  # fmt: skip
+    inputs = HeadInputs(features, weight.detach() if detach_cam_weight else weight, None, None, None, map_weights)
+    options = HeadOptions(0.0, p, TWIN_MAPS[transform], True, reduction == "mean")
+    return _head(inputs, options, request, name, detach=detach_cam_weight, maps=False)[2]
 
 
 def rebalanced_cross_entropy(
@@ -130,12 +128,12 @@ def rebalanced_cross_entropy(
     checks.table_matrix(target_table, logits.shape[1], logits)
     checks.targets_of(targets, logits.shape[0], logits.shape[1], logits)
     checks.reduction(reduction)
-    name = dispatch.choose(dispatch.request("cross_entropy", logits, logits), backend)
+    name = dispatch.choose(dispatch.request_of_rows(logits), backend)
     if name == "reference":
         return reference.rebalanced_cross_entropy(logits, targets, target_table, reduction=reduction)
     dtype = compute_dtype(logits.dtype)
     return ops.CrossEntropyFunction.apply(
-        logits.contiguous(), _targets(targets, dtype), _constant(target_table, dtype), name, reduction == "mean"
+        logits.contiguous(), _targets(targets, dtype), target_table.to(dtype).contiguous(), name, reduction == "mean"
     )
 
 
@@ -187,16 +185,8 @@ def rebalanced_head_loss(
     >>> out.loss  # both views: 2 log 2
     tensor(1.3863)
     """
-    checks.features_and_weight(features, weight, pair=True)
-    checks.bias_vector(bias, weight)
-    checks.table_matrix(target_table, weight.shape[0], features)
-    checks.map_weight_vector(map_weights, weight)
-    checks.targets_of(targets, features.shape[0] // 2, weight.shape[0], features)
-    checks.consistency_weight(consistency_weight, features)
-    checks.consistency_options(p, transform, detach_cam_weight, features)
-    checks.option("views", views, ("both", "original"))
-    checks.reduction(reduction)
-    checks.flag("return_maps", return_maps)
+    inputs = HeadInputs(features, weight, bias, targets, target_table, map_weights)
+    checks.head(*inputs, consistency_weight, p, transform, views, detach_cam_weight, reduction, return_maps)
     request = dispatch.request("head", features, weight)
     name = dispatch.choose(request, backend)
     if name == "reference":
@@ -207,155 +197,54 @@ def rebalanced_head_loss(
         )  # fmt: skip
     # Outside the operator a lambda is differentiable if it is a tensor and, compiled, may change from call to call.
     scheduled = isinstance(consistency_weight, Tensor) or torch.compiler.is_compiling()
+    lam = 0.0 if scheduled else float(consistency_weight)
+    options = HeadOptions(lam, p, TWIN_MAPS[transform], views == "both", reduction == "mean")
     loss, classification, consistency, logits, maps = _head(
-        name, request, features, weight, bias, targets, target_table, map_weights,
-        0.0 if scheduled else float(consistency_weight), p, transform, views == "both", detach_cam_weight, reduction,
-        return_maps,
-    )  # fmt: skip
+        inputs, options, request, name, detach=detach_cam_weight, maps=return_maps
+    )
     if scheduled:
         loss = reference.combine(classification, consistency, consistency_weight)
     return HeadLoss(loss, classification, consistency, logits, maps if return_maps else None)
 
 
-def _head(
-    name, request, features, weight, bias, targets, target_table, map_weights, consistency_weight, p, transform,
-    both_views, detach_cam_weight, reduction, return_maps,
-):  # fmt: skip
-    dtype = compute_dtype(request.dtype)
-    features = _native_layout(features, request)
+class HeadInputs(NamedTuple):
+    """The tensors of the head's operator; None where the call has none."""
+
+    features: Tensor  # (2N, C, H, W)
+    weight: Tensor  # (L, C)
+    bias: Tensor | None  # (L,)
+    targets: Tensor | None  # (N,) or (N, L)
+    target_table: Tensor | None  # (L, L)
+    map_weights: Tensor | None  # (L,)
+
+    def as_served(self, layout: str) -> HeadInputs:
+        """In the layouts and dtypes of the fused backends; what has them already is not copied."""
+        features, weight, bias, targets, target_table, map_weights = self
+        dtype = compute_dtype(features.dtype)
+        return HeadInputs(
+            features.contiguous() if layout == "strided" else features,
+            weight.contiguous(),
+            None if bias is None else bias.contiguous(),
+            None if targets is None else _targets(targets, dtype),
+            None if target_table is None else target_table.to(dtype).contiguous(),
+            None if map_weights is None else map_weights.to(dtype).contiguous(),
+        )
+
+
+def _head(inputs: HeadInputs, options: HeadOptions, request: Request, backend: str, *, detach: bool, maps: bool):
     recording = torch.is_grad_enabled()
+    features, weight, bias = inputs[:3]
     weight_gradient = recording and weight.requires_grad
-    bias_gradient = bias is not None and bias.requires_grad
-    return ops.HeadLossFunction.apply(
-        features,
-        weight.contiguous(),
-        None if bias is None else bias.contiguous(),
-        None if targets is None else _targets(targets, dtype),
-        None if target_table is None else _constant(target_table, dtype),
-        _constant(map_weights, dtype),
-        name,
-        consistency_weight,
-        p,
-        twin_map(transform, request.height, request.width),
-        both_views,
-        detach_cam_weight,
-        reduction == "mean",
-        return_maps,
+    gradient = weight_gradient or recording and (features.requires_grad or bias is not None and bias.requires_grad)
+    outputs = ops.HeadLossFunction.apply(
+        *inputs.as_served(request.layout),
+        backend,
+        options,
+        ops.Wanted(maps, residual=gradient, pooled=weight_gradient, cam_grad=weight_gradient and not detach),
         request.layout == "channels_last",
-        recording and (features.requires_grad or weight_gradient or bias_gradient),
-        weight_gradient,
-    )[:5]
-
-
-def _native_layout(features: Tensor, request: dispatch.Request) -> Tensor:
-    return features.contiguous() if request.layout == "strided" else features
+    )
+    return outputs[:5]
 
 
 def _targets(targets: Tensor, dtype: torch.dtype) -> Tensor:
     return targets.to(dtype if targets.is_floating_point() else torch.int64).contiguous()
-
-
-def _constant(table: Tensor, dtype: torch.dtype) -> Tensor:
-    return table.to(dtype).contiguous()
-
-
-class Explanation(NamedTuple):
-    """Which backend serves a call and what it costs; prints as a short report. Bytes are counted, not measured."""
-
-    backend: str
-    passed_over: dict[str, str]  #: backend -> why it does not serve
-    copies: tuple[str, ...]  #: arguments that are copied first
-    bytes_moved: int | None  #: forward and backward, copies and saved tensors included; None for the reference
-    bytes_floor: int  #: features read once, their gradient written once
-    because: str = ""  #: why it is preferred, where that is a matter of choice
-
-    def __str__(self) -> str:
-        moved = "not counted (PyTorch's own operators)" if self.bytes_moved is None else f"{self.bytes_moved:,}"
-        lines = [f"backend      {self.backend}"]
-        lines += [f"because      {self.because}"] if self.because else []
-        lines += [f"passed over  {name}: {reason}" for name, reason in self.passed_over.items()]
-        lines += [f"copies       {copy}" for copy in self.copies] or ["copies       none"]
-        lines += [f"bytes moved  {moved}", f"bytes floor  {self.bytes_floor:,}"]
-        return "\n".join(lines)
-
-
-def explain(
-    features: Tensor,
-    weight: Tensor,
-    targets: Tensor | None = None,
-    *,
-    bias: Tensor | None = None,
-    target_table: Tensor | None = None,
-    map_weights: Tensor | None = None,
-    consistency_weight: float | Tensor = 2.0,
-    p: int = 2,
-    transform: str = "hflip",
-    views: str = "both",
-    detach_cam_weight: bool = True,
-    reduction: str = "mean",
-    return_maps: bool = False,
-    backend: str | None = None,
-) -> Explanation:
-    """Explain the call of :func:`rebalanced_head_loss` (of :func:`attention_consistency` without targets).
-
-    Takes the same arguments and computes nothing. Bytes are those of one forward and backward pass with a gradient
-    to features and weight.
-
-    Raises:
-        As the explained function; RuntimeError where a forced backend cannot serve.
-
-    >>> print(explain(torch.zeros(64, 512, 7, 7), torch.zeros(7, 512), backend="reference"))
-    backend      reference
-    copies       none
-    bytes moved  not counted (PyTorch's own operators)
-    bytes floor  12,845,056
-    """
-    checks.features_and_weight(features, weight, pair=True)
-    checks.bias_vector(bias, weight)
-    if map_weights is not None:
-        checks.map_weight_vector(map_weights, weight)
-    if target_table is not None:
-        checks.table_matrix(target_table, weight.shape[0], features)
-    if targets is not None:
-        checks.targets_of(targets, features.shape[0] // 2, weight.shape[0], features)
-    checks.consistency_weight(consistency_weight, features)
-    checks.consistency_options(p, transform, detach_cam_weight, features)
-    checks.option("views", views, ("both", "original"))
-    checks.reduction(reduction)
-    checks.flag("return_maps", return_maps)
-
-    request = dispatch.request("head", features, weight)
-    name = dispatch.choose(request, backend)
-    forced, _ = dispatch.forced_by(backend)
-    verdicts = {} if forced is not None else dispatch.verdicts(request)
-    passed_over = {b: v.reason for b, v in verdicts.items() if b != name}
-    because = verdicts[name].reason if name in verdicts and verdicts[name].reason != "available" else ""
-
-    dtype = compute_dtype(features.dtype)
-    copies = []
-    pair_bytes = features.numel() * features.element_size()
-    copied_bytes = 0
-    if name != "reference":
-        if request.layout == "strided":
-            copies.append(f"features: strides {features.stride()} are neither NCHW nor channels_last")
-            copied_bytes += 4 * pair_bytes  # read and written on the way in, and its gradient on the way back
-        for label, value, wanted in (
-            ("weight", weight, weight.dtype),
-            ("bias", bias, weight.dtype),
-            ("target_table", target_table, dtype),
-            ("map_weights", map_weights, dtype),
-            ("targets", targets, dtype if targets is not None and targets.is_floating_point() else torch.int64),
-        ):
-            if value is not None and (value.dtype != wanted or not value.is_contiguous()):
-                copies.append(f"{label}: to contiguous {wanted}")
-                copied_bytes += value.numel() * (value.element_size() + wanted.itemsize)
-    n, (classes, channels) = features.shape[0] // 2, weight.shape
-    saved = n * classes * request.height * request.width + 2 * n * channels * (targets is not None)
-    if not detach_cam_weight:
-        saved += n * classes * channels
-    maps = features.shape[0] * classes * request.height * request.width * return_maps
-    # The features are read once more for the maps (by Triton: for the gradient of a CAM weight that is not detached).
-    again = not detach_cam_weight if name == "triton" else return_maps
-    moved = (2 + again) * pair_bytes + (2 * saved + maps) * dtype.itemsize + copied_bytes
-    moved_bytes = None if name == "reference" else moved
-    return Explanation(name, passed_over, tuple(copies), moved_bytes, 2 * pair_bytes, because)

@@ -10,19 +10,41 @@ The ``autograd.Function`` stands outside the operators: 26 us per forward and ba
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .backend import BACKENDS
 from .reference import compute_dtype
+from .transforms import TwinMap
 
-FUSED_BACKENDS = ("cpu", "triton", "cuda")
 _EXACT_STRIDES = (torch.Tag.needs_exact_strides,)
+
+
+class HeadOptions(NamedTuple):
+    """What the head's forward and backward share besides tensors."""
+
+    consistency_weight: float  #: lambda of Eq. 6
+    p: int  #: of Eq. 5, 1 or 2
+    twin_map: TwinMap  #: undoes the twin's transform
+    both_views: bool  #: the twin is classified too (Eq. 1)
+    mean: bool  #: losses are means over the batch, not per sample
+
+
+class Wanted(NamedTuple):
+    """The outputs of the head's forward that not every call needs."""
+
+    maps: bool
+    residual: bool
+    pooled: bool
+    cam_grad: bool
+
 
 _library = torch.library.Library("rebalfer_kernels", "DEF")
 
-# twin_map is transforms.TwinMap; targets is (N,) int64 or (N, L) in the compute dtype, None for consistency alone.
+# consistency_weight ... mean are a HeadOptions, with_maps ... save_cam_grad a Wanted; targets is (N,) int64, or (N, L)
+# in the compute dtype, or None where only the consistency is asked for.
 _SCHEMAS = {
     "head_forward": (
         "(Tensor features, Tensor weight, Tensor? bias, Tensor? targets, Tensor? target_table, Tensor map_weights, "
@@ -129,7 +151,7 @@ _FAKES: dict[str, Any] = {
 
 #: OPERATORS[backend][name] is the operator ``torch.ops.rebalfer_kernels.<name>_<backend>``.
 OPERATORS: dict[str, dict[str, Any]] = {}
-for _backend in FUSED_BACKENDS:
+for _backend in (name for name, backend in BACKENDS.items() if backend.fused):
     OPERATORS[_backend] = {}
     for _name, _schema in _SCHEMAS.items():
         _library.define(f"{_name}_{_backend}{_schema}", tags=_EXACT_STRIDES)
@@ -179,21 +201,17 @@ class HeadLossFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, features, weight, bias, targets, target_table, map_weights, backend, consistency_weight,
-        p, twin_map, both_views, detach, mean, with_maps, channels_last, save_residual, save_pooled,
+        ctx, features, weight, bias, targets, target_table, map_weights, backend: str, options: HeadOptions,
+        wanted: Wanted, channels_last: bool,
     ):  # fmt: skip
         outputs = OPERATORS[backend]["head_forward"](
-            features, weight, bias, targets, target_table, map_weights, consistency_weight, p, twin_map, both_views,
-            mean, with_maps, save_residual, save_pooled, save_pooled and not detach,
-        )  # fmt: skip
+            features, weight, bias, targets, target_table, map_weights, *options, *wanted
+        )
         _, _, _, logits, maps, residual, pooled, cam_grad = outputs
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(maps, residual, pooled, cam_grad)
         ctx.save_for_backward(weight, bias, targets, target_table, map_weights, logits, residual, pooled, cam_grad)
-        ctx.backend = backend
-        ctx.dtype = features.dtype
-        ctx.options = (consistency_weight, p, twin_map, both_views, mean)
-        ctx.channels_last = channels_last
+        ctx.backend, ctx.options, ctx.channels_last, ctx.dtype = backend, options, channels_last, features.dtype
         return outputs
 
     @staticmethod
@@ -205,13 +223,13 @@ class HeadLossFunction(torch.autograd.Function):
             d_logits = d_logits.contiguous()
         upstream = (d_loss, d_classification, d_consistency, d_logits)
         need = ctx.needs_input_grad[:3]
+        saved = (weight, targets, target_table, map_weights, logits, residual, pooled, cam_grad)
         d_features, d_weight, d_bias = OPERATORS[ctx.backend]["head_backward"](
-            *upstream, weight, targets, target_table, map_weights, logits, residual, pooled, cam_grad, *ctx.options,
-            ctx.dtype, ctx.channels_last, *need,
-        )  # fmt: skip
+            *upstream, *saved, *ctx.options, ctx.dtype, ctx.channels_last, *need
+        )
         grads = (d_features if need[0] else None, d_weight if need[1] else None, d_bias if need[2] else None)
         d_features, d_weight, d_bias = _first_order("rebalanced_head_loss", grads, (logits, weight, bias, *upstream))
-        return d_features, d_weight, d_bias, *(None,) * 14
+        return d_features, d_weight, d_bias, *(None,) * 7
 
 
 class ClassActivationMapsFunction(torch.autograd.Function):

@@ -1,42 +1,50 @@
-"""The twin's transform as an index on its map.
+"""The twin's transform as an index on its map, derived from what the reference does to a map.
 
-Every transform here is a symmetry of the square, so T(A~)[h, w] is the element
-``offset + h * stride_h + w * stride_w`` of the flattened A~: three integers are all a kernel needs to undo it,
-on the load or on the tiny map. A new transform is a row here and one in ``reference.TRANSFORMS``.
+Every transform is a symmetry of the square, so T(A~)[h, w] reads A~ in a row and a column that are each linear in h and
+w, with coefficients that do not depend on the size of the map: six small integers are all a kernel needs to undo it, on
+the load or on the tiny map. A new transform is one row of ``reference.TRANSFORMS``.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
+from . import reference
+
 
 class TwinMap(NamedTuple):
-    """T(A~)[h, w] = A~.flatten()[offset + h * stride_h + w * stride_w]."""
+    """T(A~)[h, w] = A~[row (H - 1) + row_h h + row_w w, column (W - 1) + column_h h + column_w w]."""
 
-    offset: int
-    stride_h: int
-    stride_w: int
+    row: int
+    row_h: int
+    row_w: int
+    column: int
+    column_h: int
+    column_w: int
+
+    def on(self, height: int, width: int) -> tuple[int, int, int]:
+        """(offset, stride_h, stride_w) on such a map: T(A~)[h, w] = A~.flatten()[offset + h stride_h + w stride_w].
+
+        >>> TWIN_MAPS["hflip"].on(7, 7)  # T(A~)[h, w] = A~[h, 6 - w]
+        (6, 7, -1)
+        """
+        offset = self.row * (height - 1) * width + self.column * (width - 1)
+        return offset, self.row_h * width + self.column_h, self.row_w * width + self.column_w
 
 
-_TWIN_MAPS = {
-    "identity": lambda h, w: TwinMap(0, w, 1),
-    "hflip": lambda h, w: TwinMap(w - 1, w, -1),
-    "vflip": lambda h, w: TwinMap((h - 1) * w, -w, 1),
-    "rot90": lambda h, w: TwinMap((h - 1) * w, 1, -w),
-    "rot180": lambda h, w: TwinMap(h * w - 1, -w, -1),
-    "rot270": lambda h, w: TwinMap(h - 1, -1, w),
-    "transpose": lambda h, w: TwinMap(0, 1, w),
-}
+def _twin_map(transform: str) -> TwinMap:
+    """Read off a 2 x 2 map, whose only distances are 0 and 1."""
+    undo = reference.TRANSFORMS[transform][1]
+    (start, right), (down, _) = undo(torch.arange(4, device="cpu").reshape(2, 2)).tolist()
+    coefficients = []
+    for at, at_down, at_right in ((start // 2, down // 2, right // 2), (start % 2, down % 2, right % 2)):
+        coefficients += [at, at_down - at, at_right - at]
+    return TwinMap(*coefficients)
 
-NAMES = tuple(_TWIN_MAPS)
+
+TWIN_MAPS = {transform: _twin_map(transform) for transform in reference.TRANSFORMS}
+NAMES = tuple(TWIN_MAPS)
 #: Transforms that swap the axes, so that the map must be square.
-SQUARE_ONLY = ("rot90", "rot270", "transpose")
-
-
-def twin_map(transform: str, height: int, width: int) -> TwinMap:
-    """The index that undoes ``transform`` on a (height, width) map.
-
-    >>> twin_map("hflip", 7, 7)  # T(A~)[h, w] = A~[h, 6 - w]
-    TwinMap(offset=6, stride_h=7, stride_w=-1)
-    """
-    return _TWIN_MAPS[transform](height, width)
+SQUARE_ONLY = tuple(transform for transform, twin_map in TWIN_MAPS.items() if twin_map.row_w)

@@ -27,6 +27,7 @@ from torch import Tensor
 from . import ops
 from . import triton_kernels as kernels
 from .reference import compute_dtype
+from .transforms import TwinMap
 from .triton_tiles import Policy, Problem, Tiles, policy
 
 INTERPRETED = kernels.INTERPRETED
@@ -125,6 +126,7 @@ def head_forward(
     )  # fmt: skip
     cut = policy(problem)
     geometry = _geometry(problem, height, width)
+    twin = TwinMap(*twin_map).on(height, width)
 
     def output(shape: tuple[int, ...], wanted: bool = True) -> Tensor:
         return torch.empty(shape if wanted else (0,), dtype=torch.float32, device=features.device)
@@ -147,7 +149,7 @@ def head_forward(
     if cut.one_tile:
         _launch(
             kernels.head_forward_kernel, n, features, features, weight, *tail, _or_none_if(maps, with_maps),
-            kept_residual, kept_pooled, n, consistency_weight, *twin_map, **geometry, **options, LO_SCALE=lo_scale,
+            kept_residual, kept_pooled, n, consistency_weight, *twin, **geometry, **options, LO_SCALE=lo_scale,
             **_tile(cut.forward),
         )  # fmt: skip
     else:
@@ -161,14 +163,14 @@ def head_forward(
         )  # fmt: skip
         _launch(
             kernels.head_finish_kernel, n, features, whole, _or_none_if(partial, save_pooled and row_tiles > 1), *tail,
-            kept_residual, kept_pooled, n, consistency_weight, *twin_map, C=channels, H=height, W=width, L=classes,
+            kept_residual, kept_pooled, n, consistency_weight, *twin, C=channels, H=height, W=width, L=classes,
             **options, ROW_TILES=row_tiles, B_ROWS=_at_once(cut), B_C=256, B_ALL=cut.all_classes, warps=4,
         )  # fmt: skip
     if save_cam_grad:
         tiles = cut.weight
         _launch(
             kernels.cam_grad_kernel, n * _cdiv(channels, tiles.channels) * _cdiv(classes, tiles.classes), features,
-            features, residual, map_weights, cam_grad, n, *twin_map, **geometry, P=p,
+            features, residual, map_weights, cam_grad, n, *twin, **geometry, P=p,
             SPLIT=features.dtype != torch.float32, **_tile(tiles),
         )  # fmt: skip
     if mean:
@@ -227,7 +229,8 @@ def head_backward(
         d_logits, weight, targets, target_table, map_weights, _or_none_if(logits, targets is not None), residual,
         _or_none(pooled), _or_none(cam_grad), *outputs, partial, n, chunk_size, _stride(d_loss),
         _stride(d_classification), _stride(d_consistency), consistency_weight, 1.0 / max(n, 1) if mean else 1.0,
-        *twin_map, w_programs, **_geometry(problem, height, width), P=p, BOTH_VIEWS=both_views, SOFT=_soft(targets),
+        *TwinMap(*twin_map).on(height, width), w_programs, **_geometry(problem, height, width), P=p,
+        BOTH_VIEWS=both_views, SOFT=_soft(targets),
         PARTS=_parts(dtype, weight.dtype), **_tile(tiles), B_ALL=cut.all_classes, B_C_WEIGHT=cut.weight.channels,
         B_BATCH=cut.batch,
     )  # fmt: skip

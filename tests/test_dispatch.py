@@ -8,18 +8,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rebalfer_kernels as rk
 from rebalfer_kernels import dispatch, native
+from rebalfer_kernels.backend import AVAILABLE, BACKENDS, Request, Verdict
 
-NCHW = dispatch.Request("head", "cuda", 0, torch.bfloat16, torch.float32, "nchw", 512, 7, 7, 7, False)
+NCHW = Request("head", "cuda", 0, torch.bfloat16, torch.float32, "nchw", classes=7, positions=49, elements=512 * 49)
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     """A pretended GPU whose kernels load; gpu["capability"] and gpu["triton"] can be changed."""
-    answers = {"capability": (9, 0), "triton": dispatch.Verdict(True, "available")}
+    answers = {"capability": (9, 0), "triton": AVAILABLE}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: answers["capability"])
     monkeypatch.setattr(native, "load", lambda part: (True, "available"))
-    monkeypatch.setattr(dispatch, "_triton", lambda r: answers["triton"])
-    monkeypatch.setitem(dispatch.BACKENDS, "triton", lambda r: answers["triton"])
+    monkeypatch.setattr(BACKENDS["triton"], "answer", lambda request: answers["triton"])
     return answers
 
 
@@ -34,18 +34,19 @@ def test_cuda_or_triton(gpu, layout, first):
     assert chosen(request) == first
     assert "not yet measured" in dispatch.verdicts(request)["cuda"].reason
     assert chosen(request, "cuda") == "cuda"
-    gpu["triton"] = dispatch.Verdict(False, "not installed")
+    gpu["triton"] = Verdict(False, "not installed")
     assert chosen(request) == "cuda"
 
 
 @pytest.mark.parametrize(
     "change, reason",
     [
-        ({"device": "cpu"}, "serves CUDA tensors, got cpu"),
+        ({"device": "cpu"}, "serves cuda tensors, got cpu"),
         ({"dtype": torch.float64}, "serves no float64"),
         ({"classes": 17}, "serves at most 16 classes, got 17"),
-        ({"height": 13, "width": 5}, "serves maps of at most 64 positions, got 13 x 5"),
-        ({"functorch": True}, "the fused backends do not serve torch.func transforms"),
+        ({"positions": 65}, "serves at most 64 positions, got 65"),
+        ({"positions": 65, "exact": False}, "serves at most 64 positions, got more"),
+        ({"context": "torch.func transforms"}, "the fused backends do not serve torch.func transforms"),
     ],
 )
 def test_reasons(gpu, change, reason):
@@ -54,8 +55,8 @@ def test_reasons(gpu, change, reason):
 
 
 def test_bounds_are_served_and_a_cross_entropy_has_none(gpu):
-    assert chosen(NCHW._replace(classes=16, height=8, width=8)) == "cuda"
-    assert chosen(NCHW._replace(op="cross_entropy", layout="nchw", classes=1000)) == "cuda"
+    assert chosen(NCHW._replace(classes=16, positions=64)) == "cuda"
+    assert chosen(dispatch.request_of_rows(torch.empty(2, 1000))._replace(device="cuda")) == "cuda"
 
 
 def test_old_gpus_are_refused(gpu):
@@ -66,7 +67,7 @@ def test_old_gpus_are_refused(gpu):
 def test_the_bounds_are_those_of_the_kernels():
     text = (native.SOURCES / "cuda/kernels.cuh").read_text()
     bounds = re.search(r"kMaxClasses = (\d+), kMaxPositions = (\d+);", text)
-    assert (dispatch.CUDA_MAX_CLASSES, dispatch.CUDA_MAX_POSITIONS) == tuple(map(int, bounds.groups()))
+    assert tuple(BACKENDS["cuda"].limits.values()) == tuple(map(int, bounds.groups()))
 
 
 def test_explain_knows_the_default_backend(monkeypatch):

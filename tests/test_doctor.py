@@ -11,6 +11,7 @@ import torch
 import rebalfer_kernels as rk
 from rebalfer_kernels import bounded, dispatch, doctor, ops
 from rebalfer_kernels.__main__ import main
+from rebalfer_kernels.backend import BACKENDS, Verdict
 
 CPU = pytest.mark.skipif(rk.backends()["cpu"] != "available", reason=rk.backends()["cpu"])
 
@@ -104,12 +105,10 @@ def test_an_output_that_is_not_a_number_and_one_that_raises(monkeypatch, tmp_pat
 
 def test_what_a_backend_does_not_serve_is_not_wrong(monkeypatch, capsys):
     def picky(request):
-        if request is not None and request.dtype == torch.float64:
-            return dispatch.Verdict(False, "float64 is not served")
-        return dispatch.Verdict(True, "available")
+        return Verdict(request.dtype != torch.float64, "float64 is not served")
 
     dispatch._choose_cached.cache_clear()
-    monkeypatch.setitem(dispatch.BACKENDS, "reference", picky)
+    monkeypatch.setattr(BACKENDS["reference"], "answer", picky)
     assert main(["doctor", "--backend", "reference"]) == 0
     dispatch._choose_cached.cache_clear()
     assert "9 combinations not served: float64 is not served" in capsys.readouterr().out

@@ -9,7 +9,7 @@ from support.cases import case
 
 import rebalfer_kernels as rk
 from rebalfer_kernels import ops
-from rebalfer_kernels.transforms import twin_map
+from rebalfer_kernels.transforms import TWIN_MAPS
 
 
 def head_forward(dtype, layout, *, soft=False, mean=True, cam_grad=False, alone=False):
@@ -17,7 +17,7 @@ def head_forward(dtype, layout, *, soft=False, mean=True, cam_grad=False, alone=
     compute = rk.reference.compute_dtype(dtype)
     classified = (None, None, None) if alone else (bias, targets.to(compute) if soft else targets, table.to(compute))
     return (
-        features, weight, *classified, v.to(compute), 2.0, 1 if cam_grad else 2, twin_map("hflip", 5, 3), not soft,
+        features, weight, *classified, v.to(compute), 2.0, 1 if cam_grad else 2, TWIN_MAPS["hflip"], not soft,
         mean, cam_grad, True, not alone, cam_grad,
     )  # fmt: skip
 

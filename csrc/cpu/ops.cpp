@@ -378,15 +378,13 @@ HeadForward head_forward_as(const Tensor& features, const Tensor& weight, const 
   return {loss, classification, consistency, logits, maps, residual, pooled, cam_grad};
 }
 
-TwinMap twin_of(const std::vector<int64_t>& map) { return {map[0], map[1], map[2]}; }
-
 HeadForward head_forward(Tensor features, Tensor weight, OptionalTensor bias, OptionalTensor targets,
                          OptionalTensor target_table, Tensor map_weights, double consistency_weight, int64_t p,
                          std::vector<int64_t> twin_map, bool both_views, bool mean, bool with_maps, bool save_residual,
                          bool save_pooled, bool save_cam_grad) {
   auto run = features.scalar_type() == ScalarType::Double ? head_forward_as<double> : head_forward_as<float>;
-  return run(features, weight, bias, targets, target_table, map_weights, consistency_weight, int(p), twin_of(twin_map),
-             both_views, mean, with_maps, save_residual, save_pooled, save_cam_grad);
+  return run(features, weight, bias, targets, target_table, map_weights, consistency_weight, int(p),
+             twin_map_on(twin_map, features.size(2), features.size(3)), both_views, mean, with_maps, save_residual, save_pooled, save_cam_grad);
 }
 
 using HeadBackward = std::tuple<Tensor, Tensor, Tensor>;
@@ -489,7 +487,8 @@ HeadBackward head_backward(OptionalTensor d_loss, OptionalTensor d_classificatio
                            bool need_bias) {
   auto run = dtype == ScalarType::Double ? head_backward_as<double> : head_backward_as<float>;
   return run(d_loss, d_classification, d_consistency, d_logits, weight, targets, target_table, map_weights, logits,
-             residual, pooled, cam_grad, consistency_weight, int(p), twin_of(twin_map), both_views, mean, dtype,
+             residual, pooled, cam_grad, consistency_weight, int(p),
+             twin_map_on(twin_map, residual.size(2), residual.size(3)), both_views, mean, dtype,
              channels_last, need_features, need_weight, need_bias);
 }
 

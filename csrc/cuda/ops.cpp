@@ -118,8 +118,6 @@ class Ticket {
   unsigned* address_;
 };
 
-TwinMap twin_of(const std::vector<int64_t>& map) { return {map[0], map[1], map[2]}; }
-
 using HeadForward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 HeadForward head_forward(Tensor features, Tensor weight, OptionalTensor bias, OptionalTensor targets,
@@ -130,7 +128,7 @@ HeadForward head_forward(Tensor features, Tensor weight, OptionalTensor bias, Op
   const int64_t L = weight.size(0);
   const bool classified = targets.has_value();
   const Storage storage = storage_of(features.scalar_type());
-  const Geometry g = geometry(N, C, H, W, L, 2, is_channels_last(features), twin_of(twin_map));
+  const Geometry g = geometry(N, C, H, W, L, 2, is_channels_last(features), twin_map_on(twin_map, H, W));
   const Device device(features);
   const cudaStream_t stream = device.stream();
 
@@ -190,7 +188,7 @@ HeadBackward head_backward(OptionalTensor d_loss, OptionalTensor d_classificatio
   Tensor d_bias = output(weight, {L}, weight.scalar_type(), need_bias);
 
   BackwardParams params{};
-  params.g = geometry(N, C, H, W, L, 2, channels_last, twin_of(twin_map));
+  params.g = geometry(N, C, H, W, L, 2, channels_last, twin_map_on(twin_map, H, W));
   params.d_loss = upstream(d_loss), params.d_classification = upstream(d_classification);
   params.d_consistency = upstream(d_consistency), params.d_logits = data(d_logits);
   params.weight = parameter(weight);

@@ -13,7 +13,7 @@ from support import oracle
 from torch import Tensor
 
 import rebalfer_kernels as rk
-from rebalfer_kernels.transforms import twin_map
+from rebalfer_kernels.transforms import TWIN_MAPS
 
 CUDA = emulate.CSRC / "cuda"
 STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -60,7 +60,7 @@ class Case:
         self.table, self.v = rk.target_table(weights) * 1.25, weights.sqrt()
 
     def geometry(self, transform="hflip", views=2, n=None):
-        twin = torch.tensor(twin_map(transform, self.h, self.w))
+        twin = torch.tensor(TWIN_MAPS[transform].on(self.h, self.w))
         n = self.n if n is None else n
         return STORAGE[self.dtype], n, self.c, self.h, self.w, self.classes, views, int(self.channels_last), twin
 

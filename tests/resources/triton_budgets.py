@@ -82,7 +82,7 @@ def launched(case: Case, arch: str) -> list[tuple[Any, tuple[Any, ...], dict[str
         b = torch.empty(case.classes, dtype=weight_dtype, **meta)
         y = torch.empty(2, dtype=torch.int64, **meta)
         table, v = torch.empty(case.classes, case.classes, **meta), torch.empty(case.classes, **meta)
-        twin = transforms.twin_map("hflip", case.side, case.side)
+        twin = transforms.TWIN_MAPS["hflip"]
         options = (2.0, 2, twin, True, case.every_kernel)
         _, _, _, logits, maps, *saved = triton_ops.head_forward(
             f, w, b, y, table, v, *options, False, True, True, case.every_kernel
