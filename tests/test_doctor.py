@@ -9,21 +9,24 @@ import pytest
 import torch
 
 import rebalfer_kernels as rk
-from rebalfer_kernels import bounded, dispatch, doctor, ops
+from rebalfer_kernels import dispatch, ops
 from rebalfer_kernels.__main__ import main
 from rebalfer_kernels.backend import BACKENDS, Verdict
+from rebalfer_kernels.doctor import bounded, cases, environment, examination, report, selfcheck
 
 CPU = pytest.mark.skipif(rk.backends()["cpu"] != "available", reason=rk.backends()["cpu"])
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    def once(run, device):
-        run()
+    def once(call, device, **_):
+        call()
         return 0.01
 
-    monkeypatch.setattr(doctor, "PAPER", doctor.SMALL)
-    monkeypatch.setattr(doctor, "_median_seconds", once)
+    for module in (examination, selfcheck):
+        monkeypatch.setattr(module, "PAPER", cases.SMALL)
+    for module in (environment, selfcheck):
+        monkeypatch.setattr(module, "median_seconds", once)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -35,11 +38,11 @@ def test_a_right_backend_is_well(backend, tmp_path, capsys):
     file = tmp_path / "report.json"
     assert main(["doctor", "--backend", backend, "--json", str(file)]) == 0
     result = json.loads(file.read_text())
-    (report,) = result["backends"]
-    rows = [r for r in report["rows"] if r["device"] == "cpu"]
+    (found,) = result["backends"]
+    rows = [r for r in found["rows"] if r["device"] == "cpu"]
     assert {(r["op"], r["dtype"], r["layout"]) for r in rows if r["state"] == "right"} == {
         (op, dtype, layout)
-        for op, (kind, *_) in doctor.OPERATIONS.items()
+        for op, (kind, *_) in cases.OPERATIONS.items()
         for dtype in ("float32", "bfloat16", "float16", "float64")
         for layout in (("rows",) if kind == "cross_entropy" else ("nchw", "channels_last"))
     }
@@ -47,11 +50,11 @@ def test_a_right_backend_is_well(backend, tmp_path, capsys):
         assert row["outputs"] <= row["limits"][0]
         assert 0 <= row["gradients"] <= row["limits"][1]
         assert row["ms"] > 0
-        assert row["share_of_copy"] == pytest.approx(row["gb_per_s"] / report["copy_gb_per_s"]["cpu"])
+        assert row["share_of_copy"] == pytest.approx(row["gb_per_s"] / found["copy_gb_per_s"]["cpu"])
     assert result["environment"]["torch"] == torch.__version__
     out = capsys.readouterr().out
     assert f"torch             {torch.__version__}" in out
-    assert f"all is well: {len(report['rows'])} right" in out
+    assert f"all is well: {len(found['rows'])} right" in out
 
 
 #: (operator, its output, what the doctor calls it); the two heads share the first three.
@@ -115,8 +118,8 @@ def test_what_a_backend_does_not_serve_is_not_wrong(monkeypatch, capsys):
 
 
 def test_a_backend_that_dies_or_hangs_does_not_stop_the_others(monkeypatch, tmp_path, capsys):
-    part = doctor.examine("reference", 0.0) | {"unchecked": 35, "at": "maps, float16, nchw on cuda"}
-    good = doctor.examine("reference", 0.0) | {"unchecked": 0}
+    part = examination.examine("reference", 0.0) | {"unchecked": 35, "at": "maps, float16, nchw on cuda"}
+    good = examination.examine("reference", 0.0) | {"unchecked": 0}
     file = tmp_path / "report.json"
     script = tmp_path / "python"  # called as: python -c CODE BACKEND SECONDS FILE
     script.write_text(
@@ -143,11 +146,11 @@ def test_a_backend_that_dies_or_hangs_does_not_stop_the_others(monkeypatch, tmp_
 
 
 def test_a_backend_is_checked_in_a_process_of_its_own(tmp_path):
-    report = doctor.examine_apart("nonsense", time.monotonic() + 100, 1)
+    report = examination.examine_apart("nonsense", 100)
     assert (report["failure"], report["at"]) == ("exit status 1", "loading")
     assert report["output"].endswith("KeyError: 'nonsense'\n")
     file = tmp_path / "report.json"
-    doctor.examine_into("reference", str(time.time() + 0.5), str(file))
+    examination.examine_into("reference", str(time.time() + 0.5), str(file))
     report = json.loads(file.read_text())
     assert report["rows"][0]["state"] == "right" and report["at"] is None
     assert len(report["rows"]) + report["unchecked"] == 36
@@ -198,9 +201,10 @@ def test_build_prints_the_library(capsys):
 
 def test_the_environment_survives_a_broken_installation(monkeypatch):
     monkeypatch.setenv("CXX", "/nonexistent/g++")
-    monkeypatch.setattr(doctor, "_gpus", lambda: 1 / 0)
-    found = doctor.environment()
+    monkeypatch.setattr(environment, "_gpus", lambda: 1 / 0)
+    found = environment.environment()
     assert found["compiler"] is None and found["gpus"] is None
     assert found["settings"]["CXX"] == "/nonexistent/g++"
-    result = {"environment": found, "cache": {"directory": "~", "files": 0, "bytes": 0}, "backends": []}
-    assert "gpus              none" in doctor._heading(result)
+    lines = report.heading(found).splitlines()
+    assert f"torch             {torch.__version__}" in lines
+    assert not any(line.startswith(("compiler", "gpus")) for line in lines)
