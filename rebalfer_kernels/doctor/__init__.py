@@ -20,7 +20,7 @@ from . import environment
 from .examination import examine, examine_apart
 from .report import as_json, heading, healthy, section, verdict
 
-SUMMARY = "check this machine's backends against float64; the text is for a bug report"
+SUMMARY = "compare this machine's backends with float64, as text for a bug report"
 LIMIT_S = 110.0  #: of the whole command
 
 
@@ -28,10 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of the command ``doctor``."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything as JSON")
     parser.add_argument("--backend", choices=list(BACKENDS), help="check only this one, in this process")
-    parser.add_argument(
-        "--seconds", type=float, default=LIMIT_S, help="time limit of the whole; reports what it leaves unchecked"
-    )
-    parser.add_argument("--clear-cache", action="store_true", help="remove the native build's files, check nothing")
+    parser.add_argument("--seconds", type=float, default=LIMIT_S, help="time limit; reports what is left unchecked")
+    parser.add_argument("--clear-cache", action="store_true", help="only remove the files of the native build")
 
 
 def main(options: argparse.Namespace) -> int:

@@ -112,11 +112,24 @@ OPERATIONS = {
 }
 
 
-def combinations(dtypes: Iterable[torch.dtype]) -> list[tuple[str, torch.dtype, str]]:
-    """(operation, dtype, layout), dtype by dtype."""
+class Combination(NamedTuple):
+    """One row of the report."""
+
+    backend: str
+    device: str
+    op: str  #: a name of OPERATIONS
+    dtype: torch.dtype
+    layout: str  #: "nchw" or "channels_last", "rows" for the cross-entropy
+
+    def __str__(self) -> str:
+        return f"{self.op}, {str(self.dtype).removeprefix('torch.')}, {self.layout} on {self.device}"
+
+
+def combinations(backend: str, device: str, dtypes: Iterable[torch.dtype]) -> list[Combination]:
+    """Every operation in every layout, dtype by dtype."""
     return [
-        (name, dtype, layout)
+        Combination(backend, device, op, dtype, layout)
         for dtype in dtypes
-        for name, operation in OPERATIONS.items()
+        for op, operation in OPERATIONS.items()
         for layout in (("rows",) if operation.kind == "cross_entropy" else ("nchw", "channels_last"))
     ]

@@ -17,7 +17,7 @@ import torch
 from .. import native
 from ..backend import AVAILABLE, BACKENDS
 from . import bounded
-from .cases import ODD, PAPER, SMALL, combinations
+from .cases import ODD, PAPER, SMALL, Combination, combinations
 from .environment import copy_gb_per_s, without_home
 from .report import as_json
 from .selfcheck import LIMITS, check, in_short, time_call
@@ -38,16 +38,16 @@ def examine(backend: str, seconds: float, progress: Callable[[dict], object] = l
     report |= _load(backend)
     if report["reason"] != AVAILABLE.reason:
         return report
-    todo = [(device, *combination) for device in BACKENDS[backend].devices() for combination in combinations(LIMITS)]
-    report["unchecked"] = len(todo)
-    for device, name, dtype, layout in todo:
+    cases = [case for device in BACKENDS[backend].devices() for case in combinations(backend, device, LIMITS)]
+    report["unchecked"] = len(cases)
+    for case in cases:
         if time.monotonic() > end:
             break
-        report["at"] = f"{name}, {dtype}, {layout} on {device}".replace("torch.", "")
+        report["at"] = str(case)
         progress(report)
-        if device not in report["copy_gb_per_s"]:
-            report["copy_gb_per_s"][device] = _copy_or_none(device)
-        report["rows"].append(_row(backend, device, name, dtype, layout, report["copy_gb_per_s"][device]))
+        if case.device not in report["copy_gb_per_s"]:
+            report["copy_gb_per_s"][case.device] = _copy_or_none(case.device)
+        report["rows"].append(_row(case, report["copy_gb_per_s"][case.device]))
         report["unchecked"] -= 1
     report["at"] = None
     return report
@@ -72,14 +72,14 @@ def _copy_or_none(device: str) -> float | None:
     return None
 
 
-def _row(backend: str, device: str, name: str, dtype: torch.dtype, layout: str, copy: float | None) -> dict:
+def _row(case: Combination, copy: float | None) -> dict:
     """A combination's row, timed if it is right and compiled."""
-    interpreted = BACKENDS[backend].interpreted()
-    row = check(backend, device, name, dtype, layout, (SMALL if interpreted else PAPER, ODD))
+    interpreted = BACKENDS[case.backend].interpreted()
+    row = check(case, (SMALL if interpreted else PAPER, ODD))
     if row["state"] != "right" or interpreted:
         return row
     try:
-        seconds, moved = time_call(backend, device, name, dtype, layout)
+        seconds, moved = time_call(case)
     except torch.OutOfMemoryError:
         return row | {"note": "not timed: out of memory"}
     except Exception as error:  # a large size that fails where the small one was right

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import functional, reference
 from ..backend import BACKENDS
-from .cases import OPERATIONS, PAPER, Inputs, Size, random_inputs
+from .cases import OPERATIONS, PAPER, Combination, Inputs, Size, random_inputs
 from .timing import median_seconds
 
 
@@ -41,12 +42,12 @@ class Truth(NamedTuple):
 
 
 @functools.lru_cache(maxsize=2)  # a row's two sizes: the next row, of another layout, has the same truth
-def truth(name: str, size: Size, dtype: torch.dtype) -> Truth:
+def truth(op: str, size: Size, dtype: torch.dtype) -> Truth:
     """Outputs and gradients of the reference, with random upstreams of either sign.
 
     They are of order 1000, as under GradScaler: a float16 gradient would be subnormal otherwise.
     """
-    operation, x = OPERATIONS[name], random_inputs(size, dtype)
+    operation, x = OPERATIONS[op], random_inputs(size, dtype)
     exact = Inputs(*(t.detach().double() if t.is_floating_point() else t for t in x))
     leaves = [getattr(exact, leaf).requires_grad_() for leaf in operation.leaves]
     outputs = operation.outputs(reference, exact)
@@ -59,10 +60,10 @@ def truth(name: str, size: Size, dtype: torch.dtype) -> Truth:
     )
 
 
-def errors(name: str, x: Inputs, exact: Truth, backend: str) -> tuple[dict[str, float], dict[str, float]]:
+def errors(case: Combination, x: Inputs, exact: Truth) -> tuple[dict[str, float], dict[str, float]]:
     """Relative L2 errors of each output and of each gradient."""
-    operation = OPERATIONS[name]
-    outputs = operation.outputs(functional, x, backend=backend)
+    operation = OPERATIONS[case.op]
+    outputs = operation.outputs(functional, x, backend=case.backend)
     upstreams = [u.to(outputs[k].device, outputs[k].dtype) for k, u in exact.upstreams.items()]
     leaves = [getattr(x, leaf) for leaf in operation.leaves]
     gradients = torch.autograd.grad([outputs[k] for k in exact.upstreams], leaves, upstreams)
@@ -79,26 +80,27 @@ def _relative_error(got: Tensor, exact: Tensor) -> float:
     return error if math.isfinite(error) else math.inf
 
 
-def check(backend: str, device: str, name: str, dtype: torch.dtype, layout: str, sizes: tuple[Size, ...]) -> dict:
-    """One row of the report: the worst errors over ``sizes``, and whether they keep the limits."""
-    row: dict[str, Any] = {"backend": backend, "device": device, "op": name, "layout": layout}
-    row |= {"dtype": str(dtype).removeprefix("torch."), "limits": LIMITS[dtype], "outputs": None, "gradients": None}
+def check(case: Combination, sizes: Iterable[Size]) -> dict:
+    """A row of the report: the worst errors over ``sizes``, and whether they keep the limits."""
+    row = case._asdict() | {"dtype": str(case.dtype).removeprefix("torch."), "limits": LIMITS[case.dtype]}
+    row |= {"outputs": None, "gradients": None}
     try:
-        return row | _judged(backend, device, name, dtype, layout, sizes)
+        return row | _judged(case, sizes)
     except Exception as error:  # whatever a backend does, the others must still be checked
         return row | {"state": "failed", "note": in_short(error)}
 
 
-def _judged(backend: str, device: str, name: str, dtype: torch.dtype, layout: str, sizes: tuple[Size, ...]) -> dict:
+def _judged(case: Combination, sizes: Iterable[Size]) -> dict:
     worst: tuple[dict[str, float], dict[str, float]] = ({}, {})
     for size in sizes:
-        x = random_inputs(size, dtype, layout, device)
-        served, reason = BACKENDS[backend].answer(OPERATIONS[name].request(x)._replace(forced=True))
+        x = random_inputs(size, case.dtype, case.layout, case.device)
+        served, reason = BACKENDS[case.backend].answer(OPERATIONS[case.op].request(x)._replace(forced=True))
         if not served:
             return {"state": "not served", "note": reason}
-        for seen, new in zip(worst, errors(name, x, truth(name, size, dtype), backend), strict=True):
+        for seen, new in zip(worst, errors(case, x, truth(case.op, size, case.dtype)), strict=True):
             seen |= {k: max(e, seen.get(k, 0.0)) for k, e in new.items()}
-    wrong = {k: e for seen, limit in zip(worst, LIMITS[dtype], strict=True) for k, e in seen.items() if e > limit}
+    limited = zip(worst, LIMITS[case.dtype], strict=True)
+    wrong = {k: e for seen, limit in limited for k, e in seen.items() if e > limit}
     outputs, gradients = (max(seen.values()) for seen in worst)
     return {
         "outputs": _finite(outputs),
@@ -118,19 +120,19 @@ def in_short(error: BaseException) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"[:300]
 
 
-def time_call(backend: str, device: str, name: str, dtype: torch.dtype, layout: str) -> tuple[float, int]:
+def time_call(case: Combination) -> tuple[float, int]:
     """Median seconds of one forward and backward, and the bytes that it must at least move."""
-    operation, x = OPERATIONS[name], random_inputs(PAPER, dtype, layout, device)
-    if device == "cuda":
-        x = _repeated(x, layout)
+    operation, x = OPERATIONS[case.op], random_inputs(PAPER, case.dtype, case.layout, case.device)
+    if case.device == "cuda":
+        x = _repeated(x, case.layout)
     leaves = [getattr(x, leaf) for leaf in operation.leaves]
 
     def once() -> None:
-        first, *_ = operation.outputs(functional, x, backend=backend).values()
+        first, *_ = operation.outputs(functional, x, backend=case.backend).values()
         torch.autograd.grad(first, leaves, torch.ones_like(first))
 
     moved = x.logits if operation.kind == "cross_entropy" else x.features
-    return median_seconds(once, device), 2 * moved.nbytes
+    return median_seconds(once, case.device), 2 * moved.nbytes
 
 
 def _repeated(x: Inputs, layout: str) -> Inputs:
