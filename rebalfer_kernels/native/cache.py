@@ -5,10 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from .tools import BuildError
 
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
+
+SHIPPED = Path(__file__).with_name("shipped")  #: the libraries of a wheel that was built with them
 _NAME = re.compile(r"rebalfer_(cpu|cuda)_[0-9a-f]{20}\.(so|refused)|(cpu|cuda)\.lock")
 
 
@@ -52,3 +59,16 @@ def clear_cache() -> tuple[int, int]:
         with contextlib.suppress(OSError):  # it holds something else
             folder.rmdir()
     return len(files), size
+
+
+@contextlib.contextmanager
+def lock(directory: Path, part: str) -> Iterator[None]:
+    """Hold the right to build a part in this directory, once no other process does."""
+    if fcntl is None:
+        raise BuildError("not built: that needs a POSIX system, and this Python has no fcntl")
+    directory.mkdir(parents=True, exist_ok=True)
+    if os.statvfs(directory).f_flag & getattr(os, "ST_NOEXEC", 0):
+        raise OSError("it is mounted noexec, so no library can be loaded from it")
+    with open(directory / f"{part}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -24,16 +24,26 @@ def find_compiler() -> list[str]:
     Raises:
         ToolMissing: none is installed, or not the one that ``CXX`` names, which no other replaces.
     """
-    wanted = os.environ.get("CXX", "").strip()
-    if not wanted:
-        return [_first(("g++", "c++"), "no C++ compiler found (g++ or c++ on PATH; CXX names another)")]
-    if _found(wanted):  # its path may contain spaces
-        return [_first([wanted], "")]
+    words = _cxx()
+    if not words:
+        return [_first(["g++", "c++"], "no C++ compiler found (g++ or c++ on PATH; CXX names another)")]
+    otherwise = f"CXX: got {os.environ['CXX']!r}, but {words[0]!r} is not on PATH or not an executable file"
+    return [_first(words[:1], otherwise), *words[1:]]
+
+
+def compiler_options() -> list[str]:
+    """The options in ``CXX``: flags of a library like any other, whichever program takes them."""
+    return [word for word in _cxx()[1:] if word.startswith("-")]
+
+
+def _cxx() -> list[str]:
+    value = os.environ.get("CXX", "").strip()
+    if shutil.which(value):  # a path with spaces in it
+        return [value]
     try:
-        program, *options = shlex.split(wanted)
+        return shlex.split(value)
     except ValueError as error:
-        raise ToolMissing(f"CXX: got {wanted!r}, which cannot be split into words: {error}") from None
-    return [_first([program], f"CXX: got {wanted!r}, but {program!r} is not an executable or not on PATH"), *options]
+        raise ToolMissing(f"CXX: got {value!r}, expected a command: {error}") from None
 
 
 def find_nvcc() -> str:
