@@ -166,6 +166,16 @@ def test_interpreted_kernels_are_checked_at_a_small_size_and_not_timed(monkeypat
     assert sizes == {cases.SMALL, cases.ODD}
 
 
+def test_a_library_that_does_not_load_is_reported_with_cause_and_mend(monkeypatch, tmp_path):
+    (tmp_path / native.cpu_recipe().name()).write_text("no library")
+    monkeypatch.setenv("REBALFER_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("REBALFER_BUILD", "0")
+    monkeypatch.setattr(native, "load", native.load.__wrapped__)  # it keeps its first answer
+    text = report.section(examination.examine("cpu", 100))
+    assert text.startswith("\ncpu: the library cannot be loaded: ")
+    assert text.endswith(".so: file too short (not built anew: REBALFER_BUILD=0)")
+
+
 def test_why_a_backend_is_absent_is_shown_in_full():
     found = {"backend": "cpu", "reason": "building failed\nx.cpp:3: error", "load_s": 9.0, "rows": [], "unchecked": 0}
     assert report.section(found | {"output": "warning\nmore\n"}).splitlines() == [
