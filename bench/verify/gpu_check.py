@@ -19,8 +19,10 @@ from typing import NamedTuple
 
 from rebalfer_kernels import bounded, doctor
 
-from .gpu_goals import goals, whole_run_goals
-from .op import ROOT, version, write_json
+from ..baselines import fused_backends
+from ..goals import judged
+from ..goals import summary as goal_summary
+from ..results import ROOT, version, write
 
 PYTHON = sys.executable
 #: Kept of a step's output in summary.json, characters.
@@ -49,6 +51,7 @@ def steps(out: Path, device: str) -> list[Step]:
     no_sanitizer = no_gpu or (None if Path(sanitizer).exists() else "compute-sanitizer is not installed")
     no_pytest = no_gpu or (None if importlib.util.find_spec("pytest") else "pytest is not installed")
 
+    kernels = fused_backends("cuda")
     built = {"REBALFER_BUILD": "0"}  # what could not be built in its own step is not tried again in every other
 
     def tests(backend: str, share: float) -> Step:
@@ -64,7 +67,7 @@ def steps(out: Path, device: str) -> list[Step]:
         command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
         if tool == "memcheck":  # PyTorch asks the driver for things it may refuse
             command += ["--report-api-errors", "no"]
-        command += [PYTHON, "-m", "bench.every_op", "--small", "cuda", "triton"]
+        command += [PYTHON, "-m", "bench.verify.every_op", "--small", *kernels]
         # Every tensor an allocation of its own, or an access beyond one falls into another.
         own = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **built}
         return Step(tool, share, lambda _: command, "sanitizer.txt", no_sanitizer, own, {9: "errors found"})
@@ -77,7 +80,7 @@ def steps(out: Path, device: str) -> list[Step]:
             lambda _: [PYTHON, "-c", "from rebalfer_kernels import native; print(native.build('cuda'))"], skip=no_gpu,
         ),
         Step(
-            "every op", 0.2, lambda _: [PYTHON, "-m", "bench.every_op", "cuda", "triton"], "every-op.txt", no_gpu,
+            "every op", 0.2, lambda _: [PYTHON, "-m", "bench.verify.every_op", *kernels], "every-op.txt", no_gpu,
             built, {1: "a result is wrong, see every-op.txt"},
         ),
         Step(
@@ -86,8 +89,7 @@ def steps(out: Path, device: str) -> list[Step]:
                            f"{max(0.9 * limit - 10, 1):.0f}"],
             "doctor.txt", None, built, {1: "something is wrong or unchecked, see doctor.txt"},
         ),
-        tests("cuda", 0.2),
-        tests("triton", 0.25),
+        *(tests(name, 0.2 / (1 - 0.2 * earlier)) for earlier, name in enumerate(kernels)),  # the same time each
         Step(
             "op", 0.45,
             lambda limit: [*bench, "op", "--device", "cuda", "--seconds", "1.5", "--limit", f"{0.9 * limit:.0f}",
@@ -128,7 +130,7 @@ def run(out: Path, device: str, seconds: float, todo: list[Step]) -> dict:
         summary["steps"].append(record)
         summary["goals"] = all_goals(out)
         summary["files"] = sorted(p.name for p in out.iterdir() if p.is_file())
-        write_json(summary, out / "summary.json")
+        write(summary, out / "summary.json")
         print(f"{record['step']:<11} {record['state']} {record['reason'] or ''}", flush=True)
     return summary
 
@@ -142,7 +144,7 @@ def perform(step: Step, limit: float, out: Path) -> dict:
     try:
         log = out / step.log if step.log else None
         outcome = bounded.run(command, limit, environment=environment, directory=ROOT, log=log)
-    except OSError as error:  # the program is not there after all
+    except OSError as error:  # the program does not exist after all
         outcome = bounded.Outcome(127, str(error), 0.0)
     meaning = step.statuses.get(outcome.status) if outcome.status else None
     state = "passed" if outcome.failure is None else "stopped" if outcome.status is None else "failed"
@@ -155,13 +157,14 @@ def perform(step: Step, limit: float, out: Path) -> dict:
 
 def all_goals(out: Path) -> list[dict]:
     """Every goal of DESIGN section 6 for a GPU, from the result files in ``out``; without them, not met."""
-    judged = []
-    for pattern, without in (("op-cuda-*.json", goals([])), ("step-cuda-*.json", whole_run_goals(None))):
+    goals = []
+    for program in ("op", "step"):
         try:
-            judged += json.loads(max(out.glob(pattern), key=lambda p: p.stat().st_mtime).read_text())["goals"]
-        except (ValueError, OSError, KeyError):  # there is none, or not a whole one
-            judged += without
-    return judged
+            newest = max(out.glob(f"{program}-cuda-*.json"), key=lambda p: p.stat().st_mtime)
+            goals += json.loads(newest.read_text())["goals"]
+        except (ValueError, OSError, KeyError):  # none is written yet, or not a whole one
+            goals += judged(program, {"kind": "cuda", "rows": []})
+    return goals
 
 
 def table(summary: dict) -> str:
@@ -169,11 +172,7 @@ def table(summary: dict) -> str:
     lines = [f"{summary['device']}, driver {summary['driver']}, torch {summary['torch']}, commit {summary['commit']}"]
     for step in summary["steps"]:
         lines.append(f"{step['step']:<11} {step['state']:<8} {step['seconds']:6.1f} s  {step['reason'] or ''}".rstrip())
-    for goal in summary["goals"]:
-        figure = "not measured" if goal["figure"] is None else f"{goal['figure']:.3g}{goal['unit']}"
-        met = "met" if goal["met"] else "NOT"
-        lines.append(f"{met} {goal['goal']}: {figure} ({goal['sense']} {goal['bound']:g}{goal['unit']})")
-    return "\n".join(lines)
+    return "\n".join([*lines, *map(goal_summary, summary["goals"])])
 
 
 def main(out: Path, device: str, seconds: float, only: list[str] | None = None) -> int:

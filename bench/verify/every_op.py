@@ -1,7 +1,7 @@
 """Every operation of some backends once, forward and backward.
 
-    python -m bench.every_op cuda triton      at the doctor's sizes, in several processes, which warm Triton's cache
-    compute-sanitizer --tool memcheck --error-exitcode 9 python -m bench.every_op --small cuda triton
+    python -m bench.verify.every_op cuda triton      at the doctor's sizes; several processes warm Triton's cache
+    compute-sanitizer --tool memcheck --error-exitcode 9 python -m bench.verify.every_op --small cuda triton
 
 Results are compared with float64 as in the doctor; the exit status is 1 if one is wrong.
 """
@@ -30,14 +30,14 @@ def _check(sizes: tuple[doctor.Size, ...], device: str, combination: tuple) -> d
 
 
 def main(backends: Sequence[str], device: str, small: bool, processes: int = 1) -> int:
-    """Run the operations of these backends, those that are there; the exit status."""
-    there = []
+    """Run the operations of these backends, those that are available; the exit status."""
+    available = []
     for backend in backends:
         reason = rk.backends()[backend]
         print(f"{backend}: {reason}", flush=True)
-        there += [backend] if reason == "available" else []
+        available += [backend] if reason == "available" else []
     check = functools.partial(_check, (doctor.SMALL if small else doctor.PAPER, doctor.ODD), device)
-    todo = [(backend, *combination) for backend in there for combination in doctor.combinations(DTYPES)]
+    todo = [(backend, *combination) for backend in available for combination in doctor.combinations(DTYPES)]
     wrong = False
     with contextlib.ExitStack() as stack:
         rows: Iterable[dict] = map(check, todo)
@@ -46,13 +46,13 @@ def main(backends: Sequence[str], device: str, small: bool, processes: int = 1) 
             rows = pool.imap(check, todo)
         for row in rows:
             wrong |= row["state"] in ("wrong", "failed")
-            told = f"{row['backend']}, {row['op']}, {row['dtype']}, {row['layout']}: {row['state']} {row['note']}"
-            print(told.rstrip(), flush=True)
+            combination = ", ".join(row[key] for key in ("backend", "op", "dtype", "layout"))
+            print(f"{combination}: {row['state']} {row['note']}".rstrip(), flush=True)
     return int(wrong)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m bench.every_op", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.verify.every_op", description=__doc__.splitlines()[0])
     parser.add_argument("backends", nargs="+")
     parser.add_argument("--small", action="store_true", help="at small sizes, in one process: for a sanitizer")
     options = parser.parse_args()
