@@ -7,10 +7,11 @@ one by one from Python, so at small sizes it is the host's time.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 
 import rebalfer_kernels as rk
 from rebalfer_kernels.backend import BACKENDS
-from rebalfer_kernels.doctor import copy_gb_per_s
+from rebalfer_kernels.doctor.environment import copy_gb_per_s
 
 from . import baselines, goals, measure, results
 from .baselines import Formulation
@@ -58,22 +59,10 @@ def run(
     end in time, by the longest so far, is left out and named. ``kind`` is "cpu", "cuda" or "rehearsal", a GPU's
     program on a CPU; ``memory`` says how malloc was set when the process began and is only written down.
     """
-    end = time.monotonic() + limit
-    found = results.environment(kind)
-    print({key: value for key, value in found.items() if key != "backends"})
-    result: dict[str, Any] = {
-        **found, "memory": memory, "l2_bytes": clock.l2_bytes(), "copy_gb_per_s": None,
-        "served_by": {}, "rows": [], "rejected": [], "errors": [], "left_out": [], "goals": [],
-        "bfloat16_over_float32": {}, "foreign_cores": [], "quiet": False,
-    }  # fmt: skip
+    end, longest = time.monotonic() + limit, 0.0
+    result = _begin(kind, cases[0].device, clock, memory)
     path = directory / results.file_name("op", result)
-    meter = LoadMeter()
-    try:
-        result["copy_gb_per_s"] = copy_gb_per_s(cases[0].device)
-    except Exception as error:
-        result["errors"].append({"case": "copy", "error": results.reason(error)})
-    result["foreign_cores"].append(meter.foreign_cores())
-    longest, proven = 0.0, {}
+    proven: dict[Case, dict[str, Formulation]] = {}
     for i, case in enumerate(cases):
         start = time.monotonic()
         if start + longest > end:
@@ -89,20 +78,46 @@ def run(
                 result["left_out"] += [later.name for later in cases[i + 1 :]]
                 break
         longest = max(longest, time.monotonic() - start)
-        result["goals"] = goals.judged("op", result)
-        results.write(result, path)
+        _save(result, path)
     else:
         if kind == "cpu":
-            meter = LoadMeter()
-            result["bfloat16_over_float32"] = bfloat16_over_float32(cases, seconds, clock)
-            result["foreign_cores"].append(meter.foreign_cores())
+            with _foreign_load(result):
+                result["bfloat16_over_float32"] = bfloat16_over_float32(cases, seconds, clock)
         else:  # last, as the profiler stays attached to the process
             for case, passed in proven.items():
                 if time.monotonic() < end:
                     count_launches(case, passed, [r for r in result["rows"] if r["case"] == case.name], clock)
     result["quiet"] = max(result["foreign_cores"]) <= FOREIGN_LIMIT
+    return result, _save(result, path)
+
+
+def _begin(kind: str, device: str, clock: Clock, memory: str | None) -> dict[str, Any]:
+    """A result without rows."""
+    found = results.environment(kind)
+    print({key: value for key, value in found.items() if key != "backends"})
+    result: dict[str, Any] = {
+        **found, "memory": memory, "l2_bytes": clock.l2_bytes(), "copy_gb_per_s": None, "served_by": {}, "rows": [],
+        "rejected": [], "errors": [], "left_out": [], "bfloat16_over_float32": {}, "foreign_cores": [], "quiet": False,
+    }  # fmt: skip
+    with _foreign_load(result):
+        try:
+            result["copy_gb_per_s"] = copy_gb_per_s(device)
+        except Exception as error:
+            result["errors"].append({"case": "copy", "error": results.reason(error)})
+    return result
+
+
+@contextlib.contextmanager
+def _foreign_load(result: dict[str, Any]) -> Iterator[None]:
+    """Record how many cores others kept busy within."""
+    meter = LoadMeter()
+    yield
+    result["foreign_cores"].append(meter.foreign_cores())
+
+
+def _save(result: dict[str, Any], path: Path) -> Path:
     result["goals"] = goals.judged("op", result)
-    return result, results.write(result, path)
+    return results.write(result, path)
 
 
 def _add(
@@ -116,22 +131,15 @@ def _add(
     errors, refused = baselines.prove(data, contenders)
     result["rejected"] += [{"case": case.name, **r} for r in refused]
     passed = {name: contenders[name] for name in errors}
-    meter = LoadMeter()
     timed = call_by_call if result["kind"] == "cpu" else in_graphs
-    rows = timed(case, data, passed, seconds, clock)
-    result["foreign_cores"].append(meter.foreign_cores())
+    with _foreign_load(result):
+        rows = timed(case, data, passed, seconds, clock)
     for row in rows:
         row["error"] = errors[row["contender"]]
-        print(f"  {row['contender']:<22} " + ", ".join(f"{p} {ms[1]:.4f} ms" for p, ms in _phases(row).items()))
-    print(f"  others kept {result['foreign_cores'][-1]:.2f} cores busy", flush=True)
+        print(f"  {row['contender']:<22} {goals.median_ms(row) or math.nan:9.4f} ms", flush=True)
     _compare(rows, case, result["copy_gb_per_s"])
     result["rows"] += rows
     return passed
-
-
-def _phases(row: Row) -> dict[str, list[float]]:
-    phases = {**{p: row.get(p) for p in measure.PHASES}, "eager": row.get("eager", {}).get("both")}
-    return {phase: ms for phase, ms in phases.items() if ms}
 
 
 def _compare(rows: list[Row], case: Case, copy: float | None) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import rebalfer_kernels as rk
-from rebalfer_kernels import doctor
+from rebalfer_kernels.doctor.environment import environment as machine
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).with_name("results")
@@ -22,15 +22,13 @@ RESULTS = Path(__file__).with_name("results")
 
 def environment(kind: str) -> dict[str, Any]:
     """Where and on what this runs, which a reader needs to repeat it; ``device`` is the GPU if ``kind`` is "cuda"."""
-    found = doctor.environment()
+    found = machine()
     pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    loaded = {k: v for k, v in os.environ.items() if k.startswith(("KMP_", "GLIBC_TUNABLES", "LD_PRELOAD"))}
     return {
         **found,
         "kind": kind,
         "device": torch.cuda.get_device_name() if kind == "cuda" else found["cpu"] or platform.machine(),
         "libc": " ".join(platform.libc_ver()),
-        "settings": {**(found["settings"] or {}), **loaded},
         "transparent_hugepage": pages.read_text().strip() if pages.exists() else None,
         "load_average": os.getloadavg(),
         "backends": rk.backends(),

@@ -18,32 +18,27 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-import rebalfer_kernels as rk
-from rebalfer_kernels import doctor
+from rebalfer_kernels.backend import BACKENDS
+from rebalfer_kernels.doctor.cases import ODD, PAPER, SMALL, Combination, combinations
+from rebalfer_kernels.doctor.selfcheck import check
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 
-def _check(sizes: tuple[doctor.Size, ...], device: str, combination: tuple) -> dict:
-    backend, name, dtype, layout = combination
-    return doctor.check(backend, device, name, dtype, layout, sizes)
-
-
 def main(backends: Sequence[str], device: str, small: bool, processes: int = 1) -> int:
     """Run the operations of these backends, those that are available; the exit status."""
-    available = []
+    todo: list[Combination] = []
     for backend in backends:
-        reason = rk.backends()[backend]
+        available, reason = BACKENDS[backend].available()
         print(f"{backend}: {reason}", flush=True)
-        available += [backend] if reason == "available" else []
-    check = functools.partial(_check, (doctor.SMALL if small else doctor.PAPER, doctor.ODD), device)
-    todo = [(backend, *combination) for backend in available for combination in doctor.combinations(DTYPES)]
+        todo += combinations(backend, device, DTYPES) if available else []
+    checked = functools.partial(check, sizes=(SMALL if small else PAPER, ODD))
     wrong = False
     with contextlib.ExitStack() as stack:
-        rows: Iterable[dict] = map(check, todo)
+        rows: Iterable[dict] = map(checked, todo)
         if processes > 1:
             pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(processes))
-            rows = pool.imap(check, todo)
+            rows = pool.imap(checked, todo)
         for row in rows:
             wrong |= row["state"] in ("wrong", "failed")
             combination = ", ".join(row[key] for key in ("backend", "op", "dtype", "layout"))

@@ -17,7 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from rebalfer_kernels import bounded, doctor
+from rebalfer_kernels.doctor import bounded
+from rebalfer_kernels.doctor.environment import environment
 
 from ..baselines import fused_backends
 from ..goals import judged
@@ -112,7 +113,7 @@ def run(out: Path, device: str, seconds: float, todo: list[Step]) -> dict:
     out.mkdir(parents=True, exist_ok=True)
     for name in {step.log for step in todo if step.log}:
         (out / name).unlink(missing_ok=True)
-    found = doctor.environment()
+    found = environment()
     gpus = found["gpus"] or []
     summary = {
         "kind": "gpu-check" if device == "cuda" else "rehearsal",
@@ -140,10 +141,10 @@ def perform(step: Step, limit: float, out: Path) -> dict:
     command = step.command(limit)
     # From a bare checkout, and what is printed before a step is stopped must be in its log.
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **step.environment}
+    settings = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **step.environment}
     try:
         log = out / step.log if step.log else None
-        outcome = bounded.run(command, limit, environment=environment, directory=ROOT, log=log)
+        outcome = bounded.run(command, limit, environment=settings, directory=ROOT, log=log)
     except OSError as error:  # the program does not exist after all
         outcome = bounded.Outcome(127, str(error), 0.0)
     meaning = step.statuses.get(outcome.status) if outcome.status else None
@@ -177,7 +178,7 @@ def table(summary: dict) -> str:
 
 def main(out: Path, device: str, seconds: float, only: list[str] | None = None) -> int:
     """Run the check, or ``only`` the steps of these names; 2 without a GPU, 1 if a step failed or was stopped."""
-    if device == "cuda" and not doctor.environment()["gpus"]:
+    if device == "cuda" and not environment()["gpus"]:
         print("error: PyTorch sees no GPU here (--device cpu rehearses the steps that need none)", file=sys.stderr)
         return 2
     out = out.resolve()
