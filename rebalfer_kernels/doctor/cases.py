@@ -40,22 +40,30 @@ class Inputs(NamedTuple):
     logits: Tensor  #: (N, L)
 
 
-def random_inputs(size: Size, dtype: torch.dtype, layout: str = "nchw", device: str = "cpu", seed: int = 0) -> Inputs:
-    """Random inputs, the same numbers on every device; losses and gradients are of order one.
+def random_inputs(
+    size: Size,
+    dtype: torch.dtype,
+    layout: str = "nchw",
+    device: str = "cpu",
+    generator: torch.Generator | None = None,
+) -> Inputs:
+    """Random inputs, by default the same numbers on every device; losses and gradients are of order one.
 
     Features and logits have ``dtype``, the others float32 as under autocast (float64 for float64). Features, weight,
-    bias and logits require a gradient. ``layout`` is "nchw" or "channels_last".
+    bias and logits require a gradient. ``layout`` is "nchw" or "channels_last". The numbers are drawn where the
+    ``generator`` is; None is one on the CPU with the seed 0.
 
     >>> x = random_inputs(ODD, torch.bfloat16, "channels_last")
     >>> x.features.shape, x.features.stride(1), x.weight.dtype
     (torch.Size([6, 37, 5, 3]), 1, torch.float32)
     """
-    g = torch.Generator().manual_seed(seed)
-    features = torch.randn(2 * size.N, size.C, size.H, size.W, generator=g).relu_()
+    g = generator or torch.Generator().manual_seed(0)
+    normal = functools.partial(torch.randn, generator=g, device=g.device)
+    features = normal(2 * size.N, size.C, size.H, size.W).relu_()
     if layout == "channels_last":
         features = features.contiguous(memory_format=torch.channels_last)
-    weight, bias = torch.randn(size.L, size.C, generator=g) / size.C**0.5, torch.randn(size.L, generator=g)
-    logits, targets = torch.randn(size.N, size.L, generator=g), torch.randint(0, size.L, (size.N,), generator=g)
+    weight, bias, logits = normal(size.L, size.C) / size.C**0.5, normal(size.L), normal(size.N, size.L)
+    targets = torch.randint(0, size.L, (size.N,), generator=g, device=g.device)
     B = effective_number_weights([round(1000 * 0.01 ** (i / size.L)) for i in range(size.L)])  # imbalance of about 100
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     return Inputs(
