@@ -1,4 +1,4 @@
-"""The same loss in the ways people write it, each from the formulas alone, and the proof that it is the same.
+"""The same loss in the ways people write it, each from only the formulas, and the proof that it is the same.
 
 A formulation takes a :class:`bench.cases.Problem` and returns the loss of Eq. 6 (p = 2, horizontal flip,
 both views, detached CAM weight). The exception is ``identity``, which reads and writes what any of them must and

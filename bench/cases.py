@@ -8,13 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import rebalfer_kernels as rk
+from rebalfer_kernels.doctor.cases import Size, random_inputs
 
 L, H, W = 7, 7, 7
 #: Inputs are rotated until this many times the L2 cache was read.
 TIMES_L2 = 3
-#: Training images per class: RAF-DB's long tail.
-CLASS_COUNTS = (1290, 281, 717, 4772, 1982, 705, 2524)
 
 
 class Case(NamedTuple):
@@ -37,7 +35,7 @@ class Case(NamedTuple):
 
     @property
     def group(self) -> str:
-        """Which of DESIGN's goals for a GPU the size is judged by: "paper's batch", "large" or none ("").
+        """Which of a GPU's goals apply to the size: those of the "paper's batch", of a "large" one, or neither ("").
 
         >>> [Case(n, c, "nchw", torch.bfloat16).group for n, c in ((64, 512), (64, 2048), (512, 2048))]
         ["paper's batch", '', 'large']
@@ -92,7 +90,7 @@ class Problem(NamedTuple):
     consistency_weight: float
 
     def options(self) -> dict[str, Any]:
-        """What the head takes by name."""
+        """The head's keyword arguments."""
         return dict(zip(self._fields[4:], self[4:], strict=True))
 
     def double(self) -> Problem:
@@ -102,25 +100,12 @@ class Problem(NamedTuple):
         return Problem(features, weight, bias, self.targets, table, map_weights, self.consistency_weight)
 
 
-def problem(case: Case, seed: int = 0) -> Problem:
-    """Random tensors of a case; losses and gradients of order one, so that a wrong factor shows in any of them.
-
-    They are drawn on the device: a GPU's largest case takes a CPU a second.
-    """
-    random = torch.Generator(case.device).manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=random, device=case.device)
-
-    features = normal(2 * case.N, case.C, H, W).relu_()
-    if case.layout == "channels_last":
-        features = features.contiguous(memory_format=torch.channels_last)
-    leaves = (features, normal(L, case.C) / case.C**0.5, normal(L))
-    features, weight, bias = (t.to(case.dtype).requires_grad_() for t in leaves)
-    targets = torch.randint(0, L, (case.N,), generator=random, device=case.device)
-    B = rk.effective_number_weights(CLASS_COUNTS)
-    table, map_weights = rk.target_table(B).to(case.device), B.sqrt().to(case.device)
-    return Problem(features, weight, bias, targets, table, map_weights, consistency_weight=2.0)
+def problem(case: Case) -> Problem:
+    """The doctor's random tensors in a case's size, drawn on its device: drawing a GPU's largest on a CPU takes 2 s."""
+    generator = torch.Generator(case.device).manual_seed(0)
+    x = random_inputs(Size(case.N, case.C, H, W, L), case.dtype, case.layout, case.device, generator)
+    weight, bias = (t.detach().to(case.dtype).requires_grad_() for t in (x.weight, x.bias))
+    return Problem(x.features, weight, bias, x.targets, x.target_table, x.map_weights, consistency_weight=2.0)
 
 
 def rotated(problem: Problem, l2_bytes: int) -> list[Problem]:

@@ -89,10 +89,8 @@ class Goal(NamedTuple):
         if known and len(known) == len(cases):
             figure = max(known) if self.sense == "at most" else min(known)
         met = figure is not None and (figure <= self.bound if self.sense == "at most" else figure >= self.bound)
-        return {
-            "goal": self.name, "sense": self.sense, "bound": self.bound, "unit": self.unit, "figure": figure,
-            "met": met, "cases": cases,
-        }  # fmt: skip
+        goal = {"goal": self.name, "sense": self.sense, "bound": self.bound, "unit": self.unit}
+        return {**goal, "figure": figure, "met": met, "cases": cases}
 
 
 PLAIN, BEST, RELEASED = "plain eager, compiled", "best eager, compiled", "released"

@@ -24,7 +24,6 @@ from .cases import Problem
 from .clocks import Clock, Mark
 from .results import reason
 
-PHASES = ("forward", "backward", "both")
 WARM_UP, MINIMUM = 3, 5  # rounds
 
 T = TypeVar("T")
@@ -59,13 +58,13 @@ def quartiles(samples: Sequence[float]) -> list[float]:
 
 
 def phases_ms(clock: Clock, runs: Mapping[str, Callable[[Mark], object]], seconds: float) -> dict[str, dict[str, Any]]:
-    """Quartiles of forward, backward and both, in ms, and the rounds they are of; each run marks its middle."""
+    """Quartiles of forward, backward and both, in ms, and the number of rounds; each run marks where backward begins."""
     timed = interleave({name: functools.partial(clock.intervals_ms, run) for name, run in runs.items()}, seconds)
-    figures = {}
+    figures: dict[str, dict[str, Any]] = {}
     for name, samples in timed.items():
-        forward, backward = zip(*samples, strict=True)
-        phases = (forward, backward, [f + b for f, b in samples])
-        figures[name] = {"rounds": len(samples), **dict(zip(PHASES, map(quartiles, phases), strict=True))}
+        forward, backward = (quartiles(phase) for phase in zip(*samples, strict=True))
+        both = quartiles([sum(sample) for sample in samples])
+        figures[name] = {"rounds": len(samples), "forward": forward, "backward": backward, "both": both}
     return figures
 
 
@@ -121,7 +120,7 @@ def graph_ms(
 
 
 def replay_ms(clock: Clock, replay: Callable[[], object]) -> float:
-    """Of the second of two replays: the first keeps the device busy while the host launches what is timed."""
+    """Milliseconds of the second of two replays: the first keeps the device busy while the host launches the second."""
 
     def run(mark: Mark) -> None:
         replay()

@@ -1,4 +1,4 @@
-"""The head's loss alone: prove every contender, time those that passed, judge the goals, one JSON file.
+"""The head's loss by itself: prove every contender, time those that passed, judge the goals, write one JSON file.
 
 A CPU's row holds ms of ``forward``, ``backward`` and ``both``, call by call. In a GPU's row ``forward`` and ``both``
 are ms per call of a CUDA graph of at least 20 over rotated buffers; ``eager`` is between events around calls launched
@@ -74,7 +74,7 @@ def run(
         except Exception as error:
             result["errors"].append({"case": case.name, "error": results.reason(error)})
             print(f"  failed: {results.reason(error)}", flush=True)
-            if isinstance(error, torch.AcceleratorError):  # of no use any more to this process
+            if isinstance(error, torch.AcceleratorError):  # the device cannot be used again by this process
                 result["left_out"] += [later.name for later in cases[i + 1 :]]
                 break
         longest = max(longest, time.monotonic() - start)
@@ -95,10 +95,9 @@ def _begin(kind: str, device: str, clock: Clock, memory: str | None) -> dict[str
     """A result without rows."""
     found = results.environment(kind)
     print({key: value for key, value in found.items() if key != "backends"})
-    result: dict[str, Any] = {
-        **found, "memory": memory, "l2_bytes": clock.l2_bytes(), "copy_gb_per_s": None, "served_by": {}, "rows": [],
-        "rejected": [], "errors": [], "left_out": [], "bfloat16_over_float32": {}, "foreign_cores": [], "quiet": False,
-    }  # fmt: skip
+    result = {**found, "memory": memory, "l2_bytes": clock.l2_bytes(), "copy_gb_per_s": None, "quiet": False}
+    result |= {name: [] for name in ("rows", "rejected", "errors", "left_out", "foreign_cores")}
+    result |= {"served_by": {}, "bfloat16_over_float32": {}}
     with _foreign_load(result):
         try:
             result["copy_gb_per_s"] = copy_gb_per_s(device)
@@ -179,10 +178,8 @@ def in_graphs(case: Case, data: Problem, passed: dict[str, Formulation], seconds
     eager = measure.phases_ms(clock, {name: rotation.both for name, rotation in rotations.items()}, seconds / 3)
     rows = []
     for name, rotation in rotations.items():
-        row: Row = {
-            "case": case.name, "group": case.group, "contender": name, "eager": eager[name],
-            "buffers": len(problems), "repetitions": repetitions, "launches": None, "errors": {},
-        }  # fmt: skip
+        row: Row = {"case": case.name, "group": case.group, "contender": name, "eager": eager[name], "errors": {}}
+        row |= {"buffers": len(problems), "repetitions": repetitions, "launches": None}
         _try(row, "host_ms", functools.partial(measure.host_ms, clock, rotation.both))
         rotation.clear()
         _try(row, "peak_extra_bytes", functools.partial(clock.peak_bytes, rotation.both))
@@ -226,7 +223,7 @@ def _try(row: Row, key: str, figure: Callable[[], object]) -> None:
 def bfloat16_over_float32(cases: Sequence[Case], seconds: float, clock: Clock) -> dict[str, float]:
     """Time of ours in bfloat16 over that in float32, by the float32 case, where both are among the cases.
 
-    The two take turns in one run: in those of their cases they have other neighbours, and so other pages.
+    The two take turns in a run of their own: in their cases' runs each has other neighbours, and so other pages.
     """
     ratios = {}
     for case in cases:

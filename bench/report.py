@@ -154,15 +154,13 @@ def _time(scale: float, ms: float | None, ours: float | None) -> str:
 
 
 def _details(result: Result) -> str:
-    header = ["case", "call by call", "host", "launches", "MB", "GB/s", "share of copy"]
+    columns = [("host_ms", 1e3, ".1f"), ("launches", 1, "d"), ("peak_extra_bytes", 1e-6, ".1f"), ("gb_per_s", 1, ".0f")]
+    columns.append(("share_of_copy", 1, ".0%"))
     lines = []
     for row in (row for row in result["rows"] if row["contender"] == "ours"):
-        figures = (
-            (row["eager"]["both"][1], 1e3, ".1f"), (row["host_ms"], 1e3, ".1f"), (row["launches"], 1, "d"),
-            (row["peak_extra_bytes"], 1e-6, ".1f"), (row["gb_per_s"], 1, ".0f"), (row["share_of_copy"], 1, ".0%"),
-        )  # fmt: skip
-        lines.append([row["case"], *("-" if x is None else format(x * scale, style) for x, scale, style in figures)])
-    return _table(header, lines)
+        cells = ["-" if row[key] is None else format(row[key] * scale, style) for key, scale, style in columns]
+        lines.append([row["case"], f"{1e3 * row['eager']['both'][1]:.1f}", *cells])
+    return _table(["case", "call by call", "host", "launches", "MB", "GB/s", "share of copy"], lines)
 
 
 def _goals(judged: list[dict[str, Any]]) -> str:

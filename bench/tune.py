@@ -15,7 +15,7 @@ from rebalfer_kernels import triton_tiles
 from rebalfer_kernels.triton_tiles import Row
 
 from . import baselines
-from .cases import Case, problem, rotated
+from .cases import Case, H, L, W, problem, rotated
 from .clocks import Clock
 from .measure import Rotation, replay_ms
 from .op import REPETITIONS
@@ -55,11 +55,8 @@ def main(case: Case, clock: Clock) -> str:
     from rebalfer_kernels import triton_ops
 
     tensors = problem(case)
-    of = triton_tiles.Problem(
-        case.C, tensors.features.shape[2] * tensors.features.shape[3], len(tensors.weight),
-        case.layout == "channels_last", case.dtype, triton_ops.arch(torch.cuda.current_device()),
-    )  # fmt: skip
-
+    arch = triton_ops.arch(torch.cuda.current_device())
+    of = triton_tiles.Problem(case.C, H * W, L, case.layout == "channels_last", case.dtype, arch)
     loss = functools.partial(baselines.ours, backend="triton")
 
     def results() -> tuple[torch.Tensor, ...]:
@@ -83,5 +80,5 @@ def main(case: Case, clock: Clock) -> str:
         return statistics.median(times) if close else float("inf")
 
     row, times = search(of, milliseconds)
-    told = ", ".join(f"{kind} {now:.4f} -> {best:.4f} ms" for kind, (now, best) in times.items())
-    return f"# {case.name} on {torch.cuda.get_device_name()}: {told} (the backward's with a forward)\n{row!r},"
+    times_ms = ", ".join(f"{kind} {now:.4f} -> {best:.4f} ms" for kind, (now, best) in times.items())
+    return f"# {case.name} on {torch.cuda.get_device_name()}: {times_ms} (the backward's with a forward)\n{row!r},"

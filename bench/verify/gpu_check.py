@@ -56,7 +56,7 @@ def steps(out: Path, device: str) -> list[Step]:
     built = {"REBALFER_BUILD": "0"}  # what could not be built in its own step is not tried again in every other
 
     def tests(backend: str, share: float) -> Step:
-        """A process for each backend: after a bad access nothing in a process is to be believed."""
+        """A process for each backend: after a bad access nothing in its process can be trusted."""
         command = [PYTHON, "-m", "pytest", "-m", "gpu", "-k", backend, "-o", "addopts=", "-v", "-rs", "--tb=short"]
         command += ["-p", "no:cacheprovider", "tests/gpu", "tests"]  # the GPU's own first
         if importlib.util.find_spec("xdist"):
@@ -75,7 +75,7 @@ def steps(out: Path, device: str) -> list[Step]:
 
     return [
         Step("build cpu", 0.25, lambda _: [PYTHON, "-m", "rebalfer_kernels", "build", "cpu"]),
-        # For the present GPU alone, as on first use: a quarter of what `build cuda` compiles.
+        # Only for the present GPU, as on first use: a quarter of what `build cuda` compiles.
         Step(
             "build cuda", 0.35,
             lambda _: [PYTHON, "-c", "from rebalfer_kernels import native; print(native.build('cuda'))"], skip=no_gpu,
@@ -119,8 +119,11 @@ def run(out: Path, device: str, seconds: float, todo: list[Step]) -> dict:
         "kind": "gpu-check" if device == "cuda" else "rehearsal",
         "device": gpus[0].split(",")[0] if device == "cuda" and gpus else found["cpu"],
         **{key: found[key] for key in ("gpus", "driver", "torch", "triton", "cuda", "python", "nvcc")},
-        **version(), "limit_s": seconds, "steps": [], "goals": all_goals(out),
-    }  # fmt: skip
+        **version(),
+        "limit_s": seconds,
+        "steps": [],
+        "goals": all_goals(out),
+    }
     for step in todo:
         left = end - time.monotonic()
         record = {"step": step.name, "state": "skipped", "reason": step.skip, "seconds": 0.0}
@@ -149,15 +152,13 @@ def perform(step: Step, limit: float, out: Path) -> dict:
         outcome = bounded.Outcome(127, str(error), 0.0)
     meaning = step.statuses.get(outcome.status) if outcome.status else None
     state = "passed" if outcome.failure is None else "stopped" if outcome.status is None else "failed"
-    return {
-        "state": state, "reason": meaning or outcome.failure, "seconds": round(outcome.seconds, 1),
-        "limit_s": round(limit, 1), "command": [part.replace(PYTHON, "python") for part in command],
-        "output": outcome.output[-TAIL:],
-    }  # fmt: skip
+    times = {"seconds": round(outcome.seconds, 1), "limit_s": round(limit, 1)}
+    shown = {"command": [part.replace(PYTHON, "python") for part in command], "output": outcome.output[-TAIL:]}
+    return {"state": state, "reason": meaning or outcome.failure, **times, **shown}
 
 
 def all_goals(out: Path) -> list[dict]:
-    """Every goal of DESIGN section 6 for a GPU, from the result files in ``out``; without them, not met."""
+    """Every goal for a GPU, from the result files in ``out``; without them, not met."""
     goals = []
     for program in ("op", "step"):
         try:
