@@ -58,7 +58,7 @@ def quartiles(samples: Sequence[float]) -> list[float]:
 
 
 def phases_ms(clock: Clock, runs: Mapping[str, Callable[[Mark], object]], seconds: float) -> dict[str, dict[str, Any]]:
-    """Quartiles of forward, backward and both, in ms, and the number of rounds; each run marks where backward begins."""
+    """Quartiles of forward, backward and both, in ms, and the number of rounds; runs mark where backward begins."""
     timed = interleave({name: functools.partial(clock.intervals_ms, run) for name, run in runs.items()}, seconds)
     figures: dict[str, dict[str, Any]] = {}
     for name, samples in timed.items():
