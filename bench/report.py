@@ -75,7 +75,7 @@ def speed_line(cpus: list[Result], gpus: list[tuple[Result, Result | None]]) -> 
             "Against plain PyTorch and its best formulation, both under `torch.compile`, and against the released "
             f"formulation, the head's forward and backward are {figures}. "
         )
-    return f"{line}{'' if gpus else 'Not yet run on a GPU. '}[Every case, and the goals that are not met]({LINK})."
+    return f"{line}[Every case, and the goals that are not met]({LINK})."
 
 
 def _range(result: Result, contender: str, dtype: str) -> str:
