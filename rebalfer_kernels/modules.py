@@ -72,7 +72,8 @@ class RebalancedHead(nn.Module):
             :func:`rebalanced_head_loss`; the map weights are B^(1/p). spread: as in :func:`target_table`.
 
     Called with packed features (2N, C, H, W) and targets it returns a :class:`HeadLoss`; with features (M, C, H, W)
-    only, logits (M, L), of the same dtype as in training. ``torch.fx`` calls it and does not trace into it.
+    only, logits (M, L), of the same dtype as in training. A symbolic trace of a model (``torch.fx``) calls the head and
+    does not trace into it.
 
     Raises:
         TypeError, ValueError: an argument of another kind or outside its range.
@@ -141,6 +142,7 @@ class RebalancedHead(nn.Module):
         """Class activation maps (M, L, H, W) of features (M, C, H, W), Eq. 2."""
         return class_activation_maps(features, self.weight, backend=self.backend)
 
+    # What the tables are made of, to be read.
     class_counts = property(lambda self: self._tables.class_counts)
     beta = property(lambda self: self._tables.beta)
     alpha = property(lambda self: self._tables.alpha)
@@ -174,12 +176,14 @@ class RebalancedHead(nn.Module):
         )
 
 
-# To torch.fx leaves, as nn.Linear is one; the module is an argument, so that the traced model keeps it whole.
+# A symbolic trace records a call of these and does not look inside, as with nn.Linear. The head itself is an argument,
+# so that the traced model keeps it as a submodule, with its state and its tables.
 torch.fx.wrap("class_activation_maps")
 
 
 @torch.fx.wrap
 def head_logits(head: RebalancedHead, features: Tensor) -> Tensor:
+    """Logits (M, L) of features (M, C, H, W)."""
     weight = head.weight
     checks.features_and_weight(features, weight, pair=False)
     return reference.logits_of(features, weight, head.bias)
@@ -187,6 +191,7 @@ def head_logits(head: RebalancedHead, features: Tensor) -> Tensor:
 
 @torch.fx.wrap
 def head_loss(head: RebalancedHead, features: Tensor, targets: Tensor, reduction: str) -> HeadLoss:
+    """Eq. 6 of packed features (2N, C, H, W)."""
     weight = head.weight
     target_table, map_weights = head._tables.beside(weight)
     return rebalanced_head_loss(
