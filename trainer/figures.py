@@ -38,7 +38,7 @@ def activation_maps(
     """``faces`` (K, 1 or 3, H, W) uint8; ``maps`` (2K, L, h, w) of the faces, then of their mirror images.
 
     A row for each face: itself and the maps of all classes, then its mirror image and its maps, all on one scale. The
-    true class is framed; the title of a face is what the model takes it for.
+    true class is framed; the title of a face is the predicted class.
     """
     k, num_classes = len(faces), len(classes)
     views = torch.cat([faces, faces.flip(-1)]).movedim(1, -1).expand(-1, -1, -1, 3)
@@ -64,7 +64,9 @@ def activation_maps(
                     spine.set(linewidth=2, color="tab:green")
         if i < k:
             row[0].set_ylabel(classes[labels[i]], fontsize=7)
-    figure.suptitle("class activation maps of faces (left) and of their mirror images (right); red speaks for a class")
+    figure.suptitle(
+        "class activation maps of faces (left) and their mirror images (right); red = evidence for the class"
+    )
     _save(figure, path)
 
 
