@@ -100,15 +100,15 @@ PYTHON = [
     Mutant(
         'views="original" classifies the twin too',
         "rebalfer_kernels/functional.py",
-        'p, transform, views == "both", detach_cam_weight, reduction,',
-        "p, transform, True, detach_cam_weight, reduction,",
+        'TWIN_MAPS[transform], views == "both", reduction',
+        "TWIN_MAPS[transform], True, reduction",
         "test_head.py::test_options",
     ),
     Mutant(
         'cross-entropy takes "none" for "mean"',
         "rebalfer_kernels/functional.py",
-        '_constant(target_table, dtype), name, reduction == "mean"',
-        "_constant(target_table, dtype), name, True",
+        'target_table.to(dtype).contiguous(), name, reduction == "mean"',
+        "target_table.to(dtype).contiguous(), name, True",
         "test_parts.py::test_rebalanced_cross_entropy",
     ),
     Mutant(

@@ -158,7 +158,7 @@ def test_clang_accepts_the_cpu_kernels(isa):
     assert result.returncode == 0, result.stderr[:3000]
 
 
-# Names: what is stored is found, and nothing stale ---------------------------------------------------------------------
+# Names: what is stored is found, and nothing stale ------------------------------------------------------------------
 
 
 def test_a_stored_library_is_loaded_without_any_compiler(tmp_path, directory, built):
