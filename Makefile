@@ -38,7 +38,7 @@ tests: $(READY)
 	  wait $$first && exit $$second
 
 mutants: $(READY)
-	$(RUN) tests/mutants.py
+	$(RUN) tests/mutants
 
 sanitize: $(READY)
 	$(RUN) -m pytest -v tests/test_sanitizers.py

@@ -76,7 +76,7 @@ AGREEMENT = {
 @pytest.mark.parametrize("backend", TRITON)
 @pytest.mark.parametrize("name", AGREEMENT)
 def test_agreement(backend, name):
-    """One case of each kind, for the injected faults of mutants.py."""
+    """One case of each kind, for the injected faults of tests/mutants."""
     shape, of_case, options = AGREEMENT[name]
     check(backend, case(*shape, **of_case, device=backend.device), **options)
 
