@@ -10,6 +10,15 @@ from . import transforms
 FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def _known(condition: bool) -> bool:
+    """The condition; False where it depends on a batch whose size torch.compile cannot know, as after ``x[mask]``."""
+    if not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return guard_or_false(condition)
+
+
 def tensor(name: str, value: object, expected: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor {expected}")
@@ -31,7 +40,7 @@ def features_and_weight(features: Tensor, weight: Tensor, *, pair: bool) -> None
     tensor("weight", weight, "(L, C)")
     if features.dim() != 4:
         raise ValueError(f"features: got shape {tuple(features.shape)}, expected {expected}")
-    if pair and features.shape[0] % 2:
+    if pair and _known(features.shape[0] % 2 != 0):
         raise ValueError(
             f"features: got a batch of {features.shape[0]}, expected an even one: the N images, then their N twins"
         )
@@ -83,7 +92,7 @@ def table_matrix(target_table: Tensor, num_classes: int, features: Tensor) -> No
 def targets_of(targets: Tensor, rows: int, num_classes: int, features: Tensor) -> None:
     tensor("targets", targets, "(N,) of classes or (N, L) of label distributions")
     if targets.is_floating_point():
-        if targets.shape != (rows, num_classes):
+        if targets.dim() != 2 or targets.shape[1] != num_classes or _known(targets.shape[0] != rows):
             raise ValueError(
                 f"targets: got {targets.dtype} of shape {tuple(targets.shape)}, expected label distributions of shape "
                 f"({rows}, {num_classes}), or integer classes of shape ({rows},)"
@@ -91,7 +100,7 @@ def targets_of(targets: Tensor, rows: int, num_classes: int, features: Tensor) -
         no_gradient("targets", targets)
     elif targets.dtype == torch.bool or targets.is_complex():
         raise TypeError(f"targets: got dtype {targets.dtype}, expected integer classes or floating distributions")
-    elif targets.shape != (rows,):
+    elif targets.dim() != 1 or _known(targets.shape[0] != rows):
         raise ValueError(
             f"targets: got {targets.dtype} of shape {tuple(targets.shape)}, expected integer classes of shape "
             f"({rows},), or floating label distributions of shape ({rows}, {num_classes})"

@@ -18,9 +18,21 @@ logger = logging.getLogger(__name__)
 
 def layout_of(features: Tensor) -> str:
     """ "nchw", "channels_last", or "strided" for any other stride order; NCHW where both describe the strides."""
+    if torch.compiler.is_compiling():
+        return _compiled_layout(features)
     if features.is_contiguous():
         return "nchw"
     return "channels_last" if features.is_contiguous(memory_format=torch.channels_last) else "strided"
+
+
+def _compiled_layout(features: Tensor) -> str:
+    """The same without the batch size, which torch.compile may not know: ``is_contiguous`` asks whether it is 0."""
+    _, c, h, w = features.shape
+    for layout, dense in (("nchw", (c * h * w, h * w, w, 1)), ("channels_last", (h * w * c, 1, w * c, c))):
+        pairs = zip((2, c, h, w), features.stride(), dense, strict=True)
+        if all(size == 1 or stride == expected for size, stride, expected in pairs):
+            return layout
+    return "strided"
 
 
 def request(op: str, features: Tensor, weight: Tensor) -> Request:

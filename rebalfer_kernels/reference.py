@@ -67,7 +67,7 @@ def class_activation_maps(features: Tensor, weight: Tensor) -> Tensor:
     """Eq. 2: A[m, l, h, w] = sum_c weight[l, c] features[m, c, h, w]; (M, C, H, W), (L, C) -> (M, L, H, W)."""
     dtype = compute_dtype(features.dtype)
     with _without_autocast(features):
-        return torch.einsum("lc,mchw->mlhw", weight.to(dtype), features.to(dtype))
+        return torch.nn.functional.linear(features.to(dtype).movedim(1, -1), weight.to(dtype)).movedim(-1, 1)
 
 
 def attention_consistency(
@@ -82,8 +82,8 @@ def attention_consistency(
 ) -> Tensor:
     """Eq. 5: 1 / (N L H W) sum |v_l S|^p with S = A - T(A~); "none" keeps the N samples apart."""
     cams = class_activation_maps(features, weight.detach() if detach_cam_weight else weight)
-    cams, twin_cams = cams.chunk(2) if len(cams) else (cams, cams)
-    residual = cams - TRANSFORMS[transform][1](twin_cams)
+    n = len(cams) // 2
+    residual = cams[:n] - TRANSFORMS[transform][1](cams[n:])
     weighted = map_weights.to(residual.dtype)[:, None, None] * residual
     per_sample = (weighted.abs() if p == 1 else weighted.square()).mean((1, 2, 3))
     return _reduce(per_sample, reduction)
