@@ -1,19 +1,16 @@
 """The native build: two processes at once, no compiler, a failing compiler, and nothing compiled by an import."""
 
 import logging
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from support import child
+from support.machine import ROOT
 
 import rebalfer_kernels as rk
 from rebalfer_kernels import native, ops
 
-ROOT = Path(__file__).parents[1]
 LOSS = """
 import torch, rebalfer_kernels as rk
 out = rk.rebalanced_head_loss(torch.zeros(2, 3, 1, 1), torch.ones(2, 3), None, torch.tensor([1]),
@@ -24,10 +21,7 @@ print(rk.backends()["cpu"])
 
 
 def start(cache, *arguments, **environment):
-    environment = os.environ | {"REBALFER_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)} | environment
-    return subprocess.Popen(
-        [sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return child.start(*arguments, REBALFER_CACHE_DIR=cache, **environment)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no compiler to build with")
