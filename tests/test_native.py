@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from support import child
+from support.compiler import unoptimised
 from support.machine import ROOT
 
 import rebalfer_kernels as rk
@@ -26,17 +27,18 @@ def start(cache, *arguments, **environment):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no compiler to build with")
 def test_two_builds_at_the_same_moment_on_a_cache_that_has_but_the_rest_of_a_killed_one(tmp_path):
-    (tmp_path / "build-cpu-killed").mkdir()
-    (tmp_path / "build-cpu-killed/build.ninja").touch()
-    runs = [start(tmp_path, "-m", "rebalfer_kernels", "build") for _ in range(2)]
+    cache, compiler = tmp_path / "cache", str(unoptimised(tmp_path))
+    (cache / "build-cpu-killed").mkdir(parents=True)
+    (cache / "build-cpu-killed/build.ninja").touch()
+    runs = [start(cache, "-m", "rebalfer_kernels", "build", CXX=compiler) for _ in range(2)]
     results = [run.communicate(timeout=300) for run in runs]
     assert [run.returncode for run in runs] == [0, 0], results
-    (library,) = (path for path in tmp_path.iterdir() if path.name != "cpu.lock")
+    (library,) = (path for path in cache.iterdir() if path.name != "cpu.lock")
     assert library.suffix == ".so"
     assert [out.strip() for out, _ in results] == [str(library)] * 2
     # One built, the other waited and found it; nothing else was said.
-    assert sorted(errors.strip() for _, errors in results) == ["", f"building the CPU kernels into {tmp_path}"]
-    out, errors = start(tmp_path, "-c", LOSS).communicate(timeout=100)
+    assert sorted(errors.strip() for _, errors in results) == ["", f"building the CPU kernels into {cache}"]
+    out, errors = start(cache, "-c", LOSS, CXX=compiler).communicate(timeout=100)
     assert out.strip() == "available", errors
 
 

@@ -78,7 +78,7 @@ MUTANTS = [
         "csrc/cpu/ops.cpp",
         "if (K && (g_loss.data || g_cons.data))",
         "if (K && g_loss.data)",
-        "test_parts.py::test_attention_consistency",
+        "test_functional.py::test_attention_consistency",
     ),
     Mutant(
         "the last class's residual is left unwritten",
@@ -92,21 +92,21 @@ MUTANTS = [
         "csrc/cpu/ops.cpp",
         "stride = t->dim() ? t->stride(0) : 0;",
         "stride = t->dim() ? 1 : 0;",
-        "test_parts.py::test_upstream_gradients_of_any_stride",
+        "test_functional.py::test_upstream_gradients_of_any_stride",
     ),
     Mutant(
         "cross-entropy backward under mean not divided by M",
         "csrc/cpu/ops.cpp",
         "mean ? g[m] / A(M) : g[m]",
         "g[m]",
-        "test_parts.py::test_rebalanced_cross_entropy",
+        "test_functional.py::test_rebalanced_cross_entropy",
     ),
     Mutant(
         "soft targets read the table transposed",
         "csrc/cpu/ops.cpp",
         "soft_[i * L_ + y] * table_[y * L_ + l]",
         "soft_[i * L_ + y] * table_[l * L_ + y]",
-        "test_parts.py::test_rebalanced_cross_entropy",
+        "test_functional.py::test_rebalanced_cross_entropy",
     ),
     Mutant(
         "a label is not checked",
@@ -134,7 +134,7 @@ MUTANTS = [
         "csrc/head_math.h",
         "return x > 0 ? v : x < 0 ? -v : x * v;",
         "return x >= 0 ? v : x < 0 ? -v : x * v;",
-        "test_parts.py::test_where_the_views_agree_the_gradient_is_zero_for_p_1_too",
+        "test_functional.py::test_where_the_views_agree_the_gradient_is_zero_for_p_1_too",
     ),
     Mutant(
         "the gradient for p = 2 without its 2",
@@ -155,7 +155,7 @@ MUTANTS = [
         "csrc/head_math.h",
         "top = z[l] > top ? z[l] : top;",
         "top = 0;",
-        "test_parts.py::test_rebalanced_cross_entropy",
+        "test_functional.py::test_rebalanced_cross_entropy",
     ),
     Mutant(
         "dz takes it that a row of the table sums to 1",
@@ -232,14 +232,14 @@ MUTANTS = [
         "csrc/cpu/kernels.cpp",
         "for (int64_t i = 0; i < bytes; i += kVectorBytes) {",
         "for (int64_t i = 0; i + kVectorBytes < bytes; i += kVectorBytes) {",
-        "test_parts.py::test_large_gradients",
+        "test_functional.py::test_large_gradients",
     ),
     Mutant(
         "large channels_last outputs: streamed over the next vector",
         "csrc/cpu/kernels.cpp",
         "store_streaming(q, v);",
         "store_streaming(out[0], v);",
-        "test_parts.py::test_large_gradients",
+        "test_functional.py::test_large_gradients",
     ),
     Mutant(
         "NCHW: whole rows of the view's end are read past it",
