@@ -1,6 +1,6 @@
-"""The same loss in the ways people write it, each from the formulas alone, and the proof that it is the same.
+"""The same loss in the ways people write it, each from only the formulas, and the proof that it is the same.
 
-A formulation takes the fields of :class:`bench.cases.Problem` and returns the loss of Eq. 6 (p = 2, horizontal flip,
+A formulation takes a :class:`bench.cases.Problem` and returns the loss of Eq. 6 (p = 2, horizontal flip,
 both views, detached CAM weight). The exception is ``identity``, which reads and writes what any of them must and
 computes nothing: the practical floor.
 """
@@ -10,76 +10,77 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 import rebalfer_kernels as rk
+from rebalfer_kernels.backend import BACKENDS
 
 from .cases import Problem
+from .results import reason
 
-Formulation = Callable[..., Tensor]
+Formulation = Callable[[Problem], Tensor]
 
 #: Largest relative L2 error of the loss or a gradient. A 16-bit formulation rounds its maps and logits.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-def ours(features, weight, bias, targets, table, map_weights, consistency_weight, *, backend=None):
+def ours(x: Problem, backend: str | None = None) -> Tensor:
     """The library's head, on the backend it chooses or the one that is named."""
-    return rk.rebalanced_head_loss(
-        features, weight, bias, targets, target_table=table, map_weights=map_weights,
-        consistency_weight=consistency_weight, backend=backend,
-    ).loss  # fmt: skip
+    return rk.rebalanced_head_loss(*x[:4], backend=backend, **x.options()).loss
 
 
 class _Identity(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, features):
+    def forward(ctx: Any, features: Tensor) -> Tensor:
         ctx.save_for_backward(features)
         return features.sum()
 
     @staticmethod
-    def backward(ctx, d_sum):
+    def backward(ctx: Any, d_sum: Tensor) -> Tensor:
         return torch.full_like(ctx.saved_tensors[0], 1.0)
 
 
-def identity(features, *_):
+def identity(x: Problem) -> Tensor:
     """The identity op: reads 2s and writes 2s."""
-    return _Identity.apply(features)
+    return _Identity.apply(x.features)
 
 
-def plain_eager(features, weight, bias, targets, table, map_weights, consistency_weight):
+def plain_eager(x: Problem) -> Tensor:
     """GAP and FC for the logits, an einsum for the maps: what people write."""
-    logits = F.linear(features.mean((2, 3)), weight, bias)
-    maps = torch.einsum("lc,mchw->mlhw", weight.detach(), features)
+    logits = F.linear(x.features.mean((2, 3)), x.weight, x.bias)
+    maps = torch.einsum("lc,mchw->mlhw", x.weight.detach(), x.features)
     cams, twin_cams = maps.chunk(2)
-    return _loss(logits, cams, twin_cams.flip(-1), targets, table, map_weights, consistency_weight)
+    return _loss(x, logits, cams, twin_cams.flip(-1))
 
 
-def best_eager(features, weight, bias, targets, table, map_weights, consistency_weight):
+def best_eager(x: Problem) -> Tensor:
     """The features are multiplied once: z = mean(A) + b, and (W - W.detach()) P is zero with the gradient of W P."""
-    cam_weight = weight.detach()
-    if features.is_contiguous():
-        flat = features.flatten(2)
-        maps = torch.bmm(cam_weight.expand(len(flat), -1, -1), flat).unflatten(2, features.shape[2:])
+    cam_weight = x.weight.detach()
+    if x.features.is_contiguous():
+        flat = x.features.flatten(2)
+        maps = torch.bmm(cam_weight.expand(len(flat), -1, -1), flat).unflatten(2, x.features.shape[2:])
     else:
-        maps = F.linear(features.permute(0, 2, 3, 1), cam_weight).permute(0, 3, 1, 2)
+        maps = F.linear(x.features.permute(0, 2, 3, 1), cam_weight).permute(0, 3, 1, 2)
     with torch.no_grad():
-        pooled = features.mean((2, 3))
-    logits = maps.mean((2, 3)) + F.linear(pooled, weight - cam_weight) + bias
+        pooled = x.features.mean((2, 3))
+    logits = maps.mean((2, 3)) + F.linear(pooled, x.weight - cam_weight) + x.bias
     cams, twin_cams = maps.chunk(2)
-    return _loss(logits, cams, twin_cams.flip(-1), targets, table, map_weights, consistency_weight)
+    return _loss(x, logits, cams, twin_cams.flip(-1))
 
 
-def released(features, weight, bias, targets, table, map_weights, consistency_weight):
+def released(x: Problem) -> Tensor:
     """As in the programs released with the papers: the 2N x L x C x H x W product, GAP, FC, a sampled flip."""
-    logits = F.linear(F.adaptive_avg_pool2d(features, 1).flatten(1), weight, bias)
-    maps = (features.unsqueeze(1) * weight.detach()[None, :, :, None, None]).sum(2)
+    logits = F.linear(F.adaptive_avg_pool2d(x.features, 1).flatten(1), x.weight, x.bias)
+    maps = (x.features.unsqueeze(1) * x.weight.detach()[None, :, :, None, None]).sum(2)
     cams, twin_cams = maps.chunk(2)
-    grid = _flip_grid(*cams.shape[2:], cams.dtype, cams.device).expand(len(cams), -1, -1, -1)
+    height, width = cams.shape[2:]
+    grid = _flip_grid(height, width, cams.dtype, cams.device).expand(len(cams), -1, -1, -1)
     twin_cams = F.grid_sample(twin_cams, grid, mode="bilinear", padding_mode="border", align_corners=True)
-    return _loss(logits, cams, twin_cams, targets, table, map_weights, consistency_weight)
+    return _loss(x, logits, cams, twin_cams)
 
 
 @functools.cache
@@ -89,12 +90,12 @@ def _flip_grid(height: int, width: int, dtype: torch.dtype, device: torch.device
     return torch.stack((x, y), -1).to(device, dtype)
 
 
-def _loss(logits, cams, untransformed_twin_cams, targets, table, map_weights, consistency_weight):
-    soft = table[targets]
-    image, twin = logits.to(table.dtype).chunk(2)
+def _loss(x: Problem, logits: Tensor, cams: Tensor, untransformed_twin_cams: Tensor) -> Tensor:
+    soft = x.target_table[x.targets]
+    image, twin = logits.to(soft.dtype).chunk(2)
     classification = F.cross_entropy(image, soft) + F.cross_entropy(twin, soft)
     S = cams - untransformed_twin_cams
-    return classification + consistency_weight * (map_weights[:, None, None] * S).square().mean()
+    return classification + x.consistency_weight * (x.map_weights[:, None, None] * S).square().mean()
 
 
 FORMULATIONS: dict[str, Formulation] = {
@@ -115,9 +116,15 @@ def contenders() -> dict[str, Formulation]:
     return {**FORMULATIONS, **compiled}
 
 
-def forced(names: tuple[str, ...]) -> dict[str, Formulation]:
-    """The library's head on each of these backends that is there, by its name."""
-    return {name: functools.partial(ours, backend=name) for name in names if rk.backends()[name] == "available"}
+def fused_backends(device: str) -> list[str]:
+    """Names of the backends with kernels for this type of device, available or not."""
+    return [backend.name for backend in BACKENDS.values() if backend.fused and device in backend.devices()]
+
+
+def on_each_backend(device: str) -> dict[str, Formulation]:
+    """The library's head on each of these that is available, by its name."""
+    available = (name for name in fused_backends(device) if BACKENDS[name].available().ok)
+    return {name: functools.partial(ours, backend=name) for name in available}
 
 
 def truth(name: str, problem: Problem) -> list[Tensor | None]:
@@ -125,16 +132,32 @@ def truth(name: str, problem: Problem) -> list[Tensor | None]:
     exact = problem.double()
     if name == "identity":
         return [exact.features.detach().sum(), torch.ones_like(exact.features), None, None]
-    loss = rk.reference.rebalanced_head_loss(
-        *exact[:4], target_table=exact.table, map_weights=exact.map_weights,
-        consistency_weight=exact.consistency_weight,
-    ).loss  # fmt: skip
+    loss = rk.reference.rebalanced_head_loss(*exact[:4], **exact.options()).loss
     return [loss.detach(), *torch.autograd.grad(loss, exact[:3])]
+
+
+def prove(problem: Problem, formulations: dict[str, Formulation]) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """The errors, by name, of those whose loss and gradients are float64's, and what is wrong with the others."""
+    errors, refused = {}, []
+    expected = functools.cache(lambda name: truth(name, problem))
+    for name, formulation in formulations.items():
+        exact = expected("identity" if name == "identity" else "head")
+        error, why = math.inf, None
+        try:
+            error = worst_error(formulation, problem, exact)
+        except Exception as failure:  # it cannot be compiled here, say; the others can still be measured
+            why = reason(failure)
+        if error <= TOLERANCE[problem.features.dtype]:
+            errors[name] = error
+        else:
+            refused.append({"contender": name, "error": error if math.isfinite(error) else None, "reason": why})
+            print(f"  {name}: refused, {why or f'relative error {error:.2g}'}", flush=True)
+    return errors, refused
 
 
 def worst_error(formulation: Formulation, problem: Problem, expected: list[Tensor | None]) -> float:
     """The largest relative L2 error of the loss and the gradients; infinite for a missing, surplus or NaN one."""
-    loss = formulation(*problem)
+    loss = formulation(problem)
     got = [loss.detach(), *torch.autograd.grad(loss, problem[:3], allow_unused=True)]
     return max(relative_error(g, e) for g, e in zip(got, expected, strict=True))
 

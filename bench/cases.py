@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-import rebalfer_kernels as rk
+from rebalfer_kernels.doctor.cases import Size, random_inputs
 
 L, H, W = 7, 7, 7
-#: Training images per class: RAF-DB's long tail.
-CLASS_COUNTS = (1290, 281, 717, 4772, 1982, 705, 2524)
+#: Inputs are rotated until this many times the L2 cache was read.
+TIMES_L2 = 3
 
 
 class Case(NamedTuple):
@@ -34,7 +35,7 @@ class Case(NamedTuple):
 
     @property
     def group(self) -> str:
-        """Which of DESIGN's goals for a GPU the size is judged by: "paper's batch", "large" or none ("").
+        """Which of a GPU's goals apply to the size: those of the "paper's batch", of a "large" one, or neither ("").
 
         >>> [Case(n, c, "nchw", torch.bfloat16).group for n, c in ((64, 512), (64, 2048), (512, 2048))]
         ["paper's batch", '', 'large']
@@ -73,34 +74,42 @@ _GPU_SIZES = (
 )
 CASES = [Case(*size, dtype) for dtype in (torch.float32, torch.bfloat16) for size in _CPU_SIZES]
 CASES += [Case(*size, dtype, "cuda") for dtype in (torch.bfloat16, torch.float32) for size in _GPU_SIZES]
+#: The GPU's program is tried out on a CPU with these.
+REHEARSED = [Case(2, 32, layout, torch.float32) for layout in ("channels_last", "nchw")]
 
 
 class Problem(NamedTuple):
-    """The arguments every formulation takes, in this order; the first three require a gradient."""
+    """The head's arguments; the first three require a gradient."""
 
     features: Tensor  #: (2N, C, H, W), not negative, as after a ReLU
     weight: Tensor  #: (L, C)
     bias: Tensor  #: (L,)
     targets: Tensor  #: (N,) int64
-    table: Tensor  #: (L, L) float32
+    target_table: Tensor  #: (L, L) float32
     map_weights: Tensor  #: (L,) float32
     consistency_weight: float
 
+    def options(self) -> dict[str, Any]:
+        """The head's keyword arguments."""
+        return dict(zip(self._fields[4:], self[4:], strict=True))
+
     def double(self) -> Problem:
         """The same numbers in float64, as new leaves."""
-        leaves = (t.detach().double().requires_grad_() for t in self[:3])
-        return Problem(*leaves, self.targets, self.table.double(), self.map_weights.double(), self.consistency_weight)
+        features, weight, bias = (t.detach().double().requires_grad_() for t in self[:3])
+        table, map_weights = self.target_table.double(), self.map_weights.double()
+        return Problem(features, weight, bias, self.targets, table, map_weights, self.consistency_weight)
 
 
-def problem(case: Case, seed: int = 0) -> Problem:
-    """Random tensors of a case; losses and gradients of order one, so that a wrong factor shows in any of them."""
-    on = {"generator": torch.Generator(case.device).manual_seed(seed), "device": case.device}
-    features = torch.randn(2 * case.N, case.C, H, W, **on).relu_()
-    if case.layout == "channels_last":
-        features = features.contiguous(memory_format=torch.channels_last)
-    weight, bias = torch.randn(L, case.C, **on) / case.C**0.5, torch.randn(L, **on)
-    targets = torch.randint(0, L, (case.N,), **on)
-    B = rk.effective_number_weights(CLASS_COUNTS)
-    leaves = (t.to(case.dtype).requires_grad_() for t in (features, weight, bias))
-    constants = (t.to(case.device) for t in (targets, rk.target_table(B), B.sqrt()))
-    return Problem(*leaves, *constants, consistency_weight=2.0)
+def problem(case: Case) -> Problem:
+    """The doctor's random tensors in a case's size, drawn on its device: drawing a GPU's largest on a CPU takes 2 s."""
+    generator = torch.Generator(case.device).manual_seed(0)
+    x = random_inputs(Size(case.N, case.C, H, W, L), case.dtype, case.layout, case.device, generator)
+    weight, bias = (t.detach().to(case.dtype).requires_grad_() for t in (x.weight, x.bias))
+    return Problem(x.features, weight, bias, x.targets, x.target_table, x.map_weights, consistency_weight=2.0)
+
+
+def rotated(problem: Problem, l2_bytes: int) -> list[Problem]:
+    """The problem and copies of its features, enough that the L2 cache holds nothing of one when its turn comes."""
+    count = max(2, math.ceil(TIMES_L2 * l2_bytes / problem.features.nbytes))
+    copies = (problem.features.detach().clone().requires_grad_() for _ in range(count - 1))
+    return [problem, *(problem._replace(features=features) for features in copies)]

@@ -1,233 +1,235 @@
-"""The head's loss alone: prove every contender, time those that passed, judge the goals, write one JSON file."""
+"""The head's loss by itself: prove every contender, time those that passed, judge the goals, write one JSON file.
+
+A CPU's row holds ms of ``forward``, ``backward`` and ``both``, call by call. In a GPU's row ``forward`` and ``both``
+are ms per call of a CUDA graph of at least 20 over rotated buffers; ``eager`` is between events around calls launched
+one by one from Python, so at small sizes it is the host's time.
+"""
 
 from __future__ import annotations
 
-import datetime
+import contextlib
 import functools
-import json
 import math
-import os
-import platform
-import re
-import statistics
-import subprocess
-from collections.abc import Sequence
-from importlib import metadata
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import rebalfer_kernels as rk
+from rebalfer_kernels.backend import BACKENDS
+from rebalfer_kernels.doctor.environment import copy_gb_per_s
 
-from . import baselines, timing
-from .cases import Case, problem
+from . import baselines, goals, measure, results
+from .baselines import Formulation
+from .cases import Case, Problem, problem, rotated
+from .clocks import Clock
+from .measure import LoadMeter, Rotation
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench" / "results"
 #: Cores that others may keep busy before a time is no longer worth reporting.
 FOREIGN_LIMIT = 0.1
+#: Calls captured in one graph, at least.
+REPETITIONS = 20
 
-#: (goal, its contender, the bound on time / ours; "at most" bounds ours / time). DESIGN: CPU, float32, both passes.
-GOALS = (
-    ("time against the identity op", "identity", "at most", 1.3),
-    ("speed-up over plain eager, compiled", "plain eager, compiled", "at least", 2.5),
-    ("speed-up over best eager, compiled", "best eager, compiled", "at least", 1.2),
-    ("speed-up over the released formulation", "released", "at least", 12.0),
-)
-BEST_GEOMETRIC_MEAN = 1.5
+Row = dict[str, Any]
 
 
-def run(cases: Sequence[Case], seconds: float, memory: str) -> dict:
-    """Measure the cases, ``seconds`` of timing each; everything a result file holds.
+def contenders(kind: str) -> dict[str, Formulation]:
+    """Every formulation, both eager ones compiled too, and on a GPU ours on each backend available there."""
+    if kind == "rehearsal":
+        return baselines.FORMULATIONS  # compiling would be most of it
+    return {**baselines.contenders(), **(baselines.on_each_backend("cuda") if kind == "cuda" else {})}
 
-    ``memory`` says how malloc was set when the process began (``bench.__main__``) and is only written down.
+
+def run(
+    cases: Sequence[Case],
+    seconds: float,
+    limit: float,
+    directory: Path,
+    *,
+    kind: str,
+    clock: Clock,
+    contenders: Callable[[str], dict[str, Formulation]] = contenders,
+    memory: str | None = None,
+) -> tuple[dict[str, Any], Path]:
+    """Measure the cases, ``seconds`` of timing each, until ``limit`` seconds are over; the result and its file.
+
+    The file is written after every case. A case that fails is recorded and the next one tried; one that would not
+    end in time, by the longest so far, is left out and named. ``kind`` is "cpu", "cuda" or "rehearsal", a GPU's
+    program on a CPU; ``memory`` says how malloc was set when the process began and is only written down.
     """
-    meter = timing.LoadMeter()
-    copy = timing.copy_gb_per_s()
-    disturbed = [meter.foreign_cores()]
-    result = {**environment(), "memory": memory, "copy_gb_per_s": copy, "rows": [], "rejected": []}
-    for case in cases:
+    end, longest = time.monotonic() + limit, 0.0
+    result = _begin(kind, cases[0].device, clock, memory)
+    path = directory / results.file_name("op", result)
+    proven: dict[Case, dict[str, Formulation]] = {}
+    for i, case in enumerate(cases):
+        start = time.monotonic()
+        if start + longest > end:
+            result["left_out"].append(case.name)
+            continue
         print(f"{case.name}: proving and compiling", flush=True)
-        passed, rejected = prove(case, baselines.contenders())
-        result["rejected"] += rejected
-        meter = timing.LoadMeter()
-        rows = measure(case, passed, seconds, copy)
-        disturbed.append(meter.foreign_cores())
-        result["rows"] += rows
-        for row in rows:
-            print(f"  {row['contender']:<22}" + "".join(f" {p} {row[p][1]:9.3f} ms" for p in timing.PHASES), flush=True)
-        print(f"  others kept {disturbed[-1]:.2f} cores busy")
-    meter = timing.LoadMeter()
-    result["bfloat16_over_float32"] = bfloat16_over_float32(cases, seconds)
-    disturbed.append(meter.foreign_cores())
-    result["foreign_cores"] = disturbed  # while copying, then for each case, then for the dtypes side by side
-    result["quiet"] = max(disturbed) <= FOREIGN_LIMIT
-    result["goals"] = goals(result["rows"], result["bfloat16_over_float32"])
+        try:
+            proven[case] = _add(result, case, contenders(kind), seconds, clock)
+        except Exception as error:
+            result["errors"].append({"case": case.name, "error": results.reason(error)})
+            print(f"  failed: {results.reason(error)}", flush=True)
+            if isinstance(error, torch.AcceleratorError):  # the device cannot be used again by this process
+                result["left_out"] += [later.name for later in cases[i + 1 :]]
+                break
+        longest = max(longest, time.monotonic() - start)
+        _save(result, path)
+    else:
+        if kind == "cpu":
+            with _foreign_load(result):
+                result["bfloat16_over_float32"] = bfloat16_over_float32(cases, seconds, clock)
+        else:  # last, as the profiler stays attached to the process
+            for case, passed in proven.items():
+                if time.monotonic() < end:
+                    count_launches(case, passed, [r for r in result["rows"] if r["case"] == case.name], clock)
+    result["quiet"] = max(result["foreign_cores"]) <= FOREIGN_LIMIT
+    return result, _save(result, path)
+
+
+def _begin(kind: str, device: str, clock: Clock, memory: str | None) -> dict[str, Any]:
+    """A result without rows."""
+    found = results.environment(kind)
+    print({key: value for key, value in found.items() if key != "backends"})
+    result = {**found, "memory": memory, "l2_bytes": clock.l2_bytes(), "copy_gb_per_s": None, "quiet": False}
+    result |= {name: [] for name in ("rows", "rejected", "errors", "left_out", "foreign_cores")}
+    result |= {"served_by": {}, "bfloat16_over_float32": {}}
+    with _foreign_load(result):
+        try:
+            result["copy_gb_per_s"] = copy_gb_per_s(device)
+        except Exception as error:
+            result["errors"].append({"case": "copy", "error": results.reason(error)})
     return result
 
 
-def prove(case: Case, contenders: dict) -> tuple[dict, list[dict]]:
-    """The contenders whose loss and gradients are float64's, name -> (formulation, error), and those refused."""
-    data, passed, rejected, expected = problem(case), {}, [], {}
-    for name, formulation in contenders.items():
-        kind = "identity" if name == "identity" else "head"
-        if kind not in expected:
-            expected[kind] = baselines.truth(kind, data)
-        error, reason = math.inf, None
-        try:
-            error = baselines.worst_error(formulation, data, expected[kind])
-        except Exception as failure:  # it cannot be compiled here, say; the others can still be measured
-            reason = f"{type(failure).__name__}: {failure}"[:300]
-        if error <= baselines.TOLERANCE[case.dtype]:
-            passed[name] = (formulation, error)
-        else:
-            known = error if math.isfinite(error) else None
-            rejected.append({"case": case.name, "contender": name, "error": known, "reason": reason})
-            print(f"  {name}: refused, {reason or f'relative error {error:.2g}'}", flush=True)
-    return passed, rejected
+@contextlib.contextmanager
+def _foreign_load(result: dict[str, Any]) -> Iterator[None]:
+    """Record how many cores others kept busy within."""
+    meter = LoadMeter()
+    yield
+    result["foreign_cores"].append(meter.foreign_cores())
 
 
-def measure(case: Case, passed: dict, seconds: float, copy_gb_per_s: float) -> list[dict]:
-    """A row for each contender: [lower quartile, median, upper quartile] in ms of each phase, and what follows.
+def _save(result: dict[str, Any], path: Path) -> Path:
+    result["goals"] = goals.judged("op", result)
+    return results.write(result, path)
 
-    ``gb_per_s`` is that of the floor 4s, the same bytes for each, over the median of both passes.
-    """
-    data, rows = problem(case), []
-    samples = timing.interleave(
-        {name: lambda f=f: timing.once(f, data) for name, (f, _) in passed.items()}, seconds
-    )  # fmt: skip
-    times = {name: timing.quartiles_ms(s) for name, s in samples.items()}
-    for name, (formulation, error) in passed.items():
-        both = times[name]["both"][1]
-        moved = None if name.endswith("compiled") else timing.bytes_moved(formulation, data)
+
+def _add(
+    result: dict[str, Any], case: Case, contenders: dict[str, Formulation], seconds: float, clock: Clock
+) -> dict[str, Formulation]:
+    """Measure one case into the result; the contenders that passed."""
+    one = problem(case._replace(N=1))  # the batch size never changes the choice
+    result["served_by"][case.name] = rk.explain(one.features, one.weight, one.targets).backend
+    clock.release()
+    data = problem(case)
+    errors, refused = baselines.prove(data, contenders)
+    result["rejected"] += [{"case": case.name, **r} for r in refused]
+    passed = {name: contenders[name] for name in errors}
+    timed = call_by_call if result["kind"] == "cpu" else in_graphs
+    with _foreign_load(result):
+        rows = timed(case, data, passed, seconds, clock)
+    for row in rows:
+        row["error"] = errors[row["contender"]]
+        print(f"  {row['contender']:<22} {goals.median_ms(row) or math.nan:9.4f} ms", flush=True)
+    _compare(rows, case, result["copy_gb_per_s"])
+    result["rows"] += rows
+    return passed
+
+
+def _compare(rows: list[Row], case: Case, copy: float | None) -> None:
+    """Add what follows from the times: ``gb_per_s`` is that of the floor 4s, the same bytes for every contender."""
+    identity = goals.median_ms(next((row for row in rows if row["contender"] == "identity"), None))
+    for row in rows:
+        ms = goals.median_ms(row)
+        row["ratio_to_identity"] = ms / identity if ms and identity else None
+        row["gb_per_s"] = case.floor_bytes / ms / 1e6 if ms else None
+        row["share_of_copy"] = row["gb_per_s"] / copy if ms and copy else None
+
+
+def call_by_call(case: Case, data: Problem, passed: dict[str, Formulation], seconds: float, clock: Clock) -> list[Row]:
+    """A row for each contender on a CPU: [lower quartile, median, upper quartile] in ms of each phase, and bytes."""
+    runs = {name: functools.partial(measure.once, formulation, data) for name, formulation in passed.items()}
+    rows = []
+    for name, times in measure.phases_ms(clock, runs, seconds).items():
+        moved = None if name.endswith("compiled") else measure.bytes_moved(passed[name], data)
         rows.append(
             {
                 "case": case.name,
                 "contender": name,
-                "error": error,
-                "rounds": len(samples[name]),
-                **times[name],
-                "ratio_to_identity": both / times["identity"]["both"][1] if "identity" in times else None,
+                **times,
                 "bytes_moved": moved,
                 "bytes_over_floor": None if moved is None else moved / case.floor_bytes,
-                "peak_extra_bytes": timing.peak_bytes(formulation, data),
-                "gb_per_s": case.floor_bytes / both / 1e6,
-                "share_of_copy": case.floor_bytes / both / 1e6 / copy_gb_per_s,
+                "peak_extra_bytes": clock.peak_bytes(runs[name]),
             }
         )
     return rows
 
 
-def bfloat16_over_float32(cases: Sequence[Case], seconds: float) -> dict[str, float]:
+def in_graphs(case: Case, data: Problem, passed: dict[str, Formulation], seconds: float, clock: Clock) -> list[Row]:
+    """A row for each contender on a GPU; what could not be measured is None, with the reason in ``errors``."""
+    problems = rotated(data, clock.l2_bytes())
+    repetitions = len(problems) * math.ceil(REPETITIONS / len(problems))  # each as often as the others
+    rotations = {name: Rotation(formulation, problems) for name, formulation in passed.items()}
+    eager = measure.phases_ms(clock, {name: rotation.both for name, rotation in rotations.items()}, seconds / 3)
+    rows = []
+    for name, rotation in rotations.items():
+        row: Row = {"case": case.name, "group": case.group, "contender": name, "eager": eager[name], "errors": {}}
+        row |= {"buffers": len(problems), "repetitions": repetitions, "launches": None}
+        _try(row, "host_ms", functools.partial(measure.host_ms, clock, rotation.both))
+        rotation.clear()
+        _try(row, "peak_extra_bytes", functools.partial(clock.peak_bytes, rotation.both))
+        rotation.clear()
+        rows.append(row)
+    clock.release()
+    for phase in ("forward", "both"):
+        runs = {name: getattr(rotation, phase) for name, rotation in rotations.items()}
+        timed, failures = measure.graph_ms(clock, runs, repetitions, seconds / 3)
+        for row in rows:
+            row[phase] = timed.get(row["contender"])
+            if row["contender"] in failures:
+                row["errors"][phase] = failures[row["contender"]]
+        for rotation in rotations.values():
+            rotation.clear()
+        clock.release()
+    return rows
+
+
+def count_launches(case: Case, passed: dict[str, Formulation], rows: list[Row], clock: Clock) -> None:
+    """Add ``kernels``, what is launched for a forward and a backward, to our rows of a case, and how many."""
+    for row in rows:
+        if row["contender"] == "ours" or row["contender"] in BACKENDS:
+            _try(row, "kernels", functools.partial(_kernels, passed[row["contender"]], case, clock))
+            row["launches"] = None if row["kernels"] is None else len(row["kernels"])
+
+
+def _kernels(formulation: Formulation, case: Case, clock: Clock) -> list[str]:
+    return [name[:100] for name in clock.launches(Rotation(formulation, [problem(case)]).both)]
+
+
+def _try(row: Row, key: str, figure: Callable[[], object]) -> None:
+    """Set the row's figure, or None with the reason in the row's ``errors``."""
+    row[key] = None
+    try:
+        row[key] = figure()
+    except Exception as error:
+        row["errors"][key] = results.reason(error)
+
+
+def bfloat16_over_float32(cases: Sequence[Case], seconds: float, clock: Clock) -> dict[str, float]:
     """Time of ours in bfloat16 over that in float32, by the float32 case, where both are among the cases.
 
-    The two take turns in one run: in those of their cases they have other neighbours, and so other pages.
+    The two take turns in a run of their own: in their cases' runs each has other neighbours, and so other pages.
     """
     ratios = {}
     for case in cases:
         half = case._replace(dtype=torch.bfloat16)
         if case.dtype == torch.float32 and half in cases:
-            runs = {c.name: functools.partial(timing.once, baselines.ours, problem(c)) for c in (case, half)}
-            both = {name: timing.quartiles_ms(s)["both"][1] for name, s in timing.interleave(runs, seconds).items()}
-            ratios[case.name] = both[half.name] / both[case.name]
+            runs = {c.name: functools.partial(measure.once, baselines.ours, problem(c)) for c in (case, half)}
+            times = measure.phases_ms(clock, runs, seconds)
+            ratios[case.name] = times[half.name]["both"][1] / times[case.name]["both"][1]
     return ratios
-
-
-def goals(rows: Sequence[dict], bfloat16_over_float32: dict[str, float]) -> list[dict]:
-    """Each goal with the worst case's figure, every case's, and whether it is met; a missing row is not."""
-    both = {(row["case"], row["contender"]): row["both"][1] for row in rows}
-    names = list(dict.fromkeys(row["case"] for row in rows))
-    float32 = [name for name in names if name.endswith("float32")]
-
-    def ratios(numerator: tuple[str, str], denominator: tuple[str, str]) -> float | None:
-        return both[numerator] / both[denominator] if {numerator, denominator} <= both.keys() else None
-
-    judged = []
-    for goal, contender, sense, bound in GOALS:
-        cases = {}
-        for name in float32:
-            pair = ((name, "ours"), (name, contender))
-            cases[name] = ratios(*pair) if sense == "at most" else ratios(*reversed(pair))
-        judged.append(judge(goal, sense, bound, cases))
-        if contender == "best eager, compiled":
-            known = [r for r in cases.values() if r is not None]
-            mean = statistics.geometric_mean(known) if known and len(known) == len(cases) else None
-            judged.append(judge(f"{goal}, geometric mean", sense, BEST_GEOMETRIC_MEAN, {"all": mean}))
-    halves = dict[str, float | None](bfloat16_over_float32)
-    return [*judged, judge("time of bfloat16 against float32, by turns", "at most", 1.0, halves)]
-
-
-def judge(goal: str, sense: str, bound: float, cases: dict[str, float | None]) -> dict:
-    """A goal with the worst of the cases' figures; a figure that is missing, or all of them, and it is not met."""
-    figure = None
-    if cases and None not in cases.values():
-        figure = max(cases.values()) if sense == "at most" else min(cases.values())
-    met = figure is not None and (figure <= bound if sense == "at most" else figure >= bound)
-    return {"goal": goal, "sense": sense, "bound": bound, "figure": figure, "met": met, "cases": cases}
-
-
-def environment() -> dict:
-    """Where and on what this runs: what a reader needs to repeat it."""
-    with open("/proc/cpuinfo") as file:
-        model = re.search(r"^model name\s*: (.*)$", file.read(), re.M)
-    settings = ("OMP_", "KMP_", "MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "REBALFER_")
-    try:
-        triton = metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        triton = None
-    pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    return {
-        "kind": "cpu",
-        "device": model[1] if model else platform.machine(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "triton": triton,
-        "python": platform.python_version(),
-        "libc": " ".join(platform.libc_ver()),
-        "settings": {k: v for k, v in sorted(os.environ.items()) if k.startswith(settings)},
-        "transparent_hugepage": pages.read_text().strip() if pages.exists() else None,
-        "load_average": os.getloadavg(),
-        "backends": rk.backends(),
-        **version(),
-    }
-
-
-def version() -> dict:
-    """The commit (from REBALFER_COMMIT where the folder is no checkout), whether files differ from it, the date."""
-    changed = _git("status", "--porcelain", "--", "rebalfer_kernels", "csrc", "trainer", "bench/*.py")
-    return {
-        "commit": _git("rev-parse", "HEAD") or os.environ.get("REBALFER_COMMIT"),
-        "dirty": None if changed is None else bool(changed),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def write(result: dict, directory: Path) -> Path:
-    """Write ``op-<device>-<memory>.json`` whole or not at all; its path."""
-    return write_json(result, directory / f"op-{slug(result['device'], result['memory'])}.json")
-
-
-def slug(*words: str) -> str:
-    """Words for a file's name.
-
-    >>> slug("NVIDIA H200 (SXM)", "fresh")
-    'nvidia-h200-sxm-fresh'
-    """
-    return re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower()).strip("-")
-
-
-def write_json(result: dict, path: Path) -> Path:
-    """Write a result whole or not at all; its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    os.replace(part, path)
-    return path

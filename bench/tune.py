@@ -1,20 +1,24 @@
-"""Search the Triton tiles of one size on the GPU that is there, and propose a row for triton_tiles.TABLE."""
+"""Search the Triton tiles of one size on the present GPU, and propose a row for triton_tiles.TABLE."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import statistics
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from unittest import mock
 
 import torch
 
 from rebalfer_kernels import triton_tiles
 from rebalfer_kernels.triton_tiles import Row
 
-from . import baselines, gpu_timing
-from .cases import Case, problem
+from . import baselines
+from .cases import Case, H, L, W, problem, rotated
+from .clocks import Clock
+from .measure import Rotation, replay_ms
+from .op import REPETITIONS
 
 #: (channels, warps, stages) of the forward and (channels, warps) of the backward.
 FORWARD = list(itertools.product((16, 32, 64, 128, 256), (2, 4, 8), (1, 2, 3, 4)))
@@ -31,19 +35,13 @@ def rows(of: triton_tiles.Problem) -> Iterator[tuple[str, Row]]:
     yield from (("backward", Row(*key, forward, b)) for b in [backward, *BACKWARD])
 
 
-@contextlib.contextmanager
-def first(row: Row) -> Iterator[None]:
+def first(row: Row) -> AbstractContextManager[object]:
     """The table with ``row`` before all others."""
-    was = triton_tiles.TABLE
-    triton_tiles.TABLE = (row, *was)
-    try:
-        yield
-    finally:
-        triton_tiles.TABLE = was
+    return mock.patch.object(triton_tiles, "TABLE", (row, *triton_tiles.TABLE))
 
 
 def search(of: triton_tiles.Problem, milliseconds: Callable[[str, Row], float]) -> tuple[Row, dict[str, list[float]]]:
-    """The best row, and for each pass the milliseconds of the tiles of now and of the best; inf is out of the race."""
+    """The best row, and for each pass the milliseconds of the present and of the best tiles; inf if they failed."""
     times: dict[str, list[tuple[float, Row]]] = {"forward": [], "backward": []}
     for kind, row in rows(of):
         times[kind].append((milliseconds(kind, row), row))
@@ -52,21 +50,17 @@ def search(of: triton_tiles.Problem, milliseconds: Callable[[str, Row], float]) 
     return row, {kind: [times[kind][0][0], best[kind][0]] for kind in times}
 
 
-def main(case: Case) -> str:
-    """What to write into the table for ``case``; a GPU must be there."""
+def main(case: Case, clock: Clock) -> str:
+    """What to write into the table for ``case``."""
     from rebalfer_kernels import triton_ops
 
-    clock = gpu_timing.CudaClock()
     tensors = problem(case)
-    of = triton_tiles.Problem(
-        case.C, tensors.features.shape[2] * tensors.features.shape[3], len(tensors.weight),
-        case.layout == "channels_last", case.dtype, triton_ops.arch(torch.cuda.current_device()),
-    )  # fmt: skip
-
+    arch = triton_ops.arch(torch.cuda.current_device())
+    of = triton_tiles.Problem(case.C, H * W, L, case.layout == "channels_last", case.dtype, arch)
     loss = functools.partial(baselines.ours, backend="triton")
 
-    def results():
-        value = loss(*tensors)
+    def results() -> tuple[torch.Tensor, ...]:
+        value = loss(tensors)
         return value, *torch.autograd.grad(value, tensors[:3])
 
     expected = results()
@@ -76,15 +70,15 @@ def main(case: Case) -> str:
             try:
                 pairs = zip(results(), expected, strict=True)
                 close = all(baselines.relative_error(a, b.double()) < 1e-2 for a, b in pairs)
-                rotation = gpu_timing.Rotation(loss, gpu_timing.rotated(tensors, clock.l2_bytes()))
+                rotation = Rotation(loss, rotated(tensors, clock.l2_bytes()))
                 run = rotation.forward if kind == "forward" else rotation.both
-                replay = clock.capture(run, gpu_timing.REPETITIONS)
+                replay = clock.capture(run, REPETITIONS)
             except Exception as error:  # too much shared memory, mostly
                 print(f"{row}: {type(error).__name__}")
                 return float("inf")
-            times = [gpu_timing.replay_ms(clock, replay) / gpu_timing.REPETITIONS for _ in range(20)]
+            times = [replay_ms(clock, replay) / REPETITIONS for _ in range(20)]
         return statistics.median(times) if close else float("inf")
 
     row, times = search(of, milliseconds)
-    told = ", ".join(f"{kind} {now:.4f} -> {best:.4f} ms" for kind, (now, best) in times.items())
-    return f"# {case.name} on {torch.cuda.get_device_name()}: {told} (the backward's with a forward)\n{row!r},"
+    times_ms = ", ".join(f"{kind} {now:.4f} -> {best:.4f} ms" for kind, (now, best) in times.items())
+    return f"# {case.name} on {torch.cuda.get_device_name()}: {times_ms} (the backward's with a forward)\n{row!r},"

@@ -27,7 +27,7 @@ def test_the_best_tiles_of_each_pass_are_proposed_and_the_table_takes_them():
     assert triton_tiles.policy(PROBLEM) == before
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which would be searched")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the present GPU would be searched")
 def test_without_a_gpu_it_says_so(capsys):
     assert main(["tune"]) == 2
     assert "no GPU" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from support.tolerances import ROUNDING
 from support.upstreams import signed_upstreams
 
 import rebalfer_kernels as rk
-from bench import gpu_timing
+from bench.clocks import CudaClock
 
 #: Launches of forward and backward under "mean", features, weight and bias with a gradient, at the paper's batch.
 LAUNCHES = {"triton": (2, 1), "cuda": (1, 1)}
@@ -126,7 +126,7 @@ def test_launches(backend):
 
     forward()
     torch.autograd.grad(out[0].loss, (f, w, b), one)
-    clock = gpu_timing.CudaClock()
+    clock = CudaClock()
     forward_kernels = clock.launches(forward)
     backward_kernels = clock.launches(lambda: torch.autograd.grad(out[1].loss, (f, w, b), one))
     assert (len(forward_kernels), len(backward_kernels)) == LAUNCHES[backend.name], (forward_kernels, backward_kernels)

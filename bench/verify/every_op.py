@@ -1,7 +1,7 @@
 """Every operation of some backends once, forward and backward.
 
-    python -m bench.every_op cuda triton      at the doctor's sizes, in several processes, which warm Triton's cache
-    compute-sanitizer --tool memcheck --error-exitcode 9 python -m bench.every_op --small cuda triton
+    python -m bench.verify.every_op cuda triton      at the doctor's sizes; several processes warm Triton's cache
+    compute-sanitizer --tool memcheck --error-exitcode 9 python -m bench.verify.every_op --small cuda triton
 
 Results are compared with float64 as in the doctor; the exit status is 1 if one is wrong.
 """
@@ -18,41 +18,36 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-import rebalfer_kernels as rk
-from rebalfer_kernels import doctor
+from rebalfer_kernels.backend import BACKENDS
+from rebalfer_kernels.doctor.cases import ODD, PAPER, SMALL, Combination, combinations
+from rebalfer_kernels.doctor.selfcheck import check
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 
-def _check(sizes: tuple[doctor.Size, ...], device: str, combination: tuple) -> dict:
-    backend, name, dtype, layout = combination
-    return doctor.check(backend, device, name, dtype, layout, sizes)
-
-
 def main(backends: Sequence[str], device: str, small: bool, processes: int = 1) -> int:
-    """Run the operations of these backends, those that are there; the exit status."""
-    there = []
+    """Run the operations of these backends, those that are available; the exit status."""
+    todo: list[Combination] = []
     for backend in backends:
-        reason = rk.backends()[backend]
+        available, reason = BACKENDS[backend].available()
         print(f"{backend}: {reason}", flush=True)
-        there += [backend] if reason == "available" else []
-    check = functools.partial(_check, (doctor.SMALL if small else doctor.PAPER, doctor.ODD), device)
-    todo = [(backend, *combination) for backend in there for combination in doctor.combinations(DTYPES)]
+        todo += combinations(backend, device, DTYPES) if available else []
+    checked = functools.partial(check, sizes=(SMALL if small else PAPER, ODD))
     wrong = False
     with contextlib.ExitStack() as stack:
-        rows: Iterable[dict] = map(check, todo)
+        rows: Iterable[dict] = map(checked, todo)
         if processes > 1:
             pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(processes))
-            rows = pool.imap(check, todo)
+            rows = pool.imap(checked, todo)
         for row in rows:
             wrong |= row["state"] in ("wrong", "failed")
-            told = f"{row['backend']}, {row['op']}, {row['dtype']}, {row['layout']}: {row['state']} {row['note']}"
-            print(told.rstrip(), flush=True)
+            combination = ", ".join(row[key] for key in ("backend", "op", "dtype", "layout"))
+            print(f"{combination}: {row['state']} {row['note']}".rstrip(), flush=True)
     return int(wrong)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m bench.every_op", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.verify.every_op", description=__doc__.splitlines()[0])
     parser.add_argument("backends", nargs="+")
     parser.add_argument("--small", action="store_true", help="at small sizes, in one process: for a sanitizer")
     options = parser.parse_args()

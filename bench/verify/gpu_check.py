@@ -17,10 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from rebalfer_kernels import bounded, doctor
+from rebalfer_kernels.doctor import bounded
+from rebalfer_kernels.doctor.environment import environment
 
-from .gpu_goals import goals, whole_run_goals
-from .op import ROOT, version, write_json
+from ..baselines import fused_backends
+from ..goals import judged
+from ..goals import summary as goal_summary
+from ..results import ROOT, version, write
 
 PYTHON = sys.executable
 #: Kept of a step's output in summary.json, characters.
@@ -49,10 +52,11 @@ def steps(out: Path, device: str) -> list[Step]:
     no_sanitizer = no_gpu or (None if Path(sanitizer).exists() else "compute-sanitizer is not installed")
     no_pytest = no_gpu or (None if importlib.util.find_spec("pytest") else "pytest is not installed")
 
+    kernels = fused_backends("cuda")
     built = {"REBALFER_BUILD": "0"}  # what could not be built in its own step is not tried again in every other
 
     def tests(backend: str, share: float) -> Step:
-        """A process for each backend: after a bad access nothing in a process is to be believed."""
+        """A process for each backend: after a bad access nothing in its process can be trusted."""
         command = [PYTHON, "-m", "pytest", "-m", "gpu", "-k", backend, "-o", "addopts=", "-v", "-rs", "--tb=short"]
         command += ["-p", "no:cacheprovider", "tests/gpu", "tests"]  # the GPU's own first
         if importlib.util.find_spec("xdist"):
@@ -64,20 +68,20 @@ def steps(out: Path, device: str) -> list[Step]:
         command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
         if tool == "memcheck":  # PyTorch asks the driver for things it may refuse
             command += ["--report-api-errors", "no"]
-        command += [PYTHON, "-m", "bench.every_op", "--small", "cuda", "triton"]
+        command += [PYTHON, "-m", "bench.verify.every_op", "--small", *kernels]
         # Every tensor an allocation of its own, or an access beyond one falls into another.
         own = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **built}
         return Step(tool, share, lambda _: command, "sanitizer.txt", no_sanitizer, own, {9: "errors found"})
 
     return [
         Step("build cpu", 0.25, lambda _: [PYTHON, "-m", "rebalfer_kernels", "build", "cpu"]),
-        # For the present GPU alone, as on first use: a quarter of what `build cuda` compiles.
+        # Only for the present GPU, as on first use: a quarter of what `build cuda` compiles.
         Step(
             "build cuda", 0.35,
             lambda _: [PYTHON, "-c", "from rebalfer_kernels import native; print(native.build('cuda'))"], skip=no_gpu,
         ),
         Step(
-            "every op", 0.2, lambda _: [PYTHON, "-m", "bench.every_op", "cuda", "triton"], "every-op.txt", no_gpu,
+            "every op", 0.2, lambda _: [PYTHON, "-m", "bench.verify.every_op", *kernels], "every-op.txt", no_gpu,
             built, {1: "a result is wrong, see every-op.txt"},
         ),
         Step(
@@ -86,8 +90,7 @@ def steps(out: Path, device: str) -> list[Step]:
                            f"{max(0.9 * limit - 10, 1):.0f}"],
             "doctor.txt", None, built, {1: "something is wrong or unchecked, see doctor.txt"},
         ),
-        tests("cuda", 0.2),
-        tests("triton", 0.25),
+        *(tests(name, 0.2 / (1 - 0.2 * earlier)) for earlier, name in enumerate(kernels)),  # the same time each
         Step(
             "op", 0.45,
             lambda limit: [*bench, "op", "--device", "cuda", "--seconds", "1.5", "--limit", f"{0.9 * limit:.0f}",
@@ -110,14 +113,17 @@ def run(out: Path, device: str, seconds: float, todo: list[Step]) -> dict:
     out.mkdir(parents=True, exist_ok=True)
     for name in {step.log for step in todo if step.log}:
         (out / name).unlink(missing_ok=True)
-    found = doctor.environment()
+    found = environment()
     gpus = found["gpus"] or []
     summary = {
         "kind": "gpu-check" if device == "cuda" else "rehearsal",
         "device": gpus[0].split(",")[0] if device == "cuda" and gpus else found["cpu"],
         **{key: found[key] for key in ("gpus", "driver", "torch", "triton", "cuda", "python", "nvcc")},
-        **version(), "limit_s": seconds, "steps": [], "goals": all_goals(out),
-    }  # fmt: skip
+        **version(),
+        "limit_s": seconds,
+        "steps": [],
+        "goals": all_goals(out),
+    }
     for step in todo:
         left = end - time.monotonic()
         record = {"step": step.name, "state": "skipped", "reason": step.skip, "seconds": 0.0}
@@ -128,7 +134,7 @@ def run(out: Path, device: str, seconds: float, todo: list[Step]) -> dict:
         summary["steps"].append(record)
         summary["goals"] = all_goals(out)
         summary["files"] = sorted(p.name for p in out.iterdir() if p.is_file())
-        write_json(summary, out / "summary.json")
+        write(summary, out / "summary.json")
         print(f"{record['step']:<11} {record['state']} {record['reason'] or ''}", flush=True)
     return summary
 
@@ -138,30 +144,29 @@ def perform(step: Step, limit: float, out: Path) -> dict:
     command = step.command(limit)
     # From a bare checkout, and what is printed before a step is stopped must be in its log.
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **step.environment}
+    settings = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **step.environment}
     try:
         log = out / step.log if step.log else None
-        outcome = bounded.run(command, limit, environment=environment, directory=ROOT, log=log)
-    except OSError as error:  # the program is not there after all
+        outcome = bounded.run(command, limit, environment=settings, directory=ROOT, log=log)
+    except OSError as error:  # the program does not exist after all
         outcome = bounded.Outcome(127, str(error), 0.0)
     meaning = step.statuses.get(outcome.status) if outcome.status else None
     state = "passed" if outcome.failure is None else "stopped" if outcome.status is None else "failed"
-    return {
-        "state": state, "reason": meaning or outcome.failure, "seconds": round(outcome.seconds, 1),
-        "limit_s": round(limit, 1), "command": [part.replace(PYTHON, "python") for part in command],
-        "output": outcome.output[-TAIL:],
-    }  # fmt: skip
+    times = {"seconds": round(outcome.seconds, 1), "limit_s": round(limit, 1)}
+    shown = {"command": [part.replace(PYTHON, "python") for part in command], "output": outcome.output[-TAIL:]}
+    return {"state": state, "reason": meaning or outcome.failure, **times, **shown}
 
 
 def all_goals(out: Path) -> list[dict]:
-    """Every goal of DESIGN section 6 for a GPU, from the result files in ``out``; without them, not met."""
-    judged = []
-    for pattern, without in (("op-cuda-*.json", goals([])), ("step-cuda-*.json", whole_run_goals(None))):
+    """Every goal for a GPU, from the result files in ``out``; without them, not met."""
+    goals = []
+    for program in ("op", "step"):
         try:
-            judged += json.loads(max(out.glob(pattern), key=lambda p: p.stat().st_mtime).read_text())["goals"]
-        except (ValueError, OSError, KeyError):  # there is none, or not a whole one
-            judged += without
-    return judged
+            newest = max(out.glob(f"{program}-cuda-*.json"), key=lambda p: p.stat().st_mtime)
+            goals += json.loads(newest.read_text())["goals"]
+        except (ValueError, OSError, KeyError):  # none is written yet, or not a whole one
+            goals += judged(program, {"kind": "cuda", "rows": []})
+    return goals
 
 
 def table(summary: dict) -> str:
@@ -169,16 +174,12 @@ def table(summary: dict) -> str:
     lines = [f"{summary['device']}, driver {summary['driver']}, torch {summary['torch']}, commit {summary['commit']}"]
     for step in summary["steps"]:
         lines.append(f"{step['step']:<11} {step['state']:<8} {step['seconds']:6.1f} s  {step['reason'] or ''}".rstrip())
-    for goal in summary["goals"]:
-        figure = "not measured" if goal["figure"] is None else f"{goal['figure']:.3g}{goal['unit']}"
-        met = "met" if goal["met"] else "NOT"
-        lines.append(f"{met} {goal['goal']}: {figure} ({goal['sense']} {goal['bound']:g}{goal['unit']})")
-    return "\n".join(lines)
+    return "\n".join([*lines, *map(goal_summary, summary["goals"])])
 
 
 def main(out: Path, device: str, seconds: float, only: list[str] | None = None) -> int:
     """Run the check, or ``only`` the steps of these names; 2 without a GPU, 1 if a step failed or was stopped."""
-    if device == "cuda" and not doctor.environment()["gpus"]:
+    if device == "cuda" and not environment()["gpus"]:
         print("error: PyTorch sees no GPU here (--device cpu rehearses the steps that need none)", file=sys.stderr)
         return 2
     out = out.resolve()

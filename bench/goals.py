@@ -1,0 +1,145 @@
+"""The goals of both devices, and whether the figures of a run meet them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+Rows = dict[str, dict[str, Any]]  #: one case's rows, by contender
+Figures = Callable[[dict[str, Any]], dict[str, float | None]]  #: result -> case -> figure, None where it is missing
+
+#: The whole run: 60 epochs of RAF-DB's 12,271 training images, both views.
+EPOCHS, IMAGES = 60, 12_271
+
+
+def median_ms(row: dict[str, Any] | None) -> float | None:
+    """Of forward and backward; None for a contender that was refused or could not be timed."""
+    return row["both"][1] if row and row["both"] else None
+
+
+def time_over(contender: str) -> Callable[[Rows], float | None]:
+    """Our time over that of the contender."""
+    return _ratio("ours", contender)
+
+
+def speed_up(contender: str) -> Callable[[Rows], float | None]:
+    """The contender's time over ours."""
+    return _ratio(contender, "ours")
+
+
+def _ratio(numerator: str, denominator: str) -> Callable[[Rows], float | None]:
+    def ratio(rows: Rows) -> float | None:
+        over, under = median_ms(rows.get(numerator)), median_ms(rows.get(denominator))
+        return over / under if over and under else None
+
+    return ratio
+
+
+def field(key: str) -> Callable[[Rows], float | None]:
+    return lambda rows: rows.get("ours", {}).get(key)
+
+
+def microseconds(rows: Rows) -> float | None:
+    ms = median_ms(rows.get("ours"))
+    return 1e3 * ms if ms else None
+
+
+def of(dtype: str, figure: Callable[[Rows], float | None], group: str | None = None) -> Figures:
+    """A figure of every case of a dtype, or of those of one ``group``."""
+
+    def figures(result: dict[str, Any]) -> dict[str, float | None]:
+        cases: dict[str, Rows] = {}
+        for row in result["rows"]:
+            if row["case"].endswith(dtype) and group in (None, row.get("group")):
+                cases.setdefault(row["case"], {})[row["contender"]] = row
+        return {case: figure(rows) for case, rows in cases.items()}
+
+    return figures
+
+
+def geometric_mean(figures: Figures) -> Figures:
+    def mean(result: dict[str, Any]) -> dict[str, float | None]:
+        every = list(figures(result).values())
+        known = [figure for figure in every if figure is not None]
+        return {"all": statistics.geometric_mean(known) if known and len(known) == len(every) else None}
+
+    return mean
+
+
+def whole_run(result: dict[str, Any]) -> dict[str, float | None]:
+    measured = result.get("whole_run")
+    return {"ours": measured["whole_run_s"] if measured else None}
+
+
+class Goal(NamedTuple):
+    program: str  #: that measures it, "op" or "step"
+    device: str  #: "cuda" or "cpu", or a CPU with one kind of memory
+    name: str
+    sense: str  #: "at most" or "at least"
+    bound: float
+    unit: str
+    figures: Figures
+
+    def judge(self, result: dict[str, Any]) -> dict[str, Any]:
+        """The worst case's figure, every case's, and whether the bound is met; with a figure missing it is not."""
+        cases = self.figures(result)
+        known = [figure for figure in cases.values() if figure is not None]
+        figure = None
+        if known and len(known) == len(cases):
+            figure = max(known) if self.sense == "at most" else min(known)
+        met = figure is not None and (figure <= self.bound if self.sense == "at most" else figure >= self.bound)
+        goal = {"goal": self.name, "sense": self.sense, "bound": self.bound, "unit": self.unit}
+        return {**goal, "figure": figure, "met": met, "cases": cases}
+
+
+PLAIN, BEST, RELEASED = "plain eager, compiled", "best eager, compiled", "released"
+
+#: Forward and backward; float32 is judged on a CPU, bfloat16 on a GPU.
+GOALS = (
+    Goal("op", "cpu fresh", "time against the identity op", "at most", 1.3, "×", of("float32", time_over("identity"))),
+    Goal("op", "cpu reused", "time against the identity op", "at most", 1.5, "×", of("float32", time_over("identity"))),
+    Goal("op", "cpu", "speed-up over plain eager, compiled", "at least", 2.5, "×", of("float32", speed_up(PLAIN))),
+    Goal("op", "cpu", "speed-up over best eager, compiled", "at least", 1.2, "×", of("float32", speed_up(BEST))),
+    Goal("op", "cpu", "speed-up over best eager, compiled, geometric mean", "at least", 1.5, "×",
+         geometric_mean(of("float32", speed_up(BEST)))),
+    Goal("op", "cpu", "speed-up over the released formulation", "at least", 12.0, "×",
+         of("float32", speed_up(RELEASED))),
+    Goal("op", "cpu", "time of bfloat16 against float32, by turns", "at most", 1.0, "×",
+         lambda result: result["bfloat16_over_float32"]),
+    Goal("op", "cuda", "time against the identity op, large", "at most", 1.1, "×",
+         of("bfloat16", time_over("identity"), "large")),
+    Goal("op", "cuda", "share of the copy bandwidth, large", "at least", 0.9, "",
+         of("bfloat16", field("share_of_copy"), "large")),
+    Goal("op", "cuda", "speed-up over plain eager, compiled", "at least", 3.0, "×", of("bfloat16", speed_up(PLAIN))),
+    Goal("op", "cuda", "speed-up over best eager, compiled, large", "at least", 1.5, "×",
+         of("bfloat16", speed_up(BEST), "large")),
+    Goal("op", "cuda", "speed-up over best eager, compiled, the paper's batch", "at least", 3.0, "×",
+         of("bfloat16", speed_up(BEST), "paper's batch")),
+    Goal("op", "cuda", "speed-up over the released formulation", "at least", 25.0, "×",
+         of("bfloat16", speed_up(RELEASED))),
+    Goal("op", "cuda", "the paper's batch in a CUDA graph", "at most", 12.0, " µs",
+         of("bfloat16", microseconds, "paper's batch")),
+    Goal("op", "cuda", "nodes of the paper's batch in a CUDA graph", "at most", 2, "",
+         of("bfloat16", field("launches"), "paper's batch")),
+    Goal("step", "cuda", f"whole run, {EPOCHS} epochs of {IMAGES:,} images, extrapolated from the steady state",
+         "at most", 180.0, " s", whole_run),
+)  # fmt: skip
+
+
+def judged(program: str, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The goals of this program and this result's device, judged; a rehearsal has those of a GPU."""
+    device = f"cpu {result.get('memory')}" if result["kind"] == "cpu" else "cuda"
+    return [g.judge(result) for g in GOALS if g.program == program and device.startswith(g.device)]
+
+
+def summary(goal: dict[str, Any]) -> str:
+    """A judged goal in a line.
+
+    >>> summary({"goal": "time", "sense": "at most", "bound": 2.0, "unit": "×", "figure": 1.5, "met": True})
+    'met time: 1.5× (at most 2×)'
+    """
+    figure = "not measured" if goal["figure"] is None else f"{goal['figure']:.3g}{goal['unit']}"
+    return (
+        f"{'met' if goal['met'] else 'NOT'} {goal['goal']}: {figure} ({goal['sense']} {goal['bound']:g}{goal['unit']})"
+    )

@@ -1,0 +1,99 @@
+"""The result files: where and on what was measured, writing them whole, finding the newest."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import rebalfer_kernels as rk
+from rebalfer_kernels.doctor.environment import environment as machine
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).with_name("results")
+
+
+def environment(kind: str) -> dict[str, Any]:
+    """Where and on what this runs, which a reader needs to repeat it; ``device`` is the GPU if ``kind`` is "cuda"."""
+    found = machine()
+    pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return {
+        **found,
+        "kind": kind,
+        "device": torch.cuda.get_device_name() if kind == "cuda" else found["cpu"] or platform.machine(),
+        "libc": " ".join(platform.libc_ver()),
+        "transparent_hugepage": pages.read_text().strip() if pages.exists() else None,
+        "load_average": os.getloadavg(),
+        "backends": rk.backends(),
+        **version(),
+    }
+
+
+def version() -> dict[str, Any]:
+    """The commit (from REBALFER_COMMIT where the folder is no checkout), whether files differ from it, the date."""
+    changed = _git("status", "--porcelain", "--", "rebalfer_kernels", "csrc", "trainer", "bench/*.py")
+    return {
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("REBALFER_COMMIT"),
+        "dirty": None if changed is None else bool(changed),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def reason(error: Exception) -> str:
+    """What a result file says of an error.
+
+    >>> reason(ValueError("no"))
+    'ValueError: no'
+    """
+    return f"{type(error).__name__}: {error}"[:500]
+
+
+def file_name(program: str, result: dict[str, Any]) -> str:
+    """A file for each kind, device and, on a CPU, memory.
+
+    >>> file_name("op", {"kind": "cuda", "device": "NVIDIA H200 (SXM)"})
+    'op-cuda-nvidia-h200-sxm.json'
+    """
+    words = (program, result["kind"], result["device"], result.get("memory") or "")
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower()).strip("-") + ".json"
+
+
+def write(result: dict[str, Any], path: Path) -> Path:
+    """Write a result whole or not at all; its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    os.replace(part, path)
+    return path
+
+
+def newest_cpu(directory: Path = RESULTS) -> list[dict[str, Any]]:
+    """For each kind of memory the latest result that nothing disturbed."""
+    latest = {r["memory"]: r for r in _read(directory, "op", "cpu") if r["quiet"]}
+    return [latest[memory] for memory in sorted(latest)]
+
+
+def newest_gpu(directory: Path = RESULTS) -> list[tuple[dict[str, Any], dict[str, Any] | None]]:
+    """For each GPU the latest result of the loss, and that of the training step where one was written."""
+    ops, steps = ({r["device"]: r for r in _read(directory, program, "cuda")} for program in ("op", "step"))
+    return [(op, steps.get(device)) for device, op in ops.items()]
+
+
+def _read(directory: Path, program: str, kind: str) -> list[dict[str, Any]]:
+    """The results of a kind, also in folders below (``gpu-check --out`` makes one), in the order of their dates."""
+    results = [json.loads(path.read_text()) for path in directory.rglob(f"{program}-*.json")]
+    return sorted((r for r in results if r["kind"] == kind), key=lambda r: r["date"])

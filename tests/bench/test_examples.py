@@ -1,0 +1,13 @@
+"""The examples of the benchmark's docstrings run."""
+
+import doctest
+
+import pytest
+
+from bench import cases, clocks, goals, report, results
+
+
+@pytest.mark.parametrize("module", [cases, clocks, goals, report, results])
+def test_examples(module):
+    done = doctest.testmod(module)
+    assert done.attempted and not done.failed

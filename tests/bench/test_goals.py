@@ -1,0 +1,64 @@
+"""Goals are judged by the worst of their own cases, and one with a missing figure is not met."""
+
+import pytest
+from support.benchmark import GPU_ROWS, LARGE, rows
+
+from bench.goals import judged
+
+
+def _cpu(rows, memory="fresh", **ratios):
+    return {"kind": "cpu", "memory": memory, "rows": rows, "bfloat16_over_float32": ratios}
+
+
+def _figures(goals):
+    return {g["goal"]: (g["figure"] and round(g["figure"], 4), g["met"]) for g in goals}
+
+
+def test_a_cpus_goals_take_the_worst_case_of_float32():
+    measured = [
+        *rows("a-float32", ours=10, identity=8, released=150, best=12),
+        *rows("b-float32", ours=10, identity=7, released=130, best=27),
+        *rows("b-bfloat16", ours=10, identity=1, released=1, best=1),
+    ]
+    assert _figures(judged("op", _cpu(measured, a=0.9, b=1.0))) == {
+        "time against the identity op": (1.4286, False),
+        "speed-up over plain eager, compiled": (None, False),
+        "speed-up over best eager, compiled": (1.2, True),
+        "speed-up over best eager, compiled, geometric mean": (1.8, True),
+        "speed-up over the released formulation": (13.0, True),
+        "time of bfloat16 against float32, by turns": (1.0, True),
+    }
+    goals = judged("op", _cpu(measured, "reused", a=0.9, b=1.01))
+    assert goals[0]["met"] and goals[0]["bound"] == 1.5 and not goals[-1]["met"]
+    assert goals[0]["cases"] == {"a-float32": 1.25, "b-float32": pytest.approx(10 / 7)}
+    assert not judged("op", _cpu(measured))[-1]["met"]
+
+
+def test_a_gpus_goals_are_judged_on_their_own_cases():
+    def gpu(rows):
+        return judged("op", {"kind": "cuda", "rows": rows})
+
+    assert _figures(gpu(GPU_ROWS)) == {
+        "time against the identity op, large": (1.1111, False),
+        "share of the copy bandwidth, large": (0.91, True),
+        "speed-up over plain eager, compiled": (round(320 / 110, 4), False),
+        "speed-up over best eager, compiled, large": (1.6, True),
+        "speed-up over best eager, compiled, the paper's batch": (2.9, False),
+        "speed-up over the released formulation": (20.0, False),
+        "the paper's batch in a CUDA graph": (10.0, True),
+        "nodes of the paper's batch in a CUDA graph": (2, True),
+    }
+    refused = [r for r in GPU_ROWS if (r["case"], r["contender"]) != (LARGE, "identity")]
+    assert gpu(refused)[0]["figure"] is None and not gpu(refused)[0]["met"]
+    ungraphed = [{**r, "both": None} for r in GPU_ROWS]
+    assert not any(g["met"] for g in gpu(ungraphed) if "graph" in g["goal"] and "nodes" not in g["goal"])
+    assert not any(g["met"] or g["figure"] for g in gpu([]))
+
+
+@pytest.mark.parametrize("seconds, met", [(180.0, True), (180.1, False)])
+def test_the_whole_runs_goal(seconds, met):
+    (goal,) = judged("step", {"kind": "cuda", "whole_run": {"whole_run_s": seconds}})
+    assert (goal["figure"], goal["met"]) == (seconds, met)
+    assert "extrapolated" in goal["goal"]
+    assert not judged("step", {"kind": "cuda", "whole_run": None})[0]["met"]
+    assert judged("step", {"kind": "cpu", "whole_run": {"whole_run_s": seconds}}) == []

@@ -1,0 +1,132 @@
+"""A run measures what passed the proof, survives what fails, and writes what it measured."""
+
+import itertools
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.benchmark import FakeClock
+
+import rebalfer_kernels as rk
+from bench import baselines, measure, op, results
+from bench.cases import CASES, Case, problem
+from bench.clocks import WallClock
+
+TINY = Case(2, 8, "channels_last", torch.float32)
+GPU_CASES = [c for c in CASES if c.device == "cuda"]
+
+
+def test_the_gpus_cases_are_those_of_the_design():
+    groups = {group: [c for c in GPU_CASES if c.group == group] for group in ("paper's batch", "large")}
+    for dtype, (n, layout) in itertools.product(
+        (torch.bfloat16, torch.float32), itertools.product((32, 64), ("nchw", "channels_last"))
+    ):
+        assert Case(n, 512, layout, dtype, "cuda") in groups["paper's batch"]
+        assert Case(512, 2048, layout, dtype, "cuda") in groups["large"]
+        assert Case(64, 2048, layout, dtype, "cuda") in GPU_CASES
+    assert len(groups["paper's batch"]) == 8
+    assert all(c.dtype == torch.bfloat16 for c in GPU_CASES[: len(GPU_CASES) // 2])  # the goals' dtype comes first
+    assert GPU_CASES[0].group == "paper's batch" and GPU_CASES[1].group == "large"
+
+
+def test_the_dtypes_take_turns_at_each_size_that_has_both(monkeypatch):
+    turns = []
+    monkeypatch.setattr(baselines, "ours", lambda x: turns.append(x.features.dtype) or baselines.plain_eager(x))
+    cases = [*(TINY._replace(dtype=dtype) for dtype in (torch.float32, torch.bfloat16)), TINY._replace(C=9)]
+    assert op.bfloat16_over_float32(cases, 0.0, FakeClock()) == {TINY.name: 1.0}
+    assert {turns[0], turns[1]} == {torch.float32, torch.bfloat16}
+    assert len(turns) == 2 * (measure.WARM_UP + measure.MINIMUM)
+
+
+def test_a_cpus_run_writes_what_it_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr(baselines, "contenders", lambda: baselines.FORMULATIONS)  # without the compiler
+    monkeypatch.setattr(op, "copy_gb_per_s", lambda device: 10.0)
+    case = Case(3, 20, "nchw", torch.float32)
+    _, path = op.run([case], 0.0, 1000.0, tmp_path, kind="cpu", clock=WallClock(), memory="fresh")
+    assert [path] == list(tmp_path.iterdir()) and path.name.startswith("op-cpu-") and path.name.endswith("-fresh.json")
+    read = json.loads(path.read_text())
+    assert {"device", "torch", "triton", "python", "threads", "commit", "date", "dirty", "goals", "rows"} <= read.keys()
+    assert [row["contender"] for row in read["rows"]] == list(baselines.FORMULATIONS)
+    identity = read["rows"][1]
+    for row in read["rows"]:
+        low, median, high = row["both"]
+        assert 0 < low <= median <= high
+        assert row["ratio_to_identity"] == pytest.approx(median / identity["both"][1])
+        assert row["gb_per_s"] == pytest.approx(4 * (3 * 20 * 49 * 4) / (median / 1e3) / 1e9)
+        assert row["share_of_copy"] == pytest.approx(row["gb_per_s"] / 10.0)
+        assert row["error"] < 1e-5
+
+
+def _half_the_loss(x):
+    return 0.5 * baselines.plain_eager(x)
+
+
+def _run(tmp_path, cases, limit=1000.0):
+    def contenders(kind):
+        assert kind == "rehearsal"
+        return {**baselines.FORMULATIONS, "wrong": _half_the_loss}
+
+    return op.run(cases, 0.0, limit, tmp_path, clock=FakeClock(), contenders=contenders, kind="rehearsal")
+
+
+def test_a_run_has_rows_of_proven_contenders_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(op, "copy_gb_per_s", lambda device: 50.0)
+    result, path = _run(tmp_path, [TINY, TINY._replace(C=9, layout="nchw")])
+    assert json.loads(path.read_text()) == json.loads(json.dumps(result))
+    assert list(tmp_path.iterdir()) == [path] and path.name.startswith("op-rehearsal-")
+    refused = {(r["contender"], r["reason"]) for r in result["rejected"]}
+    assert refused == {("wrong", None)}
+    assert {row["contender"] for row in result["rows"]} == set(baselines.FORMULATIONS)
+    assert len(result["rows"]) == 2 * len(baselines.FORMULATIONS)
+    ours = result["rows"][0]
+    assert ours["repetitions"] == 20 and ours["buffers"] == 2 and ours["errors"] == {}
+    assert ours["both"] == pytest.approx([(2 + 80) / 20] * 3) == ours["forward"]
+    assert ours["eager"]["both"] == [3.0] * 3
+    assert (ours["launches"], ours["peak_extra_bytes"], ours["ratio_to_identity"]) == (2, 1234, 1.0)
+    assert ours["kernels"] == ["forward kernel", "backward kernel"] and "kernels" not in result["rows"][1]
+    assert ours["gb_per_s"] == pytest.approx(TINY.floor_bytes / 4.1 / 1e6)
+    assert ours["share_of_copy"] == pytest.approx(ours["gb_per_s"] / 50)
+    assert result["served_by"][TINY.name] == rk.explain(problem(TINY).features, problem(TINY).weight).backend
+    for field in ("device", "driver", "torch", "triton", "cuda", "commit", "date", "goals"):
+        assert field in result
+
+
+def test_a_case_that_fails_is_recorded_and_the_next_one_measured(tmp_path, monkeypatch):
+    real = op.problem
+    monkeypatch.setattr(op, "problem", lambda case: 1 / 0 if case.C == 9 else real(case))
+    result, path = _run(tmp_path, [TINY._replace(C=9), TINY])
+    assert result["errors"] == [{"case": "N2-C9-channels_last-float32", "error": "ZeroDivisionError: division by zero"}]
+    assert {row["case"] for row in result["rows"]} == {TINY.name}
+    assert json.loads(path.read_text())["errors"] == result["errors"]
+
+
+def test_after_an_error_of_the_device_nothing_is_measured(tmp_path, monkeypatch):
+    def broken(case):
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(op, "problem", broken)
+    result, path = _run(tmp_path, [TINY._replace(C=9), TINY])
+    assert [error["case"] for error in result["errors"]] == ["N2-C9-channels_last-float32"]
+    assert result["left_out"] == json.loads(path.read_text())["left_out"] == [TINY.name] and result["rows"] == []
+
+
+def test_cases_there_is_no_time_for_are_left_out_and_named(tmp_path):
+    result, path = _run(tmp_path, [TINY, TINY._replace(C=9)], limit=-1.0)
+    assert result["left_out"] == json.loads(path.read_text())["left_out"] == [TINY.name, "N2-C9-channels_last-float32"]
+    assert result["rows"] == []
+
+
+def test_an_unknown_case_is_an_error():
+    command = [sys.executable, "-m", "bench", "op", "--cases", "N31"]
+    done = subprocess.run(command, cwd=results.ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: no case of 'cpu' has 'N31' in its name\n")
+
+
+def test_the_commit_comes_from_the_environment_where_there_is_no_checkout(monkeypatch):
+    monkeypatch.setattr(results, "_git", lambda *_: None)
+    monkeypatch.setenv("REBALFER_COMMIT", "abc")
+    assert (results.version()["commit"], results.version()["dirty"]) == ("abc", None)
+    monkeypatch.delenv("REBALFER_COMMIT")
+    assert results.version()["commit"] is None

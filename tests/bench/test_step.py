@@ -1,0 +1,53 @@
+"""A whole training step with each head in the trainer's place."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from support.benchmark import FakeClock
+
+from bench import baselines, step
+
+
+@pytest.fixture(scope="module")
+def training():
+    return step.Training(step.REHEARSAL, torch.device("cpu"), pool=8)
+
+
+def test_the_heads_of_a_step_are_proven_on_its_features(training, monkeypatch):
+    losses, errors, rejected = step.prove(training)
+    assert list(losses) == ["ours", "plain eager", "released"] and not rejected
+    assert max(errors.values()) < 1e-5
+    monkeypatch.setitem(step.CONTENDERS, "plain eager", lambda x: 0.5 * baselines.plain_eager(x))
+    losses, _, rejected = step.prove(training)
+    assert list(losses) == ["ours", "released"] and [r["contender"] for r in rejected] == ["plain eager"]
+
+
+def test_a_step_trains_with_every_head_alike(training):
+    losses, _, _ = step.prove(training)
+    x, y = training.batch()
+    values = [f(x, y).item() for f in losses.values()]
+    assert values == pytest.approx([values[0]] * 3, rel=1e-4)
+    moved = {"head.weight", "head.bias", "backbone.model.conv1.0.weight"}
+    before = {k: v.detach().clone() for k, v in training.model.named_parameters()}
+    training.step(losses["ours"])
+    assert moved <= {k for k, v in training.model.named_parameters() if not torch.equal(v, before[k])}
+
+
+def test_a_whole_run_is_extrapolated_from_images_per_second(training, monkeypatch):
+    now = itertools.count(0.0, 0.25)
+    monkeypatch.setattr(step.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(training, "step", lambda loss: None)
+    found = step.whole_run(training, None, FakeClock(), seconds=0.0)
+    assert found["extrapolated"] and found["steps"] == step.WARM_UP
+    assert found["images_per_s"] == pytest.approx(found["steps"] * 4 / found["seconds"])
+    assert found["whole_run_s"] == pytest.approx(60 * 12271 / found["images_per_s"])
+
+
+def test_a_step_run_writes_its_result(tmp_path):
+    result, path = step.run(step.REHEARSAL, "cpu", 0.0, tmp_path, clock=FakeClock(), kind="rehearsal")
+    assert json.loads(path.read_text())["goals"] == result["goals"]
+    assert [row["contender"] for row in result["rows"]] == ["ours", "plain eager", "released"]
+    assert result["rows"][0]["ms"] == [1.0] * 3 and result["rows"][0]["images_per_s"] == pytest.approx(4000)
+    assert result["goals"][0]["figure"] == result["whole_run"]["whole_run_s"]
