@@ -1,12 +1,13 @@
 # make demo            environment in .venv, then two networks trained on synthetic faces: minutes on two CPU cores
 # make test            environment in .venv, then lint, types and tests, those of Triton in its interpreter too
-# make test PYTHON=…   the same in an environment you have: adds what is missing, never another torch
+# make quick           lint, types and the fast tests, about a minute: before every commit
+# make format          ruff, and clang-format where it is installed
+# make … PYTHON=…      any of these in an environment you have: adds what is missing, never another torch
 # make test-oldest     the tests on the oldest supported torch and its Triton, in an environment of its own
-# make mutants         breaks the sources in one place at a time: each time a named test must fail
+# make mutants         injects one fault at a time into the sources: a named test must catch each
 # make sanitize        the CPU kernels under AddressSanitizer and UBSan
 VENV := .venv
 CONSTRAINTS := constraints.txt
-PACKAGES := torch torchvision timm numpy ninja matplotlib tqdm tensorboard pytest pytest-benchmark hypothesis ruff mypy setuptools
 
 ifdef PYTHON
 RUN := $(PYTHON)
@@ -16,15 +17,26 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: demo test test-oldest tests mutants sanitize given
+.PHONY: demo test quick format lint tests test-oldest mutants sanitize given
 demo: $(READY)
 	$(RUN) -m trainer demo
 
-test: $(READY) .venv/triton-3.6
+test: lint .venv/triton-3.6 tests
+
+# Left out: what compiles, trains, or goes through every size, dtype and layout.
+QUICK := class_balance contributing dispatch doctests export module mutants poison readme
+quick: lint
+	$(RUN) -m pytest $(QUICK:%=tests/test_%.py)
+
+format: $(READY)
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+	if command -v clang-format; then git ls-files '*.cpp' '*.cu' '*.cuh' '*.h' | xargs clang-format -i; fi
+
+lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m mypy rebalfer_kernels
-	$(MAKE) tests
+	$(RUN) -m mypy
 
 test-oldest:
 	$(MAKE) tests VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
@@ -43,9 +55,12 @@ mutants: $(READY)
 sanitize: $(READY)
 	$(RUN) -m pytest -v tests/test_sanitizers.py
 
-$(VENV)/.ready: $(CONSTRAINTS)
+# pyproject.toml is the only list of packages. With setuptools installed first, pip needs no environment to build in.
+INSTALL = -m pip install -q --no-build-isolation -e .[trainer,test]
+$(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
 	python3 -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -q -c $(CONSTRAINTS) $(PACKAGES)
+	$(VENV)/bin/python -m pip install -q -c $(CONSTRAINTS) setuptools
+	$(VENV)/bin/python $(INSTALL) -c $(CONSTRAINTS)
 	touch $@
 
 # The oldest supported Triton beside the installed one: the kernels must fit their budgets under both.
@@ -54,5 +69,5 @@ $(VENV)/.ready: $(CONSTRAINTS)
 
 # The installed torch is a requirement of its own installation, so that nothing replaces it.
 given:
-	$(PYTHON) -m pip install -q $(PACKAGES) \
-	  torch==$$($(PYTHON) -c "import importlib.metadata as m; print(m.version('torch'))")
+	$(PYTHON) -m pip install -q "setuptools>=77"
+	$(PYTHON) $(INSTALL) torch==$$($(PYTHON) -c "import importlib.metadata as m; print(m.version('torch'))")

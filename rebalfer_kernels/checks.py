@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 
 from . import transforms
 
 FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def is_number(value: object) -> bool:
+    """A real number of Python or NumPy; True and False are none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def whole_number(name: str, value: object, least: int) -> int:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}: got {value!r}, expected a whole number >= {least}")
+    return int(value)
 
 
 def _known(condition: bool) -> bool:
@@ -164,16 +177,16 @@ def consistency_options(p: int, transform: str, detach_cam_weight: bool, feature
 
 
 def consistency_weight(value: float | Tensor, features: Tensor | None) -> None:
+    expected = "a number or a floating tensor of one element"
     if isinstance(value, Tensor):
-        if value.dim() != 0 or not value.is_floating_point():
+        if value.numel() != 1 or not value.is_floating_point():
             raise ValueError(
-                f"consistency_weight: got {value.dtype} of shape {tuple(value.shape)}, "
-                "expected a number or a 0-d float tensor"
+                f"consistency_weight: got {value.dtype} of shape {tuple(value.shape)}, expected {expected}"
             )
-        if features is not None and value.device.type != "cpu":  # from the CPU PyTorch takes a number along
+        if features is not None and value.device.type != "cpu":  # PyTorch moves one number from the CPU by itself
             same_device("consistency_weight", value, features)
-    elif isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"consistency_weight: got {value!r}, expected a number or a 0-d float tensor")
+    elif not is_number(value):
+        raise TypeError(f"consistency_weight: got {value!r}, expected {expected}")
 
 
 def _constant(name: str, value: Tensor, features: Tensor) -> None:

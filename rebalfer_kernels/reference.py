@@ -96,11 +96,13 @@ def rebalanced_cross_entropy(
     *,
     reduction: str = "mean",
 ) -> Tensor:
-    """-sum_l t_l log softmax(z)_l with t = target_table[y], or targets @ target_table for distributions."""
+    """-sum_l t_l log softmax(z)_l with t = target_table[y], or targets @ target_table; 0 log 0 = 0."""
     logits = logits.to(compute_dtype(logits.dtype))
     with _without_autocast(logits):
         t = target_distribution(targets, target_table.to(logits.dtype))
-    return _reduce(-(t * logits.log_softmax(1)).sum(1), reduction)
+    log_softmax = logits.log_softmax(1)
+    without_part = (t == 0) & (log_softmax == -torch.inf)  # a class masked by a logit of -inf
+    return _reduce(-(t * log_softmax.masked_fill(without_part, 0)).sum(1), reduction)
 
 
 def rebalanced_head_loss(
@@ -119,7 +121,7 @@ def rebalanced_head_loss(
     reduction: str = "mean",
     return_maps: bool = False,
 ) -> HeadLoss:
-    """Eq. 6: l = l_cls + lambda l_cons, with l_cls summed over both views (Eq. 1) or of the original alone."""
+    """Eq. 6: l = l_cls + lambda l_cons, with l_cls summed over both views (Eq. 1) or of the original view only."""
     logits = logits_of(features, weight, bias)
     n = features.shape[0] // 2
     classification = rebalanced_cross_entropy(logits[:n], targets, target_table, reduction=reduction)
@@ -151,7 +153,7 @@ def logits_of(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def combine(classification: Tensor, consistency: Tensor, consistency_weight: float | Tensor) -> Tensor:
     """Eq. 6, in the dtype of the losses whatever that of a lambda."""
     if isinstance(consistency_weight, Tensor):
-        consistency_weight = consistency_weight.to(consistency.dtype)
+        consistency_weight = consistency_weight.to(consistency.dtype).reshape(())
     return classification + consistency_weight * consistency
 
 
@@ -159,13 +161,14 @@ def target_distribution(targets: Tensor, table: Tensor) -> Tensor:
     """(M, L) target distributions t. A class outside [0, L) is NaN, and an IndexError on a CPU where it can be read."""
     if targets.is_floating_point():
         return targets.to(table.dtype) @ table
-    valid = (targets >= 0) & (targets < table.shape[0])
+    classes = targets.long()  # uint64 from 2^63 on becomes negative, which is outside too
+    valid = (classes >= 0) & (classes < table.shape[0])
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     readable = not traced and not torch._C._are_functorch_transforms_active()
     if targets.device.type == "cpu" and readable and not bool(valid.all()):
-        wrong = targets[~valid][0].item()
+        wrong = targets.tolist()[int(valid.logical_not().nonzero()[0])]
         raise IndexError(f"targets: got class {wrong}, expected classes in [0, {len(table)})")
-    rows = table[torch.where(valid, targets, 0).long()]
+    rows = table[torch.where(valid, classes, 0)]
     return rows.masked_fill(~valid[:, None], float("nan"))
 
 

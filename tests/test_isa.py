@@ -25,7 +25,7 @@ CALL = "import torch, rebalfer_kernels as rk; rk.class_activation_maps(torch.one
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_agreement_on(isa):
     if isa not in ISAS_HERE:
-        pytest.skip(f"this CPU has {', '.join(ISAS_HERE)} alone")
+        pytest.skip(f"this CPU has only {', '.join(ISAS_HERE)}")
     if isa == torch.ops.rebalfer_kernels.cpu_isa():
         pytest.skip("the whole suite runs on it here")
     result = child.run("-c", SUITE, isa, timeout=600, REBALFER_CPU_ISA=isa)

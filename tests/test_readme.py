@@ -1,16 +1,22 @@
-"""The README's example runs as it stands, and trains."""
+"""The README's example runs as it stands and trains; the plain PyTorch that it calls equal is."""
 
 import re
-from pathlib import Path
 
 import torch
+from support.machine import ROOT
 
 
-def test_readme_example_runs():
-    text = (Path(__file__).parents[1] / "README.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", text, re.S)
+def test_the_example_equals_the_plain_pytorch_below_it():
+    example, plain = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    torch.manual_seed(0)
     scope: dict = {}
     exec(example, scope)
     assert scope["logits"].shape == (4, 7)
-    assert torch.isfinite(scope["out"].loss)
-    assert scope["backbone"].weight.grad.abs().sum() > 0
+    parameters = [*scope["backbone"].parameters(), *scope["head"].parameters()]
+    gradients = [p.grad for p in parameters]
+    assert all(g.abs().sum() > 0 for g in gradients)
+
+    scope["features"] = scope["backbone"](torch.cat([scope["images"], scope["images"].flip(-1)]))
+    exec(plain, scope)
+    torch.testing.assert_close(scope["loss"], scope["out"].loss)
+    torch.testing.assert_close(torch.autograd.grad(scope["loss"], parameters), tuple(gradients), rtol=1e-4, atol=1e-6)

@@ -9,9 +9,10 @@ import logging
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from .config import DEMO, METHODS, Config
-from .loop import Result, train
+from .loop import Result, cams, train
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,9 +20,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = vars(_parser().parse_args(arguments))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     started = time.perf_counter()
-    root, resume = Path(options.pop("root")), options.pop("resume", False)
+    command = options.pop("command")
     try:
-        if options.pop("command") == "demo":
+        if command == "cams":
+            cams(options["run"], options["out"], options["classes"])
+            return 0
+        root, resume = options.pop("root"), options.pop("resume", False)
+        if command == "demo":
             configs = [dataclasses.replace(DEMO, method=m, name=f"demo-{m}", **options) for m in reversed(METHODS)]
         else:
             configs = [Config(**options)]
@@ -43,7 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("train", help="one run", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     demo = commands.add_parser("demo", help="both methods on synthetic faces, minutes on two CPU cores")
-    kinds = {"str": str, "str | None": str, "int": int, "float": float, "dict": json.loads}
+    draw = commands.add_parser("cams", help="a picture of a run's class activation maps")
+    kinds: dict[str, Any] = {"str": str, "str | None": str, "int": int, "float": float, "dict": json.loads}
     for f in dataclasses.fields(Config):
         flag, kind = "--" + f.name.replace("_", "-"), str(f.type)
         if kind == "bool":
@@ -51,11 +57,14 @@ def _parser() -> argparse.ArgumentParser:
         else:
             default = {} if kind == "dict" else f.default
             run.add_argument(flag, type=kinds[kind], default=default, help=f.metadata["help"])
-    run.add_argument("--resume", action="store_true", help="go on from runs/NAME/last.pt, as if never interrupted")
+    run.add_argument("--resume", action="store_true", help="continue from runs/NAME/last.pt, as if never interrupted")
     demo.add_argument("--seed", type=int, default=DEMO.seed)
     demo.add_argument("--epochs", type=int, default=DEMO.epochs)
+    draw.add_argument("run", type=Path, help="folder of the run, such as runs/demo-rebalanced")
+    draw.add_argument("out", type=Path, help="the picture, a .png")
+    draw.add_argument("--classes", nargs="+", metavar="CLASS", help="rows of the picture; default: every class")
     for command in (run, demo):
-        command.add_argument("--root", default="runs", help="folder of the runs")
+        command.add_argument("--root", type=Path, default="runs", help="folder of the runs")
     return parser
 
 

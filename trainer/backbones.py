@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import timm
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ class Backbone(nn.Module):
     A grey image (M, 1, h, w) is repeated for the three colours.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:  # timm's; nn.Module does not declare what all of its models have
         super().__init__()
         self.model = model
         self.nhwc = str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC")
@@ -47,7 +49,7 @@ def create(name: str, image_size: int, options: dict | None = None) -> Backbone:
     except (TypeError, AttributeError, AssertionError, RuntimeError) as error:
         raise ValueError(f"backbone_options: got {options} for {name!r}, which timm refuses: {error}") from error
     backbone = Backbone(model)
-    classifier = model.get_classifier()
+    classifier = backbone.model.get_classifier()
     if not isinstance(classifier, nn.Linear):
         raise refuse(f"its classifier is {type(classifier).__name__}, not Linear")
 
@@ -68,9 +70,9 @@ def create(name: str, image_size: int, options: dict | None = None) -> Backbone:
     if features.shape[1] != weight.shape[1]:
         raise refuse(f"its last maps have {features.shape[1]} channels but its classifier takes {weight.shape[1]}")
     linear = nn.functional.linear(features.mean((2, 3)), weight, None if classifier.bias is None else bias)
-    error = ((logits - linear).norm() / logits.norm()).item()
-    if not error < 1e-4:
-        raise refuse(f"its logits differ from W . GAP(features) + b by {error:.0%}, so a layer follows the pooling")
-    model.reset_classifier(0)
+    off = ((logits - linear).norm() / logits.norm()).item()
+    if not off < 1e-4:
+        raise refuse(f"its logits differ from W . GAP(features) + b by {off:.0%}, so a layer follows the pooling")
+    backbone.model.reset_classifier(0)
     backbone.channels = features.shape[1]
     return backbone.train()

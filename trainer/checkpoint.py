@@ -18,14 +18,14 @@ def save(path: Path, state: dict) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read(path: Path) -> dict:
-    """The state on the CPU; runs no code of the file.
+def read(path: Path, option: str) -> dict:
+    """The state on the CPU, for the command-line ``option``; runs no code of the file.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: no such file.
     """
     if not path.is_file():
-        raise ValueError(f"resume: got no file {path}, expected the checkpoint of an earlier run of this name")
+        raise ValueError(f"{option}: got no file {path}, expected the checkpoint of an earlier run")
     return torch.load(path, weights_only=True, map_location="cpu")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from PIL import Image
 from torch import Tensor
 
 matplotlib.use("Agg")
@@ -38,7 +39,7 @@ def activation_maps(
     """``faces`` (K, 1 or 3, H, W) uint8; ``maps`` (2K, L, h, w) of the faces, then of their mirror images.
 
     A row for each face: itself and the maps of all classes, then its mirror image and its maps, all on one scale. The
-    true class is framed; the title of a face is what the model takes it for.
+    true class is framed; the title of a face is the predicted class.
     """
     k, num_classes = len(faces), len(classes)
     views = torch.cat([faces, faces.flip(-1)]).movedim(1, -1).expand(-1, -1, -1, 3)
@@ -54,22 +55,26 @@ def activation_maps(
         for c, axis in enumerate(row, start=-1):
             axis.imshow(views[i].numpy())
             if c < 0:
-                axis.set_title(f"→ {classes[predicted[i]]}", fontsize=7)
+                axis.set_title(f"→ {classes[predicted[i]]}", fontsize=8)
                 continue
             axis.imshow(large[i, c].numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, alpha=0.6)
             if i % k == 0:
-                axis.set_title(classes[c], fontsize=7)
+                axis.set_title(classes[c], fontsize=8)
             if c == labels[i % k]:
                 for spine in axis.spines.values():
                     spine.set(linewidth=2, color="tab:green")
         if i < k:
-            row[0].set_ylabel(classes[labels[i]], fontsize=7)
-    figure.suptitle("class activation maps of faces (left) and of their mirror images (right); red speaks for a class")
+            row[0].set_ylabel(classes[labels[i]], fontsize=8)
+    figure.suptitle(
+        "class activation maps of faces (left) and their mirror images (right); red = evidence for the class"
+    )
     _save(figure, path)
 
 
 def _save(figure: plt.Figure, path: Path) -> None:
     temporary = path.with_name(path.stem + ".tmp.png")
-    figure.savefig(temporary, dpi=110)
+    figure.savefig(temporary, dpi=80)
     plt.close(figure)
+    with Image.open(temporary) as picture:
+        picture.convert("RGB").quantize(256).save(temporary, optimize=True)  # a third of the bytes
     os.replace(temporary, path)

@@ -9,10 +9,11 @@ import signal
 import threading
 import time
 import zlib
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ def train(config: Config, *, resume: bool = False, root: Path = Path("runs")) ->
     """
     device = _device(config.device)
     directory = root / config.name
-    saved = checkpoint.read(directory / "last.pt") if resume else None
+    saved = checkpoint.read(directory / "last.pt", "resume") if resume else None
     if saved and (changed := {k: v for k, v in config.differences(saved["config"]).items() if k != "epochs"}):
         changes = ", ".join(f"{k} {was!r} -> {now!r}" for k, (was, now) in changed.items())
         raise ValueError(f"resume: got other options than {directory / 'last.pt'} was made with: {changes}")
@@ -60,7 +61,7 @@ def train(config: Config, *, resume: bool = False, root: Path = Path("runs")) ->
     model, optimizer = build(config, num_classes, counts, device)
     head = model["head"]
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, config.decay)
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
 
     # Where the run stands: steps done in this epoch, their summed losses, and a row for each finished epoch.
     epoch, step, sums, history = 0, 0, torch.zeros(3, device=device), []
@@ -98,7 +99,7 @@ def train(config: Config, *, resume: bool = False, root: Path = Path("runs")) ->
                     progress.update()
                     if interrupt.asked and step < len(batches):
                         checkpoint.save(directory / "last.pt", state())
-                        logger.info("stopped in epoch %d; the same command with --resume goes on", epoch + 1)
+                        logger.info("stopped in epoch %d; the same command with --resume continues", epoch + 1)
                         raise KeyboardInterrupt
             scheduler.step()
 
@@ -117,21 +118,44 @@ def train(config: Config, *, resume: bool = False, root: Path = Path("runs")) ->
                 title, row["loss"], row["overall"], row["mean"], row["seconds"],
             )  # fmt: skip
             if interrupt.asked:
-                logger.info("stopped after epoch %d; the same command with --resume goes on", epoch)
+                logger.info("stopped after epoch %d; the same command with --resume continues", epoch)
                 raise KeyboardInterrupt
 
     log.close()
     matrix = evaluate(lambda x: head(features(config, model, x)), model, test_images, test_labels, num_classes)
     figures.confusion_matrix(directory / "confusion.png", matrix.cpu(), sets.classes)
-    # Fig. 4: a face of each class, its twin, and the maps of all classes for both.
-    faces = torch.stack([test_images[(test_labels == c).nonzero()[0, 0]] for c in test_labels.unique().tolist()])
-    with torch.no_grad():
-        pair = features(config, model, torch.cat([faces, faces.flip(-1)])).float()
-        maps, predicted = head.maps(pair), head(pair).argmax(1)
-    figures.activation_maps(
-        directory / "cam.png", faces.cpu(), maps.cpu(), test_labels.unique().tolist(), predicted.tolist(), sets.classes
-    )
+    draw_maps(directory / "cam.png", config, model, sets)
     return Result(sets.classes, counts.tolist(), history, directory)
+
+
+@torch.no_grad()
+def draw_maps(
+    path: Path, config: Config, model: nn.ModuleDict, sets: data.Data, only: Sequence[str] | None = None
+) -> None:
+    """Fig. 4: a test face of each class, or of ``only`` these, its mirror image, and the maps of all classes."""
+    model.eval()
+    head, device = model["head"], _device(config.device)
+    assert isinstance(head, rk.RebalancedHead)
+    labels = [c for c in sets.test.labels.unique().tolist() if only is None or sets.classes[c] in only]
+    faces = torch.stack([sets.test.images[sets.test.labels == c][0] for c in labels])
+    pair = features(config, model, torch.cat([faces, faces.flip(-1)]).to(device)).float()
+    predicted = head(pair).argmax(1).tolist()
+    figures.activation_maps(path, faces, head.maps(pair).cpu(), labels, predicted, sets.classes)
+
+
+def cams(directory: Path, path: Path, only: Sequence[str] | None) -> None:
+    """Draw the activation maps of a finished run, as :func:`draw_maps`.
+
+    Raises:
+        ValueError: no checkpoint there, or a class that the run does not know.
+    """
+    saved = checkpoint.read(directory / "last.pt", "run")
+    if unknown := sorted(set(only or ()) - set(saved["classes"])):
+        raise ValueError(f"classes: got {', '.join(unknown)}, expected some of {', '.join(saved['classes'])}")
+    config = Config(**saved["config"])
+    model, _ = build(config, len(saved["classes"]), saved["counts"], _device(config.device))
+    model.load_state_dict(saved["model"])
+    draw_maps(path, config, model, data.load(config), only)
 
 
 def build(
@@ -144,7 +168,7 @@ def build(
         backbone.channels, num_classes, counts, beta=config.beta, alpha=config.alpha,
         consistency_weight=config.consistency_weight, backend=config.backend,
     )  # fmt: skip
-    model = nn.ModuleDict({"backbone": backbone, "head": head}).to(device, memory_format=_layout(config))
+    model = nn.ModuleDict({"backbone": backbone, "head": head}).to(device).to(memory_format=_layout(config))
     return model, torch.optim.Adam(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
 
 

@@ -154,7 +154,27 @@ def test_bad_input_is_named(options, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_other_options_on_resume_are_refused(tmp_path, capsys):
-    assert run(tmp_path, "one", "--epochs=1") == 0
-    assert run(tmp_path, "one", "--epochs=2", "--alpha=0.2", "--resume") == 2
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    assert run(root, "one", "--epochs=1") == 0
+    return root
+
+
+def test_other_options_on_resume_are_refused(finished, capsys):
+    assert run(finished, "one", "--epochs=2", "--alpha=0.2", "--resume") == 2
     assert "alpha 0.1 -> 0.2" in capsys.readouterr().err
+
+
+def test_the_maps_of_a_finished_run_are_drawn_again(finished, capsys):
+    """All of them are the run's own picture; of two classes, two rows in place of seven."""
+    picture = finished / "again.png"
+    assert main(["cams", f"{finished}/one", str(picture)]) == 0
+    assert picture.read_bytes() == (finished / "one/cam.png").read_bytes()
+    whole = Image.open(picture).size
+    assert main(["cams", f"{finished}/one", str(picture), "--classes", "fear", "anger"]) == 0
+    assert Image.open(picture).height < 0.4 * whole[1]
+    assert main(["cams", f"{finished}/one", str(picture), "--classes", "joy"]) == 2
+    assert "classes: got joy" in capsys.readouterr().err
+    assert main(["cams", f"{finished}/none", str(picture)]) == 2
+    assert "run: got no file" in capsys.readouterr().err

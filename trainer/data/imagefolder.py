@@ -67,13 +67,14 @@ def load(path: str, config: Config) -> Data:
     for folder in names:
         if not _files(train / folder):
             raise ValueError(f"data: got no image in {train / folder}, expected {', '.join(sorted(SUFFIXES))}")
-    splits = []
-    for part, folders in ((train, names), (test, tested)):
+
+    def split(part: Path, folders: dict[str, str]) -> Split:
         files = [(f, classes.index(name)) for folder, name in folders.items() for f in _files(part / folder)]
         if not files:
             raise ValueError(f"data: got no image in {part}, expected {', '.join(sorted(SUFFIXES))}")
-        splits.append(_read(files, config.image_size))
-    return Data(classes, *splits, folders=tuple(names))
+        return _read(files, config.image_size)
+
+    return Data(classes, split(train, names), split(test, tested), folders=tuple(names))
 
 
 def _folders(root: Path) -> list[str]:
