@@ -24,7 +24,7 @@ demo: $(READY)
 test: lint .venv/triton-3.6 tests
 
 # Left out: what compiles, trains, or goes through every size, dtype and layout.
-QUICK := class_balance contributing dispatch doctests export module poison readme
+QUICK := class_balance contributing dispatch doctests export module mutants poison readme
 quick: lint
 	$(RUN) -m pytest $(QUICK:%=tests/test_%.py)
 

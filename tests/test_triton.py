@@ -1,12 +1,8 @@
 """The Triton backend's own: where it serves, what it launches, its tiles, and what Triton's interpreter gets wrong."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from support import child
 from support.agreement import check, check_labels_out_of_range
 from support.backends import BACKENDS, INTERPRETED
 from support.cases import case
@@ -17,18 +13,14 @@ from rebalfer_kernels.triton_tiles import Problem, policy
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-ROOT = Path(__file__).parents[1]
 TRITON = [b for b in BACKENDS if b.values[0].name == "triton"]
 in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="of Triton's interpreter (TRITON_INTERPRET=1)")
 
 
 def python(code: str, **environment: str) -> str:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout.strip()
+    done = child.run("-c", code, **{"TRITON_INTERPRET": None} | environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 def test_an_import_leaves_the_kernels_alone():
@@ -76,7 +68,7 @@ AGREEMENT = {
 @pytest.mark.parametrize("backend", TRITON)
 @pytest.mark.parametrize("name", AGREEMENT)
 def test_agreement(backend, name):
-    """One case of each kind, for the injected faults of mutants.py."""
+    """One case of each kind, for the injected faults of tests/mutants."""
     shape, of_case, options = AGREEMENT[name]
     check(backend, case(*shape, **of_case, device=backend.device), **options)
 

@@ -1,16 +1,14 @@
 """The built wheel, installed outside the checkout: what it holds, and its first use, which builds the native part."""
 
 import importlib.metadata
-import os
 import shutil
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from support import child
+from support.machine import ROOT
 
-ROOT = Path(__file__).parents[1]
 # 2 x 2 maps of one channel: A = W [1 2; 3 4], A~ = W [0 0; 0 8], S = W [1 2; -5 4], pooled 2.5 and 2, logits W pooled.
 FIRST_USE = """
 import math, pathlib, sys, torch, rebalfer_kernels as rk
@@ -45,8 +43,7 @@ def wheel(tmp_path_factory):
 
 
 def pip(*arguments):
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = child.run("-m", "pip", "--disable-pip-version-check", *arguments, timeout=300)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
 
 
@@ -67,15 +64,9 @@ def test_installed_elsewhere_it_builds_on_first_use_and_is_right(wheel, tmp_path
     compiler = tmp_path / "g++-unoptimised"  # a fifth of the build's time
     compiler.write_text('#!/bin/sh\nexec g++ "$@" -O0\n')
     compiler.chmod(0o755)
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "REBALFER_BACKEND")}
-    environment |= {"PYTHONPATH": str(site), "REBALFER_CACHE_DIR": str(tmp_path / "cache"), "CXX": str(compiler)}
-    result = subprocess.run(
-        [sys.executable, "-c", FIRST_USE, site],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
+    result = child.run(
+        "-c", FIRST_USE, site, timeout=500, cwd=tmp_path, PYTHONPATH=site, REBALFER_BACKEND=None,
+        REBALFER_CACHE_DIR=tmp_path / "cache", CXX=compiler,
     )  # fmt: skip
     assert result.stdout.strip() == "right", result.stderr[-3000:]
     assert list((tmp_path / "cache").glob("*.so"))
