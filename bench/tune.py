@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from rebalfer_kernels import triton_tiles
-from rebalfer_kernels.triton_tiles import Row
+from rebalfer_kernels.triton import tiles as triton_tiles
+from rebalfer_kernels.triton.tiles import Row
 
 from . import baselines, gpu_timing
 from .cases import Case, problem
@@ -54,13 +54,13 @@ def search(of: triton_tiles.Problem, milliseconds: Callable[[str, Row], float]) 
 
 def main(case: Case) -> str:
     """What to write into the table for ``case``; a GPU must be there."""
-    from rebalfer_kernels import triton_ops
+    from rebalfer_kernels.triton import host
 
     clock = gpu_timing.CudaClock()
     tensors = problem(case)
     of = triton_tiles.Problem(
         case.C, tensors.features.shape[2] * tensors.features.shape[3], len(tensors.weight),
-        case.layout == "channels_last", case.dtype, triton_ops.arch(torch.cuda.current_device()),
+        case.layout == "channels_last", case.dtype, host.arch(torch.cuda.current_device()),
     )  # fmt: skip
 
     loss = functools.partial(baselines.ours, backend="triton")

@@ -12,7 +12,7 @@ import pytest
 import torch
 import triton_budgets as budgets
 
-from rebalfer_kernels import triton_tiles
+from rebalfer_kernels.triton import tiles
 
 pytest.importorskip("triton")
 
@@ -103,19 +103,19 @@ def test_a_regression_is_named():
 
 
 def test_every_row_of_the_tile_table_is_taken_by_a_case(monkeypatch):
-    taken, fits = set(), triton_tiles._fits
+    taken, fits = set(), tiles._fits
 
     def note(row, *problem):
         if fits(row, *problem):
             taken.add(row)
             return True
 
-    monkeypatch.setattr(triton_tiles, "_fits", note)
+    monkeypatch.setattr(tiles, "_fits", note)
     for case in budgets.CASES:
         for arch in budgets.TARGETS:
             nchw, dtype = case.layout == "nchw", getattr(torch, case.dtype)
-            triton_tiles.policy(triton_tiles.Problem(case.channels, case.side**2, case.classes, not nchw, dtype, arch))
-    assert taken == set(triton_tiles.TABLE)
+            tiles.policy(tiles.Problem(case.channels, case.side**2, case.classes, not nchw, dtype, arch))
+    assert taken == set(tiles.TABLE)
 
 
 def test_the_page_shows_the_golden_file():

@@ -22,6 +22,17 @@ class Problem(NamedTuple):
     arch: str  #: "sm_90", "gfx942", ...
 
 
+class Shape(NamedTuple):
+    """The constants that every kernel on features needs; the last two are the strides of a pixel and of a channel."""
+
+    C: int
+    HW: int
+    W: int
+    L: int
+    S_HW: int
+    S_C: int
+
+
 class Tiles(NamedTuple):
     """A kernel's tile (rows are pixels of the map) and how many warps and pipeline stages work on it."""
 
