@@ -140,7 +140,7 @@ def head(
 
 
 def option(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    if not any(type(value) is type(choice) and value == choice for choice in allowed):
+    if type(value) is not type(allowed[0]) or value not in allowed:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, allowed))}")
 
 

@@ -110,7 +110,7 @@ def choose(r: Request, backend: str | None) -> str:
     """
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend: got {backend!r}, expected None or {_names()}")
-    name, error = _choose(backend, *r)
+    name, error = _choose_while_compiling(backend, *r) if torch.compiler.is_compiling() else _choose(backend, r)
     if error is not None:
         raise (ValueError if name is None else RuntimeError)(error)
     assert name is not None
@@ -118,8 +118,13 @@ def choose(r: Request, backend: str | None) -> str:
 
 
 @torch.compiler.assume_constant_result
-def _choose(backend: str | None, *r: Any) -> tuple[str | None, str | None]:  # torch.compile hands on plain constants
-    return _choose_cached(_in_context(Request(*r)), *forced_by(backend))
+def _choose_while_compiling(backend: str | None, *r: Any) -> tuple[str | None, str | None]:
+    """From plain constants, which is all that torch.compile hands over."""
+    return _choose(backend, Request(*r))
+
+
+def _choose(backend: str | None, r: Request) -> tuple[str | None, str | None]:
+    return _choose_cached(_in_context(r), *forced_by(backend))
 
 
 @functools.lru_cache(maxsize=1024)

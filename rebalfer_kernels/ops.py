@@ -41,7 +41,11 @@ class Wanted(NamedTuple):
     cam_grad: bool
 
 
-_library = torch.library.Library("rebalfer_kernels", "DEF")
+# Kept by the namespace, which outlives this module, so that a reload finds the operators defined.
+_namespace: Any = torch.ops.rebalfer_kernels
+if not hasattr(_namespace, "library"):
+    _namespace.library = torch.library.Library("rebalfer_kernels", "DEF")
+_library = _namespace.library
 
 # consistency_weight ... mean are a HeadOptions, with_maps ... save_cam_grad a Wanted; targets is (N,) int64, or (N, L)
 # in the compute dtype, or None where only the consistency is asked for.
@@ -149,24 +153,32 @@ _FAKES: dict[str, Any] = {
     "cross_entropy_backward": _cross_entropy_backward_fake,
 }
 
+
+def _define(name: str, schema: str, fake: Any = None) -> Any:
+    """The operator ``torch.ops.rebalfer_kernels.<name>``."""
+    if not hasattr(_namespace, name):
+        _library.define(name + schema, tags=_EXACT_STRIDES if fake else ())
+        if fake:
+            torch.library.register_fake(f"rebalfer_kernels::{name}", fake, lib=_library)
+    return getattr(_namespace, name).default
+
+
 #: OPERATORS[backend][name] is the operator ``torch.ops.rebalfer_kernels.<name>_<backend>``.
-OPERATORS: dict[str, dict[str, Any]] = {}
-for _backend in (name for name, backend in BACKENDS.items() if backend.fused):
-    OPERATORS[_backend] = {}
-    for _name, _schema in _SCHEMAS.items():
-        _library.define(f"{_name}_{_backend}{_schema}", tags=_EXACT_STRIDES)
-        torch.library.register_fake(f"rebalfer_kernels::{_name}_{_backend}", _FAKES[_name], lib=_library)
-        OPERATORS[_backend][_name] = getattr(torch.ops.rebalfer_kernels, f"{_name}_{_backend}").default
+OPERATORS: dict[str, dict[str, Any]] = {
+    backend.name: {name: _define(f"{name}_{backend.name}", schema, _FAKES[name]) for name, schema in _SCHEMAS.items()}
+    for backend in BACKENDS.values()
+    if backend.fused
+}
 
 # The instruction set that the CPU kernels run on: the widest of the CPU's, or the one REBALFER_CPU_ISA names.
-_library.define("cpu_isa() -> str")
+_define("cpu_isa", "() -> str")
 # Why the CUDA kernels cannot run on the current device; empty if they can.
-_library.define("cuda_problem() -> str")
+_define("cuda_problem", "() -> str")
 
 
 def register(backend: str, name: str, implementation: Any, dispatch_key: str) -> None:
-    """Give operator ``name`` of ``backend`` an implementation written in Python."""
-    _library.impl(f"{name}_{backend}", implementation, dispatch_key)
+    """Give operator ``name`` of ``backend`` an implementation written in Python; a later one replaces it."""
+    _library.impl(f"{name}_{backend}", implementation, dispatch_key, allow_override=True)
 
 
 class _FirstOrderOnly(torch.autograd.Function):

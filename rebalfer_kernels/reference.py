@@ -67,7 +67,7 @@ def class_activation_maps(features: Tensor, weight: Tensor) -> Tensor:
     """Eq. 2: A[m, l, h, w] = sum_c weight[l, c] features[m, c, h, w]; (M, C, H, W), (L, C) -> (M, L, H, W)."""
     dtype = compute_dtype(features.dtype)
     with _without_autocast(features):
-        return torch.nn.functional.linear(features.to(dtype).movedim(1, -1), weight.to(dtype)).movedim(-1, 1)
+        return torch.nn.functional.linear(features.to(dtype).movedim(1, 3), weight.to(dtype)).movedim(3, 1)
 
 
 def attention_consistency(
@@ -82,7 +82,7 @@ def attention_consistency(
 ) -> Tensor:
     """Eq. 5: 1 / (N L H W) sum |v_l S|^p with S = A - T(A~); "none" keeps the N samples apart."""
     cams = class_activation_maps(features, weight.detach() if detach_cam_weight else weight)
-    n = len(cams) // 2
+    n = cams.shape[0] // 2
     residual = cams[:n] - TRANSFORMS[transform][1](cams[n:])
     weighted = map_weights.to(residual.dtype)[:, None, None] * residual
     per_sample = (weighted.abs() if p == 1 else weighted.square()).mean((1, 2, 3))
@@ -121,7 +121,7 @@ def rebalanced_head_loss(
 ) -> HeadLoss:
     """Eq. 6: l = l_cls + lambda l_cons, with l_cls summed over both views (Eq. 1) or of the original alone."""
     logits = logits_of(features, weight, bias)
-    n = len(features) // 2
+    n = features.shape[0] // 2
     classification = rebalanced_cross_entropy(logits[:n], targets, target_table, reduction=reduction)
     if views == "both":
         twin = rebalanced_cross_entropy(logits[n:], targets, target_table, reduction=reduction)
@@ -159,8 +159,9 @@ def target_distribution(targets: Tensor, table: Tensor) -> Tensor:
     """(M, L) target distributions t. A class outside [0, L) is NaN, and an IndexError on a CPU where it can be read."""
     if targets.is_floating_point():
         return targets.to(table.dtype) @ table
-    valid = (targets >= 0) & (targets < len(table))
-    readable = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    valid = (targets >= 0) & (targets < table.shape[0])
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    readable = not traced and not torch._C._are_functorch_transforms_active()
     if targets.device.type == "cpu" and readable and not bool(valid.all()):
         wrong = targets[~valid][0].item()
         raise IndexError(f"targets: got class {wrong}, expected classes in [0, {len(table)})")

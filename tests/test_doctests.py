@@ -7,7 +7,19 @@ import pytest
 import torch
 
 
-@pytest.mark.parametrize("module", ["bounded", "class_balance", "transforms", "dispatch", "functional", "modules"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "doctor.bounded",
+        "doctor.cases",
+        "doctor.environment",
+        "class_balance",
+        "transforms",
+        "dispatch",
+        "functional",
+        "modules",
+    ],
+)
 def test_doctests(module):
     result = doctest.testmod(importlib.import_module(f"rebalfer_kernels.{module}"), extraglobs={"torch": torch})
     assert result.attempted and not result.failed

@@ -1,5 +1,6 @@
 """Every operator as PyTorch checks operators, and every public function compiled: one registry of each."""
 
+import importlib
 import inspect
 
 import pytest
@@ -154,6 +155,56 @@ def test_compiles_fullgraph_where_every_size_changes(backend, name, dynamic):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("marked", [False, True])
+def test_multi_scale_training_compiles_two_graphs_at_most(backend, name, marked):
+    """A map of a new size each step; one graph where the sizes were marked as dynamic."""
+    torch._dynamo.reset()
+    MODULES[backend.name].to(backend.device)
+    compiled = torch.compile(CALLS[name], fullgraph=True, backend="aot_eager")
+    for step, side in enumerate(range(3, 13)):
+        data = case(2, 6, side, side + 1, 3, torch.float32, seed=side, device=backend.device)
+        if marked:
+            torch._dynamo.mark_dynamic(data[0], (2, 3))
+        data[0].requires_grad_()
+        with torch._dynamo.config.patch(error_on_recompile=step > (0 if marked else 1)):
+            results = [call(backend.name, *data) for call in (compiled, CALLS[name])]
+        gradients = [torch.autograd.grad(x, data[0], torch.ones_like(x)) for x in results]
+        torch.testing.assert_close(*results)
+        torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_batch_whose_size_only_the_data_decide_is_compiled(backend, layout, name):
+    """``x[mask]`` inside the compiled step, as where samples are left out of the loss."""
+    torch._dynamo.reset()
+    MODULES[backend.name].to(backend.device)
+
+    def step(f, w, b, y, table, v, kept):
+        return CALLS[name](backend.name, f[torch.cat([kept, kept])], w, b, y[kept], table, v)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        for kept in ([True, False, True, False, True], [False, True, True, True, True]):
+            mask = torch.tensor(kept, device=backend.device)
+            data = case(5, 6, 3, 4, 3, torch.float32, layout, device=backend.device)
+            data[0].requires_grad_()
+            results = [call(*data, mask) for call in (compiled, step)]
+            gradients = [torch.autograd.grad(x, data[0], torch.ones_like(x)) for x in results]
+            torch.testing.assert_close(*results)
+            torch.testing.assert_close(*gradients)
+
+
+def test_sizes_that_are_known_are_checked_in_a_compiled_call():
+    features, weight, bias, targets, table, v = case(3, 6, 3, 3, 3, torch.float32)
+    compiled = torch.compile(CALLS["rebalanced_head_loss"], backend="eager")
+    with pytest.raises(ValueError, match="features: got a batch of 5, expected an even one"):
+        compiled("reference", features[:5], weight, bias, targets, table, v)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_lambda_that_changes_is_compiled_once_more_at_most(backend):
     torch._dynamo.reset()
     features, weight, bias, targets, table, v = case(3, 6, 3, 3, 3, torch.float32, device=backend.device)
@@ -197,3 +248,13 @@ def test_everything_public_that_takes_a_backend_is_compiled():
     public = {name: getattr(rk, name) for name in rk.__all__ if callable(getattr(rk, name))}
     served = {name for name, f in public.items() if "backend" in inspect.signature(f).parameters}
     assert served == {*CALLS, "explain"}
+
+
+def test_a_reload_finds_the_operators_defined():
+    """As a notebook's autoreload does, or a test that imports the package anew."""
+    features, weight, *_ = case(1, 6, 3, 3, 3, torch.float32)
+    expected = rk.class_activation_maps(features, weight)
+    for name in ("ops", "backend", "dispatch", "functional", "explanation", "modules"):
+        importlib.reload(importlib.import_module(f"rebalfer_kernels.{name}"))
+    importlib.reload(rk)
+    assert torch.equal(rk.class_activation_maps(features, weight), expected)

@@ -58,6 +58,10 @@ class Backend:
         """Whether it serves this request, whose device is one of its own and whose sizes keep its limits."""
         return self.available()
 
+    def interpreted(self) -> bool:
+        """Whether its kernels are interpreted on this machine, and so too slow for large sizes."""
+        return False
+
     def feature_reads(self, *, maps: bool, cam_weight_gradient: bool) -> int | None:
         """How often the head reads the features in forward and backward; None: not counted."""
         return None

@@ -34,6 +34,9 @@ class Triton(Backend):
             return Verdict(False, reason)
         return _load(_interpreted())
 
+    def interpreted(self) -> bool:
+        return _interpreted()
+
     def feature_reads(self, *, maps: bool, cam_weight_gradient: bool) -> int:
         return 1 + cam_weight_gradient
 

@@ -47,7 +47,7 @@ def missing() -> str | None:
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
     try:
-        compiler = native._cuda_recipe(native.AHEAD).compiler
+        compiler = native.find_nvcc()
     except native.BuildError as error:
         return str(error)
     if reason := cubin.missing():

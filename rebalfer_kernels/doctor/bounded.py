@@ -1,4 +1,4 @@
-"""A command that runs so long and no longer."""
+"""Run a command under a time limit and kill everything it started."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 
 class Outcome(NamedTuple):
-    status: int | None  #: exit status, negative for a signal; None when stopped at the limit
+    status: int | None  #: exit status, negative for a signal; None if stopped at the limit
     output: str  #: stdout and stderr, in order
     seconds: float
 
@@ -40,10 +40,17 @@ def run(
     directory: Path | None = None,
     log: Path | None = None,
 ) -> Outcome:
-    """Run ``command`` with ``environment`` added to ours; at the limit it is killed with all that it started.
+    """Run ``command`` in ``directory`` for at most ``seconds``, then kill it and all that it started.
 
-    The output goes to the end of a file (``log``, kept, or a temporary one), so what was written before the end is
-    there and a grandchild that holds the output open delays nothing.
+    ``environment`` is added to this process's. The output is appended to a file (``log``, which is kept, or a
+    temporary one): what was written before the end is never lost, and a grandchild that keeps the output open does not
+    delay the return.
+
+    Raises:
+        OSError: the command cannot be started.
+
+    >>> run(["sh", "-c", "echo begun; sleep 60"], 0.5)[:2]
+    (None, 'begun\\n')
     """
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
@@ -51,25 +58,30 @@ def run(
         with path.open("ab") as file:
             begin = file.tell()
             process = subprocess.Popen(
-                command, env={**os.environ, **(environment or {})}, cwd=directory, stdin=subprocess.DEVNULL,
-                stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+                command,
+                env={**os.environ, **(environment or {})},
+                cwd=directory,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
             try:
                 status: int | None = process.wait(max(seconds, 0.0))
             except subprocess.TimeoutExpired:
                 status = None
-            finally:  # Ctrl-C too
+            finally:  # also after Ctrl-C
                 _kill_session(process.pid)
                 process.wait()
         return Outcome(status, path.read_bytes()[begin:].decode(errors="replace"), time.monotonic() - start)
 
 
 def _kill_session(session: int) -> None:
-    """Kill what a session's leader started, the process groups in it too: ninja gives each compiler one of its own."""
+    """Kill a session's leader and all its process groups: ninja puts each compiler into a group of its own."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(session, signal.SIGKILL)
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            # After the name, which may hold anything: state, parent, group, session.
+            # The fields after the name, which may contain anything: state, parent, group, session.
             if int(stat.read_text().rpartition(")")[2].split()[3]) == session:
                 os.kill(int(stat.parent.name), signal.SIGKILL)

@@ -1,0 +1,34 @@
+"""Building csrc with ninja and loading it, ahead (``python -m rebalfer_kernels build``) or on first use.
+
+Two libraries, ``cpu`` and ``cuda``, by one recipe, against PyTorch's stable ABI for torch 2.11 and later. A library's
+name has a hash of its sources and flags, so that nothing stale is ever loaded, but neither the compiler nor torch's
+version, so that what was built elsewhere is. It is looked for in the package, which ``make wheel`` ships with the
+libraries inside, then in a cache. Processes that build at the same moment take turns at a lock, and the finished file
+appears by an atomic rename. With ``REBALFER_BUILD=0`` nothing is built, only what is stored is loaded.
+"""
+
+from .cache import cache_directory, cache_files, clear_cache
+from .command import SUMMARY, add_arguments, main
+from .library import build, load
+from .recipe import AHEAD, ISAS, SOURCES, cpu_recipe
+from .tools import BuildError, ToolMissing, find_compiler, find_ninja, find_nvcc
+
+__all__ = [
+    "AHEAD",
+    "ISAS",
+    "SOURCES",
+    "SUMMARY",
+    "BuildError",
+    "ToolMissing",
+    "add_arguments",
+    "build",
+    "cache_directory",
+    "cache_files",
+    "clear_cache",
+    "cpu_recipe",
+    "find_compiler",
+    "find_ninja",
+    "find_nvcc",
+    "load",
+    "main",
+]

@@ -1,0 +1,154 @@
+"""Finding, building and loading a library."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from . import cache
+from .recipe import Recipe, present_architectures, recipes
+from .tools import BuildError, ToolMissing, find_ninja
+
+logger = logging.getLogger(__package__)
+
+_DURATION = {"cpu": "about a minute", "cuda": "some minutes"}
+
+
+@functools.cache
+def load(part: str) -> tuple[bool, str]:
+    """Whether "cpu" or "cuda" can serve, built and loaded if need be, and "available" or the reason why not."""
+    try:
+        if part == "cuda" and not torch.cuda.is_available():
+            return False, "no CUDA GPU" if torch.version.cuda else "this torch is built without CUDA"
+        _load(part)
+        if part == "cuda" and (problem := torch.ops.rebalfer_kernels.cuda_problem()):
+            architectures = " ".join(present_architectures())
+            raise BuildError(
+                f"the CUDA kernels cannot run here: {problem} (built for other GPUs? "
+                f"`python -m rebalfer_kernels build cuda --arch {architectures}` builds for those of this machine)"
+            )
+    except (OSError, RuntimeError, ValueError) as error:  # whatever the machine lacks; the reference serves
+        level = logging.INFO if isinstance(error, ToolMissing) and part == "cuda" else logging.WARNING
+        logger.log(level, "the %s backend is absent: %s", part, error)
+        return False, (str(error) or repr(error)).splitlines()[0]
+    return True, "available"
+
+
+def _load(part: str) -> None:
+    """Load the library; if the system refuses what the cache has, build it anew, but only once."""
+    library = build(part)
+    refusal = _refusal(library)
+    if refusal is None:
+        return
+    refused_anew = library.with_suffix(".refused")
+    if library.parent == cache.SHIPPED:
+        raise BuildError(f"{refusal} (it is part of the installed package: install that anew)")
+    if os.environ.get("REBALFER_BUILD") == "0":
+        raise BuildError(f"{refusal} (not built anew: REBALFER_BUILD=0)")
+    if refused_anew.exists():
+        raise BuildError(
+            f"{refusal} (built anew in vain; `python -m rebalfer_kernels doctor --clear-cache` forgets it)"
+        )
+    logger.warning("%s", refusal)
+    try:
+        refusal = _refusal(build(part, anew=True))
+    except BuildError as error:
+        raise BuildError(f"{refusal}; building it anew: {error}") from None
+    if refusal is not None:
+        refused_anew.touch()
+        raise BuildError(f"{refusal} (just built)")
+
+
+def _refusal(library: Path) -> str | None:
+    """Load it, or say what the dynamic linker said."""
+    try:
+        if _truncated(library):
+            raise OSError(f"{library}: truncated")
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return f"the library cannot be loaded: {error.__cause__ or error}"  # torch names only the path
+    return None
+
+
+def _truncated(library: Path) -> bool:
+    """Whether an ELF file ends before its last part, the section headers; the dynamic linker would die of SIGBUS."""
+    with open(library, "rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or not header.startswith(b"\x7fELF"):
+        return False
+    offset, size, count = struct.unpack_from("=Q10xHH", header, 40)
+    return library.stat().st_size < offset + size * count
+
+
+def build(part: str = "cpu", architectures: Sequence[str] | None = None, *, anew: bool = False) -> Path:
+    """Path of the library: the one that the package ships, else from the cache, else (or ``anew``) built now.
+
+    For "cuda", ``architectures`` such as "90a" or "90+ptx"; None for the present GPUs, unless only a library that was
+    made ahead of time is stored.
+
+    Raises:
+        BuildError: the sources are missing, the cache cannot be used, or the compiler's message.
+        ToolMissing: no compiler, no ninja.
+    """
+    wanted = recipes(part, architectures)
+    if not anew and (shipped := _stored(wanted, cache.SHIPPED)):
+        return shipped
+    directory = cache.cache_directory()
+    try:
+        return (not anew and _stored(wanted, directory)) or _build(wanted[0], directory)
+    except OSError as error:  # not readable, not writable, full, without locks, ...
+        raise BuildError(f"{directory} cannot be used ({error}): set REBALFER_CACHE_DIR to another directory") from None
+
+
+def _stored(wanted: list[Recipe], directory: Path) -> Path | None:
+    paths = (directory / recipe.name() for recipe in wanted)
+    return next((path for path in paths if path.exists()), None)
+
+
+def _build(recipe: Recipe, directory: Path) -> Path:
+    """Build it, also where it is stored already, unless another process does so while this one waits."""
+    if os.environ.get("REBALFER_BUILD") == "0":
+        raise BuildError(f"not built, and REBALFER_BUILD=0 (`python -m rebalfer_kernels build {recipe.arguments}`)")
+    library, part = directory / recipe.name(), recipe.part
+    before = _identity(library)
+    with cache.lock(directory, part):
+        if _identity(library) not in (None, before):
+            return library
+        for leftover in directory.glob(f"build-{part}-*/build.ninja"):  # of a build that was killed: the lock is ours
+            shutil.rmtree(leftover.parent, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=directory, prefix=f"build-{part}-") as work:
+            recipe.prepare(Path(work))
+            _run_ninja(recipe, work)
+            if directory / recipe.name() != library:
+                raise BuildError("the sources changed while they were built; build again")
+            os.replace(Path(work) / "library.so", library)
+    return library
+
+
+def _identity(library: Path) -> tuple[int, int] | None:
+    if not library.exists():
+        return None
+    status = library.stat()
+    return status.st_ino, status.st_mtime_ns
+
+
+def _run_ninja(recipe: Recipe, work: str) -> None:
+    command = [find_ninja(), "-C", work]
+    # No warning, but what a user who waits should see: without any configuration, Python shows only warnings.
+    part, directory, duration = recipe.part, Path(work).parent, _DURATION[recipe.part]
+    logger.warning("building the %s kernels in %s, once; this takes %s", part.upper(), directory, duration)
+    run = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if run.returncode:
+        raise BuildError(
+            f"building the {part.upper()} kernels failed; repeat it with "
+            f"`python -m rebalfer_kernels build {recipe.arguments}`\n" + run.stdout[-4000:] + run.stderr[-2000:]
+        )
