@@ -49,9 +49,10 @@ def log_sum_exp(z, k, L: tl.constexpr):  # (rows, all classes)
 
 @inlined
 def cross_entropy(z, t, k, L: tl.constexpr):  # (rows, all classes) both
-    """-sum_l t_l log softmax(z)_l of each row."""
+    """-sum_l t_l log softmax(z)_l of each row; a zero target takes no part, even where its logit is -inf."""
     lse, top = log_sum_exp(z, k, L)
-    return tl.sum(tl.where((k < L)[None, :], t * (lse[:, None] - (z - top[:, None])), 0.0), 1)
+    counts = (k < L)[None, :] & (t != 0)
+    return tl.sum(t * tl.where(counts, lse[:, None] - (z - top[:, None]), 0.0), 1)
 
 
 @inlined
@@ -123,30 +124,33 @@ def cross_entropy_backward_kernel(
     tl.store(d_logits + m[:, None] * L + k[None, :], narrow(dz, d_logits.dtype.element_ty), mask=mask)
 
 
+@inlined
+def store_mean(losses, mean, N, B: tl.constexpr):
+    """The mean over the samples in one fixed order; of no samples NaN."""
+    if losses is not None:
+        at = tl.arange(0, B)
+        total = tl.zeros([B], tl.float32)
+        for n0 in range(0, N, B):
+            total += tl.load(losses + n0 + at, mask=at < N - n0, other=0.0)
+        tl.store(mean, tl.sum(total, 0) / N.to(tl.float32))
+
+
 @kernel
 def mean_kernel(
-    loss,  # (N,) float32 or None
-    classification,  # (N,) float32, None with the loss
-    consistency,  # (N,) float32
-    mean_loss,  # () float32, None with the loss
-    mean_classification,  # () float32, None with the loss
-    mean_consistency,  # () float32
+    loss,  # (N,) float32 or None, like the next two
+    classification,
+    consistency,
+    mean_loss,  # () float32, None where the loss is, like the next two
+    mean_classification,
+    mean_consistency,
     N,
     B: tl.constexpr,
 ):
-    """The means over the samples in one fixed order; of no samples NaN."""
-    at = tl.arange(0, B)
-    sum_loss = tl.zeros([B], tl.float32)
-    sum_classification = sum_loss
-    sum_consistency = sum_loss
-    for n0 in range(0, N, B):
-        ok = at < N - n0
-        if loss is not None:
-            sum_loss += tl.load(loss + n0 + at, mask=ok, other=0.0)
-            sum_classification += tl.load(classification + n0 + at, mask=ok, other=0.0)
-        sum_consistency += tl.load(consistency + n0 + at, mask=ok, other=0.0)
-    n = N.to(tl.float32)
-    if loss is not None:
-        tl.store(mean_loss, tl.sum(sum_loss, 0) / n)
-        tl.store(mean_classification, tl.sum(sum_classification, 0) / n)
-    tl.store(mean_consistency, tl.sum(sum_consistency, 0) / n)
+    """One program for each of the three."""
+    which = tl.program_id(0)
+    if which == 0:
+        store_mean(loss, mean_loss, N, B)
+    elif which == 1:
+        store_mean(classification, mean_classification, N, B)
+    else:
+        store_mean(consistency, mean_consistency, N, B)

@@ -127,26 +127,13 @@ def _or_empty(tensor: Tensor | None, like: Tensor, dtype: torch.dtype = torch.fl
 
 def head_forward(features, weight, bias, targets, target_table, map_weights, *flags):
     options, wanted = ops.HeadOptions(*flags[:5]), ops.Wanted(*flags[5:])
-    m, channels, height, width = features.shape
-    n, classes, classified = m // 2, len(weight), targets is not None
-    _check_labels(targets, classes)
-
-    def output(*shape: int, wanted: bool = True) -> Tensor | None:
-        return torch.empty(shape, dtype=torch.float32, device=features.device) if wanted else None
-
-    losses = dict(loss=output(n, wanted=classified), classification=output(n, wanted=classified), consistency=output(n))
-    # The gradient K of the CAM's weight is computed from the residual.
-    outputs = dict(
-        logits=output(m, classes, wanted=classified),
-        maps=output(m, classes, height, width, wanted=wanted.maps),
-        residual=output(n, classes, height, width, wanted=wanted.residual or wanted.cam_grad),
-        pooled=output(m, channels, wanted=wanted.pooled),
-    )
-    cam_grad = output(n, classes, channels, wanted=wanted.cam_grad)
+    n, (height, width) = len(features) // 2, features.shape[2:]
+    _check_labels(targets, len(weight))
+    losses, outputs, cam_grad = _forward_outputs(features, len(weight), targets is not None, wanted)
     shape, cut = _cut_of(features, weight)
     of_residual = dict(map_weights=map_weights, N=n, SHAPE=shape, P=options.p, **_twin(options, height, width))
-    _one_launch = _forward_of_one_tile if cut.one_tile else _forward_by_tiles
-    _one_launch(
+    launch_forward = _forward_of_one_tile if cut.one_tile else _forward_by_tiles
+    launch_forward(
         features,
         weight,
         cut,
@@ -162,7 +149,7 @@ def head_forward(features, weight, bias, targets, target_table, map_weights, *fl
     if wanted.cam_grad:
         _launch_tiles(
             forward.cam_grad_kernel,
-            n * _cdiv(channels, cut.weight.channels) * _cdiv(classes, cut.weight.classes),
+            n * _cdiv(shape.C, cut.weight.channels) * _cdiv(shape.L, cut.weight.classes),
             features.device,
             cut.weight,
             features=features,
@@ -177,6 +164,24 @@ def head_forward(features, weight, bias, targets, target_table, map_weights, *fl
     if not wanted.residual:
         outputs["residual"] = None
     return tuple(_or_empty(x, features) for x in (*losses.values(), *outputs.values(), cam_grad))
+
+
+def _forward_outputs(features: Tensor, classes: int, classified: bool, wanted: ops.Wanted):
+    """Per-sample losses, the other outputs in the schema's order, and the gradient K of the CAM's weight."""
+    m, channels, height, width = features.shape
+    n = m // 2
+
+    def output(*shape: int, wanted: bool = True) -> Tensor | None:
+        return torch.empty(shape, dtype=torch.float32, device=features.device) if wanted else None
+
+    losses = dict(loss=output(n, wanted=classified), classification=output(n, wanted=classified), consistency=output(n))
+    outputs = dict(
+        logits=output(m, classes, wanted=classified),
+        maps=output(m, classes, height, width, wanted=wanted.maps),
+        residual=output(n, classes, height, width, wanted=wanted.residual or wanted.cam_grad),  # K is computed from it
+        pooled=output(m, channels, wanted=wanted.pooled),
+    )
+    return losses, outputs, output(n, classes, channels, wanted=wanted.cam_grad)
 
 
 def _forward_of_one_tile(features: Tensor, weight: Tensor, cut: Policy, **head: Any) -> None:
@@ -232,12 +237,12 @@ def _launch_maps(
     )
 
 
-def _means(**losses: Tensor | None) -> dict[str, Tensor | None]:
-    consistency = losses["consistency"]
-    assert consistency is not None
-    means = {name: None if x is None else x.new_empty(()) for name, x in losses.items()}
-    outputs = {f"mean_{name}": x for name, x in means.items()}
-    _launch(cross_entropy.mean_kernel, 1, consistency.device, **losses, **outputs, N=len(consistency), B=1024)
+def _means(**losses: Any) -> dict[str, Any]:
+    """Those of the losses that are not None, by the names of mean_kernel."""
+    per_sample = next(x for x in losses.values() if x is not None)
+    means: dict[str, Any] = {name: None if x is None else x.new_empty(()) for name, x in losses.items()}
+    outputs: dict[str, Any] = {f"mean_{name}": x for name, x in means.items()}
+    _launch(cross_entropy.mean_kernel, 3, per_sample.device, N=len(per_sample), B=1024, **losses, **outputs)
     return means
 
 
@@ -404,7 +409,7 @@ def cross_entropy_forward(logits, targets, target_table, mean):
         losses=losses,
         **rows,
     )
-    return _means(loss=None, classification=None, consistency=losses)["consistency"] if mean else losses
+    return _means(loss=losses, classification=None, consistency=None)["loss"] if mean else losses
 
 
 def cross_entropy_backward(d_loss, logits, targets, target_table, mean):

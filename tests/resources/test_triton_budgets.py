@@ -1,4 +1,4 @@
-"""Every Triton kernel compiled for GPUs that are not there: nothing spilled, tensor cores used, no slow regression."""
+"""Every Triton kernel compiled without a GPU: nothing spilled, tensor cores used, no slow regression."""
 
 import functools
 import json

@@ -1,12 +1,12 @@
-"""The Triton kernels as the operators launch them, compiled for GPUs that are not there, and what each then takes.
+"""The Triton kernels as the operators launch them, compiled without a GPU, and what resources each then uses.
 
-A case calls the operators on tensors without memory; what they would launch is caught, compiled by Triton for each
+A case calls the operators on tensors without memory; what they would launch is recorded, compiled by Triton for each
 target and read back: registers, spills, shared memory, tensor-core instructions, 16-byte loads and stores.
 
     python tests/resources/triton_budgets.py            measure; write the golden file and the tables of docs/triton.md
     python tests/resources/triton_budgets.py --print    measure; print as JSON
 
-The golden file has a part for each version of Triton; only that of the version that runs is written.
+The golden file has a part for each version of Triton; only that of the running version is written.
 """
 
 from __future__ import annotations
