@@ -51,7 +51,8 @@ USE_OF_ECHO = """
 from rebalfer_kernels.backend.echo import CALLS
 assert rk.backends()["echo"] == "available", rk.backends()
 explained = rk.explain(features, weight)
-assert (explained.backend, explained.passed_over) == ("echo", {}) and explained.bytes_moved > explained.bytes_floor, explained
+assert (explained.backend, explained.passed_over) == ("echo", {}), explained
+assert explained.bytes_moved > explained.bytes_floor, explained
 assert "cpu" == rk.explain(features, weight, backend="cpu").backend
 check("hflip", lambda a: a.flip(-1), backend=None)
 assert CALLS == ["head_forward", "head_backward"], CALLS
