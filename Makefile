@@ -1,8 +1,8 @@
 # make demo            environment in .venv, then two networks trained on synthetic faces: minutes on two CPU cores
 # make test            environment in .venv, then lint, types and tests, those of Triton in its interpreter too
 # make quick           lint, types and the fast tests, about a minute: before every commit
-# make format          ruff and clang-format
-# make test PYTHON=…   any of these in an environment you have: adds what is missing, never another torch
+# make format          ruff, and clang-format where it is installed
+# make … PYTHON=…      any of these in an environment you have: adds what is missing, never another torch
 # make test-oldest     the tests on the oldest supported torch and its Triton, in an environment of its own
 # make mutants         injects one fault at a time into the sources: a named test must catch each
 # make wheel           one wheel with the built libraries inside, into dist
@@ -22,20 +22,18 @@ endif
 demo: $(READY)
 	$(RUN) -m trainer demo
 
-test: lint .venv/triton-3.6
-	$(MAKE) tests
+test: lint .venv/triton-3.6 tests
 
-# What is left out builds, compiles, trains or draws at random; see `pytest --durations=20`.
-QUICK := class_balance contributing dispatch doctests error_rule module ops parts poison readme
+# Left out: what compiles, trains, or goes through every size, dtype and layout.
+QUICK := class_balance contributing dispatch doctests export module mutants poison readme
 quick: lint
 	$(RUN) -m pytest $(QUICK:%=tests/test_%.py)
 
 format: $(READY)
 	$(RUN) -m ruff format .
 	$(RUN) -m ruff check --fix .
-	$(RUN) -m clang_format -i $(CPP)
+	if command -v clang-format; then git ls-files '*.cpp' '*.cu' '*.cuh' '*.h' | xargs clang-format -i; fi
 
-CPP = $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .

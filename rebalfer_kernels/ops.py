@@ -197,8 +197,8 @@ class _FirstOrderOnly(torch.autograd.Function):
         )
 
 
-# An output among the sources stands for the features, which the backward does not hold: the path to them that a second
-# differentiation takes leads through the node that made the output.
+# The features are not saved, so an output stands in for them: a second differentiation reaches them only through the
+# node that produced it.
 def _first_order(name: str, grads: tuple[Tensor | None, ...], sources: tuple[Tensor | None, ...]):
     """The gradients, made to refuse a second differentiation if this backward is itself recorded (create_graph)."""
     return _FirstOrderOnly.apply(name, len(grads), *grads, *sources) if torch.is_grad_enabled() else grads
@@ -229,7 +229,7 @@ class HeadLossFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_loss, d_classification, d_consistency, d_logits, *_):
         weight, bias, targets, target_table, map_weights, logits, residual, pooled, cam_grad = ctx.saved_tensors
-        if targets is None:  # consistency alone: torch.compile hands on empty gradients of the empty outputs
+        if targets is None:  # only the consistency was asked for: torch.compile passes empty gradients of empty outputs
             d_loss = d_classification = d_logits = None
         if d_logits is not None:
             d_logits = d_logits.contiguous()
@@ -251,7 +251,7 @@ class ClassActivationMapsFunction(torch.autograd.Function):
     def forward(ctx, features, weight, backend, channels_last):
         ctx.backend, ctx.channels_last, ctx.dtype = backend, channels_last, features.dtype
         anchor = weight.new_empty(0)
-        # The features are read again for the weight's gradient alone.
+        # Only the weight's gradient reads the features again.
         ctx.save_for_backward(features if weight.requires_grad else None, weight, anchor)
         return OPERATORS[backend]["cam_forward"](features, weight), anchor
 

@@ -121,7 +121,7 @@ def rebalanced_head_loss(
     reduction: str = "mean",
     return_maps: bool = False,
 ) -> HeadLoss:
-    """Eq. 6: l = l_cls + lambda l_cons, with l_cls summed over both views (Eq. 1) or of the original alone."""
+    """Eq. 6: l = l_cls + lambda l_cons, with l_cls summed over both views (Eq. 1) or of the original view only."""
     logits = logits_of(features, weight, bias)
     n = features.shape[0] // 2
     classification = rebalanced_cross_entropy(logits[:n], targets, target_table, reduction=reduction)

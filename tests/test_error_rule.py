@@ -1,5 +1,5 @@
 """error(ours) <= 2 error(plain eager in the same dtype) + a few ulp, on every output and gradient; and that this rule
-notices what it is there to notice."""
+notices what it is meant to notice."""
 
 import pytest
 import torch

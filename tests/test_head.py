@@ -1,4 +1,4 @@
-"""Values and gradients of every fused operation against the float64 truth, for each backend that is there."""
+"""Values and gradients of every fused operation against the float64 truth, on each available backend."""
 
 import itertools
 

@@ -2,12 +2,11 @@
 
 import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
-from support.machine import ISAS_HERE, ROOT
+from support import child
+from support.machine import ISAS_HERE
 
 import rebalfer_kernels as rk
 
@@ -23,20 +22,13 @@ sys.exit(pytest.main(["tests/test_head.py", "-p", "no:cacheprovider", "-k", "cpu
 CALL = "import torch, rebalfer_kernels as rk; rk.class_activation_maps(torch.ones(1, 2, 1, 1), torch.ones(2, 2))"
 
 
-def run(isa, *arguments):
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=os.environ | {"REBALFER_CPU_ISA": isa}, capture_output=True,
-        text=True, timeout=600,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_agreement_on(isa):
     if isa not in ISAS_HERE:
-        pytest.skip(f"this CPU has {', '.join(ISAS_HERE)} alone")
+        pytest.skip(f"this CPU has only {', '.join(ISAS_HERE)}")
     if isa == torch.ops.rebalfer_kernels.cpu_isa():
         pytest.skip("the whole suite runs on it here")
-    result = run(isa, "-c", SUITE, isa)
+    result = child.run("-c", SUITE, isa, timeout=600, REBALFER_CPU_ISA=isa)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     (passed,) = re.findall(r"(\d+) passed", result.stdout)
     assert int(passed) > 100
@@ -48,6 +40,6 @@ def test_without_a_wish_the_widest_is_chosen():
 
 @pytest.mark.parametrize("isa", [i for i in ("avx512", "avx2") if i not in ISAS_HERE] + ["avx1024"])
 def test_an_instruction_set_that_is_not_there_is_refused(isa):
-    result = run(isa, "-c", CALL)
+    result = child.run("-c", CALL, REBALFER_CPU_ISA=isa)
     assert result.returncode == 1
     assert f"REBALFER_CPU_ISA: got '{isa}', expected one of this CPU's: " in result.stderr

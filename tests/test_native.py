@@ -7,11 +7,11 @@ import pwd
 import shutil
 import stat
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support import child
 from support.machine import ROOT
 
 import rebalfer_kernels as rk
@@ -31,10 +31,7 @@ COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not in
 
 def start(directory, *arguments, **environment):
     """A Python process whose cache is that directory."""
-    environment = os.environ | {"REBALFER_CACHE_DIR": str(directory), "PYTHONPATH": str(ROOT)} | environment
-    return subprocess.Popen(
-        [sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return child.start(*arguments, REBALFER_CACHE_DIR=directory, **environment)
 
 
 def first_use(directory, **environment):
@@ -98,7 +95,7 @@ def test_two_builds_at_once_in_paths_with_spaces_and_dollars_after_one_that_was_
     script(place / "un optimised", 'exec g++ "$@" -O0')
     (directory / "build-cpu-killed").mkdir(parents=True)
     (directory / "build-cpu-killed/build.ninja").touch()
-    environment = {"PYTHONPATH": str(place), "CXX": f'env "{place}/un optimised" -m64'}  # as "ccache g++"
+    environment = {"cwd": place, "CXX": f'env "{place}/un optimised" -m64'}  # as "ccache g++"
     runs = [start(directory, "-m", "rebalfer_kernels", "build", **environment) for _ in range(2)]
     results = [run.communicate(timeout=500) for run in runs]
     assert [run.returncode for run in runs] == [0, 0], results

@@ -1,7 +1,7 @@
 """CUDA kernel sources as plain C++ against the emulator, called from Python.
 
 An entry point is an ``extern "C" const char* name(...)`` that returns ``rebalfer::emulator::attempt([&] {...})``, with
-a launch inside. With ``asan_environment`` every access outside a heap buffer, NumPy's and torch's too, is reported.
+a launch inside. With ``asan_variables`` every access outside a heap buffer, NumPy's and torch's too, is reported.
 """
 
 from __future__ import annotations
@@ -86,10 +86,10 @@ def _argument(value: Any) -> Any:
     return ctypes.c_void_p(value.data_ptr())
 
 
-def asan_environment() -> dict[str, str]:
-    """The environment of a Python process in which ``Library`` builds with AddressSanitizer."""
+def asan_variables() -> dict[str, str]:
+    """Environment variables of a Python process in which ``Library`` builds with AddressSanitizer."""
     find = ["g++", "-print-file-name=libasan.so"]
-    return os.environ | {
+    return {
         "REBALFER_EMULATOR_ASAN": "1",
         "LD_PRELOAD": subprocess.run(find, capture_output=True, text=True).stdout.strip(),
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",

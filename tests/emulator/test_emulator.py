@@ -1,13 +1,12 @@
 """The emulator itself: every primitive against a known answer, and every mistake it is there to notice."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import emulate
 import numpy as np
 import pytest
 import torch
+from support import child
 
 SOURCE = Path(__file__).with_name("selftest.cu")
 ORDERS = ("forward", "reverse")
@@ -173,10 +172,7 @@ run("run_odd", x, out, 2)
 
 
 def test_asan_sees_what_lies_outside_of_global_memory():
-    result = subprocess.run(
-        [sys.executable, "-c", OUT_OF_BOUNDS], env=emulate.asan_environment(), cwd=emulate.HERE,
-        capture_output=True, text=True,
-    )  # fmt: skip
+    result = child.run("-c", OUT_OF_BOUNDS, cwd=emulate.HERE, **emulate.asan_variables())
     assert result.stdout == "sound\n", result.stderr
     assert result.returncode and "heap-buffer-overflow" in result.stderr, result.stderr
     assert "load_16B_streaming" in result.stderr

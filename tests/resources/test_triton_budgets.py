@@ -1,22 +1,21 @@
-"""Every Triton kernel compiled for GPUs that are not there: nothing spilled, tensor cores used, no slow regression."""
+"""Every Triton kernel compiled without a GPU: nothing spilled, tensor cores used, no slow regression."""
 
 import functools
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import cubin
 import pytest
 import torch
 import triton_budgets as budgets
+from support import child
+from support.machine import ROOT
 
-from rebalfer_kernels import triton_tiles
+from rebalfer_kernels.triton import tiles
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).parents[2]
 #: The oldest supported Triton, put here by `make test` beside the installed one.
 OLDEST = ROOT / ".venv/triton-3.6"
 
@@ -26,11 +25,8 @@ GOLDEN = json.loads(budgets.GOLDEN.read_text())
 @functools.cache
 def measured(path: Path | None) -> tuple[str, dict[str, dict[str, int]]]:
     """Version and figures of the installed Triton, or of the one at ``path``."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    if path is not None:
-        environment["PYTHONPATH"] = os.pathsep.join([str(path), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, budgets.__file__, "--print"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    first = os.pathsep.join(filter(None, (path and str(path), os.environ.get("PYTHONPATH"))))
+    run = child.run(budgets.__file__, "--print", timeout=600, TRITON_INTERPRET=None, PYTHONPATH=first)
     assert run.returncode == 0, run.stderr[-4000:]
     ((version, figures),) = json.loads(run.stdout).items()
     return version, figures
@@ -103,19 +99,19 @@ def test_a_regression_is_named():
 
 
 def test_every_row_of_the_tile_table_is_taken_by_a_case(monkeypatch):
-    taken, fits = set(), triton_tiles._fits
+    taken, fits = set(), tiles._fits
 
     def note(row, *problem):
         if fits(row, *problem):
             taken.add(row)
             return True
 
-    monkeypatch.setattr(triton_tiles, "_fits", note)
+    monkeypatch.setattr(tiles, "_fits", note)
     for case in budgets.CASES:
         for arch in budgets.TARGETS:
             nchw, dtype = case.layout == "nchw", getattr(torch, case.dtype)
-            triton_tiles.policy(triton_tiles.Problem(case.channels, case.side**2, case.classes, not nchw, dtype, arch))
-    assert taken == set(triton_tiles.TABLE)
+            tiles.policy(tiles.Problem(case.channels, case.side**2, case.classes, not nchw, dtype, arch))
+    assert taken == set(tiles.TABLE)
 
 
 def test_the_page_shows_the_golden_file():

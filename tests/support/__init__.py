@@ -1,1 +1,1 @@
-"""What several tests share: cases, the float64 truth, tolerances, upstream gradients, the backends to run over."""
+"""What several tests share: cases, the float64 truth, tolerances, upstream gradients, backends, child processes."""

@@ -4,7 +4,7 @@
     @pytest.mark.parametrize(("backend", "dtype"), with_dtypes(...))     every backend with each of its dtypes
     @pytest.mark.parametrize("backend", serving(torch.float64))          the backends that serve a dtype
 
-A backend that is not there, or that needs a GPU where there is none, is skipped with its own reason.
+A backend that is not available, or that needs a GPU where there is none, is skipped with its own reason.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Backend(NamedTuple):
 
     @property
     def rtol(self) -> float:
-        """Relative tolerance of two results that differ in rounding alone, in the widest dtype."""
+        """Relative tolerance of two results that differ only in rounding, in the widest dtype."""
         return 1e-7 if self.widest == torch.float64 else 1e-4
 
 

@@ -1,5 +1,8 @@
-"""The functions that compute a part of the head, and what callers do to it: strided upstreams, a scheduled lambda,
-large outputs, exact zeros of S, extreme logits; values and gradients against the float64 truth."""
+"""The functions that compute a part of the head, and what callers do to them and to the whole: strided upstreams, a
+scheduled lambda, large outputs, exact zeros of S, extreme logits; values and gradients against the float64 truth.
+
+What the whole head computes under each option is tested in test_head.py.
+"""
 
 import pytest
 import torch

@@ -1,0 +1,118 @@
+"""Faults of the CUDA kernels, which the emulator in tests/emulator runs on a CPU."""
+
+from .mutant import Mutant
+
+MUTANTS = [
+    Mutant(
+        "CUDA: the twin's index left out of the residual",
+        "csrc/cuda/kernels_forward.cuh",
+        "total[1][l][shared.twin[x]];\n        sum",
+        "total[1][l][x];\n        sum",
+        "emulator/test_cuda_kernels.py::test_options",
+    ),
+    Mutant(
+        "CUDA: a float32 weight meets 16-bit features rounded",
+        "csrc/cuda/kernels_forward.cuh",
+        "make_float2(fmaf(d[2], scale, d[0]), fmaf(d[3], scale, d[1]))",
+        "make_float2(fmaf(0.0f, scale, d[0]), d[1])",
+        "emulator/test_cuda_kernels.py::test_misaligned_bases_and_a_float32_weight",
+    ),
+    Mutant(
+        "CUDA: float16's low parts are not scaled back",
+        "csrc/cuda/kernels_forward.cuh",
+        "scale = 1.0f / kLowScale<T>",
+        "scale = 1.0f",
+        "emulator/test_cuda_kernels.py::test_misaligned_bases_and_a_float32_weight",
+    ),
+    Mutant(
+        "CUDA: the twin's pooled features in the original's place",
+        "csrc/cuda/kernels_forward.cuh",
+        "p.pooled[(view * p.g.N + pair) * p.g.C",
+        "p.pooled[pair * p.g.C",
+        "emulator/test_cuda_kernels.py::test_options",
+    ),
+    Mutant(
+        "CUDA: dW of the CAM: the twin's sign",
+        "csrc/cuda/kernels_forward.cuh",
+        "total[1][l][shared.twin[x]] = -d;",
+        "total[1][l][shared.twin[x]] = d;",
+        "emulator/test_cuda_kernels.py::test_options",
+    ),
+    Mutant(
+        "CUDA: a stage's second slab is not waited for",
+        "csrc/cuda/kernels_forward.cuh",
+        "(consumed / slots) & 1",
+        "0",
+        "emulator/test_cuda_kernels.py::test_every_cluster_size_and_slabs_that_come_twice",
+    ),
+    Mutant(
+        "CUDA: a stage is overwritten while warps read it",
+        "csrc/cuda/kernels_forward.cuh",
+        "    if (issued < total) __syncthreads();\n",
+        "",
+        "emulator/test_cuda_kernels.py::test_every_cluster_size_and_slabs_that_come_twice",
+    ),
+    Mutant(
+        "CUDA: cp.async is waited for one group late",
+        "csrc/cuda/kernels_forward.cuh",
+        "      cp_async_wait<kStages - 1>();\n      const uint4* from",
+        "      cp_async_wait<kStages>();\n      const uint4* from",
+        "emulator/test_cuda_kernels.py::test_options",
+    ),
+    Mutant(
+        "CUDA: the mean loss without lambda",
+        "csrc/cuda/kernels_forward.cuh",
+        "return cls[i] + p.consistency_weight * cons[i];",
+        "return cls[i] + cons[i];",
+        "emulator/test_cuda_kernels.py::test_options",
+    ),
+    Mutant(
+        "CUDA: the ticket is not reset",
+        "csrc/cuda/kernels_common.cuh",
+        "    if (last) ticket_reset(ticket);\n",
+        "",
+        "emulator/test_cuda_kernels.py::test_options",
+    ),
+    Mutant(
+        "CUDA: dS rounded to bfloat16",
+        "csrc/cuda/kernels_backward.cuh",
+        "{l0, l1, l0, l1}",
+        "{0 * l0, 0 * l1, 0 * l0, 0 * l1}",
+        "emulator/test_cuda_kernels.py::test_options",
+    ),
+    Mutant(
+        "CUDA: dF~ without the twin's index",
+        "csrc/cuda/kernels_backward.cuh",
+        "store(out_twin, shared.twin[x], channel(0), v);",
+        "store(out_twin, x, channel(0), v);",
+        "emulator/test_cuda_kernels.py::test_options",
+    ),
+    Mutant(
+        "CUDA: dF~ of NCHW: the sign of U",
+        "csrc/cuda/kernels_backward.cuh",
+        "from_float<T>(k[1][i] - u[i]);",
+        "from_float<T>(k[1][i] + u[i]);",
+        "emulator/test_cuda_kernels.py::test_options",
+    ),
+    Mutant(
+        "CUDA: W^T dz~ without 1 / (H W)",
+        "csrc/cuda/kernels_backward.cuh",
+        "sum_twin / float(HW)",
+        "sum_twin",
+        "emulator/test_cuda_kernels.py::test_options",
+    ),
+    Mutant(
+        "CUDA: dW of the first 128 rows alone",
+        "csrc/cuda/kernels_backward.cuh",
+        "p.pooled + m0 * C + c",
+        "p.pooled + c",
+        "emulator/test_cuda_kernels.py::test_more_samples_than_threads",
+    ),
+    Mutant(
+        "CUDA: the stride of a per-sample upstream is ignored",
+        "csrc/cuda/kernels_backward.cuh",
+        "u.data + i * u.stride",
+        "u.data + i",
+        "emulator/test_cuda_kernels.py::test_options",
+    ),
+]

@@ -1,0 +1,111 @@
+"""Faults of the Python modules that every backend shares, and of the reference."""
+
+from .mutant import Mutant
+
+MUTANTS = [
+    Mutant(
+        "Eq. 4 without its factor 1 - beta",
+        "rebalfer_kernels/class_balance.py",
+        "-(1 - beta) / torch.expm1(n * math.log(beta))",
+        "-1 / torch.expm1(n * math.log(beta))",
+        "test_class_balance.py::test_eq4",
+    ),
+    Mutant(
+        "Eq. 4 left unnormalised",
+        "rebalfer_kernels/class_balance.py",
+        "return (b * (len(b) / b.sum()) if normalize else b).float()\n\n\ndef inverse",
+        "return b.float()\n\n\ndef inverse",
+        "test_class_balance.py::test_eq4",
+    ),
+    Mutant(
+        "Eq. 8 without 1 - alpha",
+        "rebalfer_kernels/class_balance.py",
+        "return ((1 - alpha) * eye + alpha * share).float()",
+        "return (eye + alpha * share).float()",
+        "test_class_balance.py::test_eq8",
+    ),
+    Mutant(
+        "Eq. 8 divides by the weights' sum in place of L",
+        "rebalfer_kernels/class_balance.py",
+        "share = (b / len(b)).expand",
+        "share = (b / b.sum()).expand",
+        "test_class_balance.py::test_eq8",
+    ),
+    Mutant(
+        "the flip left out",
+        "rebalfer_kernels/reference.py",
+        '"hflip": (lambda x: x.flip(-1), lambda a: a.flip(-1)),',
+        '"hflip": (lambda x: x.flip(-1), lambda a: a),',
+        "test_laws.py::test_maps_that_agree_have_no_consistency_loss",
+    ),
+    Mutant(
+        "the index of the twin's map with h and w exchanged",
+        "rebalfer_kernels/transforms.py",
+        "coefficients += [at, at_down - at, at_right - at]",
+        "coefficients += [at, at_right - at, at_down - at]",
+        "test_head.py::test_square_transforms",
+    ),
+    Mutant(
+        "the twin's map starts in the wrong row",
+        "rebalfer_kernels/transforms.py",
+        "offset = self.row * (height - 1) * width + self.column * (width - 1)",
+        "offset = self.row * height * width + self.column * (width - 1)",
+        "test_triton.py::test_agreement",
+    ),
+    Mutant(
+        'views="original" classifies the twin too',
+        "rebalfer_kernels/functional.py",
+        'TWIN_MAPS[transform], views == "both", reduction',
+        "TWIN_MAPS[transform], True, reduction",
+        "test_head.py::test_options",
+    ),
+    Mutant(
+        'cross-entropy takes "none" for "mean"',
+        "rebalfer_kernels/functional.py",
+        'target_table.to(dtype).contiguous(), name, reduction == "mean"',
+        "target_table.to(dtype).contiguous(), name, True",
+        "test_functional.py::test_rebalanced_cross_entropy",
+    ),
+    Mutant(
+        "a scheduled lambda is left out",
+        "rebalfer_kernels/functional.py",
+        "loss = reference.combine(classification, consistency, consistency_weight)\n    return",
+        "loss = classification + consistency\n    return",
+        "test_functional.py::test_a_scheduled_consistency_weight",
+    ),
+    Mutant(
+        "the strides of the logits' upstream are ignored",
+        "rebalfer_kernels/ops.py",
+        "d_logits = d_logits.contiguous()",
+        "pass",
+        "test_functional.py::test_upstream_gradients_of_any_stride",
+    ),
+    Mutant(
+        "the strides of the maps' upstream are ignored",
+        "rebalfer_kernels/ops.py",
+        "d_maps.contiguous(), weight if features",
+        "d_maps, weight if features",
+        "test_functional.py::test_class_activation_maps",
+    ),
+    Mutant(
+        "second-order gradients are let through",
+        "rebalfer_kernels/ops.py",
+        "*grads, *sources) if torch.is_grad_enabled() else grads",
+        "*grads, *sources) if False else grads",
+        "test_head.py::test_second_order_is_refused",
+    ),
+    Mutant(
+        "a fake of the wrong layout",
+        "rebalfer_kernels/ops.py",
+        "layout = torch.channels_last if channels_last else torch.contiguous_format",
+        "layout = torch.contiguous_format",
+        "test_ops.py::test_opcheck",
+    ),
+    Mutant(
+        "the reference does not detach the weight",
+        "rebalfer_kernels/reference.py",
+        "weight.detach() if detach_cam_weight else weight)",
+        "weight)",
+        "test_head.py::test_options",
+    ),
+]
