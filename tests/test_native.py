@@ -218,7 +218,7 @@ def test_a_broken_library_is_built_anew_where_that_is_allowed(
     refusal = f"the library cannot be loaded: {broken}: {cause}"
     with monkeypatch.context() as patch:
         patch.setenv("REBALFER_BUILD", "0")
-        assert absent() == f"{refusal} (not built anew: REBALFER_BUILD=0)"
+        assert absent() == f"{refusal} (not built anew: REBALFER_BUILD=0; REBALFER_CACHE_DIR names another cache)"
     with monkeypatch.context() as patch:
         patch.setenv("PATH", str(tmp_path))
         patch.setenv("CXX", "")

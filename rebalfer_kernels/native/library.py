@@ -53,7 +53,7 @@ def _load(part: str) -> None:
     if library.parent == cache.SHIPPED:
         raise BuildError(f"{refusal} (it is part of the installed package: install that anew)")
     if os.environ.get("REBALFER_BUILD") == "0":
-        raise BuildError(f"{refusal} (not built anew: REBALFER_BUILD=0)")
+        raise BuildError(f"{refusal} (not built anew: REBALFER_BUILD=0; REBALFER_CACHE_DIR names another cache)")
     if refused_anew.exists():
         raise BuildError(
             f"{refusal} (built anew before; `python -m rebalfer_kernels doctor --clear-cache` forgets that)"
