@@ -262,4 +262,11 @@ MUTANTS = [
         "VecU rounded = bits >> 16;",
         "test_error_rule.py::test_error_rule",
     ),
+    Mutant(
+        "a zero target counts, so that a masked class gives NaN",
+        "csrc/head_math.h",
+        "if (target != 0) loss += target",
+        "loss += target",
+        "test_targets.py::test_a_masked_class_costs_nothing_on_any_backend",
+    ),
 ]
