@@ -1,13 +1,11 @@
 """What CONTRIBUTING.md says, done in a copy of the package: a new backend, a new transform; its tables are complete."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support import child
 from support.machine import ROOT
 
 import rebalfer_kernels as rk
@@ -106,11 +104,7 @@ def touched(copy: Path) -> list[str]:
 
 
 def run(copy: Path, code: str) -> None:
-    environment = {k: v for k, v in os.environ.items() if k not in ("REBALFER_BACKEND", "TRITON_INTERPRET")}
-    result = subprocess.run(
-        [sys.executable, "-c", CHECK + code], cwd=copy, env=environment | {"PYTHONPATH": str(copy)},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    result = child.run("-c", CHECK + code, timeout=300, cwd=copy, REBALFER_BACKEND=None, TRITON_INTERPRET=None)
     assert result.returncode == 0, result.stderr[-3000:]
 
 
