@@ -5,6 +5,7 @@
 # make … PYTHON=…      any of these in an environment you have: adds what is missing, never another torch
 # make test-oldest     the tests on the oldest supported torch and its Triton, in an environment of its own
 # make mutants         injects one fault at a time into the sources: a named test must catch each
+# make wheel           one wheel with the built libraries inside, into dist
 # make sanitize        the CPU kernels under AddressSanitizer and UBSan
 VENV := .venv
 CONSTRAINTS := constraints.txt
@@ -17,7 +18,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: demo test quick format lint tests test-oldest mutants sanitize given
+.PHONY: demo test quick format lint tests test-oldest mutants sanitize wheel given
 demo: $(READY)
 	$(RUN) -m trainer demo
 
@@ -54,6 +55,9 @@ mutants: $(READY)
 
 sanitize: $(READY)
 	$(RUN) -m pytest -v tests/test_sanitizers.py
+
+wheel: $(READY)
+	$(RUN) -m rebalfer_kernels.native.wheel dist
 
 # pyproject.toml is the only list of packages. With setuptools installed first, pip needs no environment to build in.
 INSTALL = -m pip install -q --no-build-isolation -e .[trainer,test]

@@ -11,8 +11,8 @@ from unittest import mock
 
 import torch
 
-from rebalfer_kernels import triton_tiles
-from rebalfer_kernels.triton_tiles import Row
+from rebalfer_kernels.triton import tiles as triton_tiles
+from rebalfer_kernels.triton.tiles import Row
 
 from . import baselines
 from .cases import Case, H, L, W, problem, rotated
@@ -52,10 +52,10 @@ def search(of: triton_tiles.Problem, milliseconds: Callable[[str, Row], float]) 
 
 def main(case: Case, clock: Clock) -> str:
     """What to write into the table for ``case``."""
-    from rebalfer_kernels import triton_ops
+    from rebalfer_kernels.triton import host
 
     tensors = problem(case)
-    arch = triton_ops.arch(torch.cuda.current_device())
+    arch = host.arch(torch.cuda.current_device())
     of = triton_tiles.Problem(case.C, H * W, L, case.layout == "channels_last", case.dtype, arch)
     loss = functools.partial(baselines.ours, backend="triton")
 

@@ -163,7 +163,7 @@ def rebalanced_head_loss(
         targets: (N,) integer classes, or (N, L) label distributions t, used as t @ target_table.
         target_table: (L, L), Eq. 8, see :func:`target_table`; any float dtype, rows need not sum to 1.
         map_weights: (L,) v, B^(1/p) for the class weights B of Eq. 4; any float dtype.
-        consistency_weight: lambda, a number or a 0-d tensor (which is differentiable).
+        consistency_weight: lambda, a number or a tensor of one element (which is differentiable).
         p: 1 or 2, of Eq. 5. transform: what was done to the twin: "hflip", "vflip", "rot90", "rot180", "rot270",
             "transpose" or "identity". views: "both" classifies image and twin (Eq. 1, a sum), "original" the image.
         detach_cam_weight: the consistency gives no gradient to ``weight``.

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from . import checks, class_balance, reference
 from .class_balance import PerClass, effective_number_weights, target_table
@@ -33,7 +34,7 @@ class ClassTables:
         self.alpha = alpha
         self.spread = spread
         self.p = p
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), unset_fake_temporarily():
             weights = effective_number_weights(class_counts, beta)
             self.copies = {_MADE: (target_table(weights, alpha, spread=spread), weights.pow(1 / p))}
 
@@ -113,7 +114,8 @@ class RebalancedHead(nn.Module):
         checks.consistency_weight(consistency_weight, None)
         self.in_features = checks.whole_number("in_features", in_features, 1)
         self.num_classes = checks.whole_number("num_classes", num_classes, 2)
-        counts = tuple(map(int, class_balance.counts(class_counts).tolist()))
+        with unset_fake_temporarily():  # in a FakeTensorMode only the parameters are fake
+            counts = tuple(map(int, class_balance.counts(class_counts).tolist()))
         if len(counts) != num_classes:
             raise ValueError(f"class_counts: got {len(counts)} counts, expected num_classes = {num_classes}")
         self._tables = ClassTables(counts, beta, alpha, spread, p)

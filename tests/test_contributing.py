@@ -50,8 +50,9 @@ BACKEND = Echo()
 USE_OF_ECHO = """
 from rebalfer_kernels.backend.echo import CALLS
 assert rk.backends()["echo"] == "available", rk.backends()
-told = rk.explain(features, weight)
-assert (told.backend, told.passed_over) == ("echo", {}) and told.bytes_moved > told.bytes_floor, told
+explained = rk.explain(features, weight)
+assert (explained.backend, explained.passed_over) == ("echo", {}), explained
+assert explained.bytes_moved > explained.bytes_floor, explained
 assert "cpu" == rk.explain(features, weight, backend="cpu").backend
 check("hflip", lambda a: a.flip(-1), backend=None)
 assert CALLS == ["head_forward", "head_backward"], CALLS
@@ -104,7 +105,9 @@ def touched(copy: Path) -> list[str]:
 
 
 def run(copy: Path, code: str) -> None:
-    result = child.run("-c", CHECK + code, timeout=300, cwd=copy, REBALFER_BACKEND=None, TRITON_INTERPRET=None)
+    result = child.run(
+        "-c", CHECK + code, timeout=300, cwd=copy, PYTHONPATH=copy, REBALFER_BACKEND=None, TRITON_INTERPRET=None
+    )
     assert result.returncode == 0, result.stderr[-3000:]
 
 

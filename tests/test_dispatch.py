@@ -1,4 +1,4 @@
-"""What the CUDA backend answers to requests of GPU tensors, on a machine that need not have a GPU."""
+"""What the CUDA backend answers to requests of GPU tensors, on a machine without one."""
 
 import re
 
@@ -73,8 +73,8 @@ def test_the_bounds_are_those_of_the_kernels():
 def test_explain_knows_the_default_backend(monkeypatch):
     features, weight = torch.zeros(2, 3, 2, 2), torch.zeros(2, 3)
     monkeypatch.setenv("REBALFER_BACKEND", "reference")
-    told = rk.explain(features, weight)
-    assert (told.backend, told.passed_over, told.because) == ("reference", {}, "")
+    found = rk.explain(features, weight)
+    assert (found.backend, found.passed_over, found.because) == ("reference", {}, "")
 
 
 def test_the_reference_serves_meta_tensors():
@@ -92,7 +92,7 @@ def test_the_reference_computes_soft_targets_in_float32_under_autocast():
 
 
 def test_explain_says_why(gpu):
-    with FakeTensorMode():  # tensors of a GPU that is not there
+    with FakeTensorMode():  # tensors of a GPU that this machine may lack
         features, weight = torch.empty(4, 512, 7, 7, device="cuda"), torch.empty(7, 512, device="cuda")
         dispatch._choose_cached.cache_clear()
         lines = str(rk.explain(features, weight)).splitlines()

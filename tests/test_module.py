@@ -9,6 +9,7 @@ import pytest
 import torch
 from support import oracle
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import rebalfer_kernels as rk
 from rebalfer_kernels.modules import ClassTables
@@ -319,3 +320,11 @@ def test_torchvision_extracts_features_around_the_head():
     out = extract(x)
     torch.testing.assert_close(out["body"], model.body(x))
     torch.testing.assert_close(out["head.head_logits"], model(x)[0])
+
+
+def test_a_head_can_be_built_where_tensors_are_fake():
+    """As nn.Linear can; only the parameters are fake."""
+    with FakeTensorMode():
+        head = rk.RebalancedHead(6, 3, COUNTS)
+    assert isinstance(head.weight, FakeTensor)
+    torch.testing.assert_close(head.target_table, rk.target_table(rk.effective_number_weights(COUNTS)))

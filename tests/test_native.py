@@ -25,6 +25,7 @@ out = rk.rebalanced_head_loss(torch.zeros(2, 3, 1, 1), torch.ones(2, 3), None, t
 assert abs(out.loss.item() - 2 * torch.tensor(2.0).log().item()) < 1e-6
 print(rk.backends()["cpu"])
 """
+NO_COMPILER = "no C++ compiler found (g++ or c++ on PATH; CXX names another)"
 COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 
 
@@ -52,6 +53,18 @@ def directory(tmp_path, monkeypatch):
     monkeypatch.setenv("REBALFER_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "cache").mkdir()
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def absent():
+    """Says why the cpu backend would be absent in this process."""
+    return lambda: _reason(library.load.__wrapped__("cpu"))
+
+
+def _reason(verdict):
+    there, reason = verdict
+    assert not there
+    return reason
 
 
 @pytest.fixture(scope="module")
@@ -197,43 +210,42 @@ def test_a_shipped_library_comes_before_the_cache(tmp_path, directory, monkeypat
 
 
 @pytest.mark.parametrize(("size", "cause"), [(7, "file too short"), (100_000, "truncated")])
-def test_a_broken_library_is_built_anew_where_that_is_allowed(directory, built, copies, size, cause):
+def test_a_broken_library_is_built_anew_where_that_is_allowed(
+    tmp_path, directory, built, copies, absent, monkeypatch, size, cause
+):
     broken = directory / built.name
     broken.write_bytes(built.read_bytes()[:size])
     refusal = f"the library cannot be loaded: {broken}: {cause}"
-    reason, _ = first_use(directory, REBALFER_BUILD="0", CXX=copies(built))
-    assert reason == f"{refusal} (not built anew: REBALFER_BUILD=0)"
+    with monkeypatch.context() as patch:
+        patch.setenv("REBALFER_BUILD", "0")
+        assert absent() == f"{refusal} (not built anew: REBALFER_BUILD=0)"
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path))
+        patch.setenv("CXX", "")
+        assert absent() == f"{refusal}; building it anew: {NO_COMPILER}"
     reason, errors = first_use(directory, CXX=copies(built))
     assert reason == "available" and errors.startswith(refusal + "\nbuilding the CPU kernels in"), errors
     assert broken.read_bytes() == built.read_bytes()
 
 
-def test_a_library_that_this_system_refuses_is_built_anew_only_once(tmp_path, directory, built, copies):
+def test_a_library_that_this_system_refuses_is_built_anew_only_once(
+    tmp_path, directory, built, copies, absent, monkeypatch
+):
     (tmp_path / "garbage").write_text("not a library, and long enough to have had the header of one" * 9)
-    compiler = copies(tmp_path / "garbage")
+    monkeypatch.setenv("CXX", copies(tmp_path / "garbage"))
     shutil.copy(tmp_path / "garbage", directory / built.name)
     refusal = f"the library cannot be loaded: {directory / built.name}: invalid ELF header"
-    assert first_use(directory, CXX=compiler)[0] == f"{refusal} (just built)"
+    assert absent() == f"{refusal} (just built)"
     calls = (tmp_path / "calls").read_text()
-    reason, _ = first_use(directory, CXX=compiler)
-    assert reason == f"{refusal} (built anew before; `python -m rebalfer_kernels doctor --clear-cache` forgets that)"
+    forget = "`python -m rebalfer_kernels doctor --clear-cache` forgets that"
+    assert absent() == f"{refusal} (built anew before; {forget})"
     assert (tmp_path / "calls").read_text() == calls
-    run = start(directory, "-c", "from rebalfer_kernels import native; print(native.clear_cache()[0])")
-    assert run.communicate(timeout=100)[0] == "3\n"  # the library, the lock and the note
+    assert native.clear_cache()[0] == 3  # the library, the lock and the note
     assert not directory.exists()
 
 
-def test_a_broken_library_that_cannot_be_built_anew_says_both(tmp_path, directory, built):
-    (directory / built.name).write_text("garbage")
-    reason, _ = first_use(directory, PATH=str(tmp_path), CXX="")
-    assert reason == (
-        f"the library cannot be loaded: {directory / built.name}: file too short; "
-        "building it anew: no C++ compiler found (g++ or c++ on PATH; CXX names another)"
-    )
-
-
 @COMPILER
-def test_a_missing_symbol_version_is_named(tmp_path, directory, built):
+def test_a_missing_symbol_version_is_named(tmp_path, directory, built, absent, monkeypatch):
     def shared(name, code, *more):
         (tmp_path / "code.c").write_text(code)
         command = ["g++", "-shared", "-fPIC", "-x", "c", tmp_path / "code.c", "-x", "none", "-o", name, *more]
@@ -246,20 +258,8 @@ def test_a_missing_symbol_version_is_named(tmp_path, directory, built):
         if version == "NEW_2":
             user = directory / built.name
             shared(user, "void f(); void g() { f(); }", needed, f"-Wl,-rpath,{directory}")
-    reason, _ = first_use(directory, REBALFER_BUILD="0")
-    assert f"version `NEW_2' not found (required by {user})" in reason
-
-
-@pytest.fixture
-def absent(monkeypatch):
-    """The reason why the cpu backend is absent in this process."""
-    return lambda: _reason(library.load.__wrapped__("cpu"))
-
-
-def _reason(verdict):
-    there, reason = verdict
-    assert not there
-    return reason
+    monkeypatch.setenv("REBALFER_BUILD", "0")
+    assert f"version `NEW_2' not found (required by {user})" in absent()
 
 
 def no_locks(file, operation):
@@ -317,13 +317,16 @@ def test_without_fcntl_it_imports_and_loads_but_does_not_build(directory, built)
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        ("", "no C++ compiler found (g++ or c++ on PATH; CXX names another)"),
+        ("", NO_COMPILER),
         ("g+++ -m64", "CXX: got 'g+++ -m64', but 'g+++' is not on PATH or not an executable file"),
         ("g++ 'x", 'CXX: got "g++ \'x", expected a command: No closing quotation'),
     ],
 )
-def test_without_the_compiler_that_is_wanted_the_reference_serves(tmp_path, directory, value, reason):
-    assert first_use(directory, CXX=value, PATH=str(tmp_path))[0] == reason
+def test_no_other_compiler_replaces_the_one_that_is_wanted(directory, absent, monkeypatch, value, reason):
+    if not value:
+        monkeypatch.setenv("PATH", str(directory))
+    monkeypatch.setenv("CXX", value)
+    assert absent() == reason
 
 
 def test_a_compiler_may_come_with_a_launcher_and_options(tmp_path, monkeypatch):

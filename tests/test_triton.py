@@ -1,14 +1,17 @@
 """The Triton backend's own: where it serves, what it launches, its tiles, and what Triton's interpreter gets wrong."""
 
+import math
+
 import pytest
 import torch
 from support import child
-from support.agreement import check, check_labels_out_of_range
+from support.agreement import check, check_labels_out_of_range, run
 from support.backends import BACKENDS, INTERPRETED
 from support.cases import case
 
 import rebalfer_kernels as rk
-from rebalfer_kernels.triton_tiles import Problem, policy
+from rebalfer_kernels.transforms import TWIN_MAPS
+from rebalfer_kernels.triton.tiles import Problem, policy
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -25,7 +28,7 @@ def python(code: str, **environment: str) -> str:
 
 def test_an_import_leaves_the_kernels_alone():
     """PyTorch itself may import Triton."""
-    assert python("import sys, rebalfer_kernels; print('rebalfer_kernels.triton_ops' in sys.modules)") == "False"
+    assert python("import sys, rebalfer_kernels; print('rebalfer_kernels.triton' in sys.modules)") == "False"
 
 
 def test_without_triton_there_is_a_reason():
@@ -77,10 +80,10 @@ def test_agreement(backend, name):
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_a_batch_of_several_chunks(backend, layout, monkeypatch):
     """More samples than one program sums over."""
-    from rebalfer_kernels import triton_ops
+    from rebalfer_kernels.triton import host
 
-    monkeypatch.setattr(triton_ops, "_CHUNK", 2)
-    monkeypatch.setattr(triton_ops, "_CHUNKS", 3)
+    monkeypatch.setattr(host, "_CHUNK", 2)
+    monkeypatch.setattr(host, "_CHUNKS", 3)
     check(backend, case(5, 5, 2, 2, 3, torch.float32, layout, device=backend.device), mean=True)
     soft = case(10, 3, 2, 2, 3, torch.bfloat16, layout, device=backend.device, soft=True)
     check(backend, soft, mean=False, detach_cam_weight=False)
@@ -95,9 +98,9 @@ def test_a_batch_of_several_chunks(backend, layout, monkeypatch):
 @pytest.mark.parametrize("arch", ["sm_80", "gfx942"])
 @pytest.mark.parametrize(("classes", "dtype"), [(7, torch.bfloat16), (20, torch.float16), (7, torch.float32)])
 def test_tiles_of_other_gpus(arch, classes, dtype, monkeypatch):
-    from rebalfer_kernels import triton_ops
+    from rebalfer_kernels.triton import host
 
-    monkeypatch.setattr(triton_ops, "arch", lambda index: arch)
+    monkeypatch.setattr(host, "arch", lambda index: arch)
     data = case(2, 70, 7, 7, classes, dtype, "channels_last")
     check(TRITON[0].values[0], data, mean=True, detach_cam_weight=False)
 
@@ -120,17 +123,14 @@ def test_tiles():
     assert not policy(Problem(512, 49, 100, True, torch.bfloat16, "sm_90")).one_tile
 
 
-def launches(call) -> list[str]:
-    from rebalfer_kernels import triton_ops
+@pytest.fixture
+def launched(monkeypatch) -> list[str]:
+    """The kernels that are launched on tensors without memory, by name."""
+    from rebalfer_kernels.triton import host
 
-    names = []
-    was = triton_ops._launch, triton_ops.arch
-    triton_ops._launch = lambda kernel, *arguments, **more: names.append(kernel.__name__.removesuffix("_kernel"))
-    triton_ops.arch = lambda index: "sm_90"
-    try:
-        call(triton_ops)
-    finally:
-        triton_ops._launch, triton_ops.arch = was
+    names: list[str] = []
+    monkeypatch.setattr(host, "arch", lambda index: "sm_90")
+    monkeypatch.setattr(host, "_launch", lambda kernel, *_, **__: names.append(kernel.__name__.removesuffix("_kernel")))
     return names
 
 
@@ -144,55 +144,47 @@ def launches(call) -> list[str]:
         (100, True, False, ["maps", "head_finish", "mean"]),
     ],
 )
-def test_launches(n, sum_of_chunks, classes, mean, cam_grad, forward):
+def test_launches(n, sum_of_chunks, classes, mean, cam_grad, forward, launched):
+    from rebalfer_kernels.triton import host
+
     f, w = torch.empty(2 * n, 16, 7, 7, device="meta"), torch.empty(classes, 16, device="meta")
     y, table = torch.empty(n, device="meta", dtype=torch.int64), torch.empty(classes, classes, device="meta")
-    v, one, twin = w[:, 0].contiguous(), torch.empty((), device="meta"), (6, 7, -1)
-    saved = []
-
-    def head(ops):
-        saved[:] = ops.head_forward(
-            f, w, None, y, table, v, 2.0, 2, twin, True, mean, False, True, True, cam_grad
-        )  # fmt: skip
-
-    assert launches(head) == forward
-    _, _, _, logits, _, *rest = saved
-    assert (
-        launches(
-            lambda ops: ops.head_backward(
-                one,
-                None,
-                None,
-                None,
-                w,
-                y,
-                table,
-                v,
-                logits,
-                *rest,
-                2.0,
-                2,
-                twin,
-                True,
-                mean,
-                f.dtype,
-                False,
-                True,
-                True,
-                True,
-            )  # fmt: skip
-        )
-        == ["head_backward"] + sum_of_chunks
-    )
+    v, one = w[:, 0].contiguous(), torch.empty((), device="meta")
+    options = (2.0, 2, TWIN_MAPS["hflip"], True, mean)
+    _, _, _, logits, _, *saved = host.head_forward(f, w, None, y, table, v, *options, False, True, True, cam_grad)
+    flags = (f.dtype, False, True, True, True)
+    host.head_backward(one, None, None, None, w, y, table, v, logits, *saved, *options, *flags)
+    assert launched == [*forward, "head_backward", *sum_of_chunks]
 
 
 @in_interpreter
 def test_labels_out_of_range_are_nan_in_the_kernels(monkeypatch):
     """What a GPU does; on a CPU an IndexError comes first."""
-    from rebalfer_kernels import triton_ops
+    from rebalfer_kernels.triton import host
 
-    monkeypatch.setattr(triton_ops, "_check_labels", lambda targets, classes: None)
+    monkeypatch.setattr(host, "_check_labels", lambda targets, classes: None)
     check_labels_out_of_range(TRITON[0].values[0], "cpu")
+
+
+@pytest.mark.parametrize("backend", TRITON)
+def test_a_zero_target_takes_no_part(backend):
+    """Classes whose bias is -inf, targets without smoothing: what PyTorch's cross-entropy gives."""
+    features, weight, bias, targets, table, v = case(4, 6, 3, 3, 5, torch.float32, device=backend.device)
+    targets, table = targets % 3, torch.eye(5, device=backend.device)
+    bias[3:] = -math.inf
+    for of_target in (targets, table[targets]):
+        got = run(backend.name, (features, weight, bias, of_target, table, v), views="original", consistency_weight=0.0)
+        w, b = weight.clone().requires_grad_(), bias.clone().requires_grad_()
+        loss = torch.nn.functional.cross_entropy(features[:4].mean((2, 3)) @ w.T + b, targets)
+        expected = dict(zip(("loss", "d_weight", "d_bias"), (loss, *torch.autograd.grad(loss, (w, b))), strict=True))
+        for name, value in expected.items():
+            torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-6)
+        assert got["d_features"].isfinite().all()
+        logits = got["logits"].clone().requires_grad_()
+        mine = rk.rebalanced_cross_entropy(logits[:4], of_target, target_table=table, backend=backend.name)
+        theirs = torch.nn.functional.cross_entropy(logits[:4], targets)
+        torch.testing.assert_close(mine, theirs)
+        torch.testing.assert_close(*(torch.autograd.grad(x, logits)[0] for x in (mine, theirs)))
 
 
 @triton.jit
@@ -209,7 +201,7 @@ def rounding_kernel(a, out):
 
 @in_interpreter
 def test_the_interpreter_still_gets_bfloat16_wrong():
-    """When this fails, Triton has mended it: drop _UPCAST from triton_kernels where no supported Triton needs it."""
+    """When this fails, Triton has mended it: drop _UPCAST from triton/common.py where no supported Triton needs it."""
     g = torch.Generator().manual_seed(0)
     a, b = torch.randn(16, 16, generator=g), torch.randn(16, 16, generator=g)
     product, rounded = torch.empty(16, 16), torch.empty(16, 16, dtype=torch.bfloat16)

@@ -76,5 +76,5 @@ def _save(figure: plt.Figure, path: Path) -> None:
     figure.savefig(temporary, dpi=80)
     plt.close(figure)
     with Image.open(temporary) as picture:
-        picture.convert("RGB").quantize(256).save(temporary, optimize=True)  # a third of the bytes
+        picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(temporary, optimize=True)
     os.replace(temporary, path)

@@ -68,10 +68,10 @@ class Backend:
 
     def answer(self, request: Request) -> Verdict:
         """:meth:`serves`, after what holds for every backend."""
-        if request.device not in self.devices():
-            return Verdict(False, f"serves {' and '.join(self.devices())} tensors, got {request.device}")
         if self.fused and request.context and not (request.forced and request.context == EXPORT):
             return Verdict(False, f"the fused backends do not serve {request.context}")
+        if request.device not in self.devices():
+            return Verdict(False, f"serves {' and '.join(self.devices())} tensors, got {request.device}")
         for name, limit in self.limits.items():
             if (size := getattr(request, name)) > limit:
                 return Verdict(False, f"serves at most {limit} {name}, got {size if request.exact else 'more'}")

@@ -60,13 +60,13 @@ def _interpreted() -> bool:
 def _load(interpreted: bool) -> Verdict:
     """Import the Triton kernels, which registers them."""
     try:
-        from .. import triton_ops
+        from ..triton import host
     except ImportError as error:
         return Verdict(False, f"Triton is not installed ({error})")
-    if triton_ops.INTERPRETED != interpreted:
+    if host.INTERPRETED != interpreted:
         return Verdict(False, "TRITON_INTERPRET was changed after the Triton kernels were imported")
     try:
-        triton_ops.probe()
+        host.probe()
     except Exception as error:  # no C compiler, no Python.h, a driver that is too old, ...
         return Verdict(False, f"Triton cannot launch a kernel here: {type(error).__name__}: {error}".splitlines()[0])
     return AVAILABLE

@@ -33,6 +33,13 @@ def cache_directory() -> Path:
         raise BuildError(f"no home directory ({error}): set REBALFER_CACHE_DIR") from None
 
 
+def places() -> list[Path]:
+    """Where libraries are stored: in the package, then in the cache, if there is a directory for it."""
+    with contextlib.suppress(BuildError):
+        return [SHIPPED, cache_directory()]
+    return [SHIPPED]
+
+
 def cache_files() -> list[Path]:
     """What the native build left in its cache: libraries, locks, what a killed build left; nothing of others.
 

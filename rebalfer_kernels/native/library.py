@@ -56,7 +56,7 @@ def _load(part: str) -> None:
         raise BuildError(f"{refusal} (not built anew: REBALFER_BUILD=0)")
     if refused_anew.exists():
         raise BuildError(
-            f"{refusal} (built anew in vain; `python -m rebalfer_kernels doctor --clear-cache` forgets it)"
+            f"{refusal} (built anew before; `python -m rebalfer_kernels doctor --clear-cache` forgets that)"
         )
     logger.warning("%s", refusal)
     try:
@@ -100,26 +100,27 @@ def build(part: str = "cpu", architectures: Sequence[str] | None = None, *, anew
         ToolMissing: no compiler, no ninja.
     """
     wanted = recipes(part, architectures)
-    if not anew and (shipped := _stored(wanted, cache.SHIPPED)):
-        return shipped
+    if not anew and (stored := _stored(wanted)):
+        return stored
     directory = cache.cache_directory()
     try:
-        return (not anew and _stored(wanted, directory)) or _build(wanted[0], directory)
+        return _build(wanted[0], directory)
     except OSError as error:  # not readable, not writable, full, without locks, ...
         raise BuildError(f"{directory} cannot be used ({error}): set REBALFER_CACHE_DIR to another directory") from None
 
 
-def _stored(wanted: list[Recipe], directory: Path) -> Path | None:
-    paths = (directory / recipe.name() for recipe in wanted)
-    return next((path for path in paths if path.exists()), None)
+def _stored(wanted: list[Recipe]) -> Path | None:
+    """The first that is stored, of the preferred recipe if possible."""
+    paths = (place / recipe.name() for recipe in wanted for place in cache.places())
+    return next((path for path in paths if os.path.exists(path)), None)  # unlike exists(), False if it is unreadable
 
 
 def _build(recipe: Recipe, directory: Path) -> Path:
     """Build it, also where it is stored already, unless another process does so while this one waits."""
-    if os.environ.get("REBALFER_BUILD") == "0":
-        raise BuildError(f"not built, and REBALFER_BUILD=0 (`python -m rebalfer_kernels build {recipe.arguments}`)")
     library, part = directory / recipe.name(), recipe.part
     before = _identity(library)
+    if os.environ.get("REBALFER_BUILD") == "0":
+        raise BuildError(f"not built, and REBALFER_BUILD=0 (`python -m rebalfer_kernels build {recipe.arguments}`)")
     with cache.lock(directory, part):
         if _identity(library) not in (None, before):
             return library

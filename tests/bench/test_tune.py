@@ -5,7 +5,7 @@ import torch
 
 from bench import tune
 from bench.__main__ import main
-from rebalfer_kernels import triton_tiles
+from rebalfer_kernels.triton import tiles as triton_tiles
 
 PROBLEM = triton_tiles.Problem(512, 49, 7, True, torch.bfloat16, "sm_90")
 

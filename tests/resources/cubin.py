@@ -1,4 +1,4 @@
-"""What a compiled NVIDIA kernel costs and of which instructions it is made, read with NVIDIA's own tools.
+"""What resources and instructions a compiled NVIDIA kernel uses, read with NVIDIA's own tools.
 
 The tools come from the CUDA toolkit on the PATH or from the Triton wheel, which carries them.
 """
@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 
 class Usage(NamedTuple):
-    """What one thread (registers, stack, local) or block (shared) takes; dynamic shared memory is not in the cubin."""
+    """Of one thread (registers, stack, local) or block (shared); dynamic shared memory is not in the cubin."""
 
     registers: int
-    stack: int  #: bytes; what is spilled lies here
+    stack: int  #: bytes; spilled registers are stored here
     shared: int  #: bytes known at compile time
     local: int  #: bytes
 
@@ -49,7 +49,7 @@ def release(program: str) -> tuple[int, ...]:
 
 
 def usage(cubin: bytes | Path) -> dict[str, Usage]:
-    """kernel -> what it takes."""
+    """kernel -> what it uses."""
     with _file(cubin) as path:
         text = _run("cuobjdump", "-res-usage", path)
     found = {}

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiled for GPUs that are not there: nothing spilled, tensor cores used, no slow regression."""
+"""Every Triton kernel compiled without a GPU: nothing spilled, tensor cores used, no slow regression."""
 
 import functools
 import json
@@ -12,7 +12,7 @@ import triton_budgets as budgets
 from support import child
 from support.machine import ROOT
 
-from rebalfer_kernels import triton_tiles
+from rebalfer_kernels.triton import tiles
 
 pytest.importorskip("triton")
 
@@ -99,19 +99,19 @@ def test_a_regression_is_named():
 
 
 def test_every_row_of_the_tile_table_is_taken_by_a_case(monkeypatch):
-    taken, fits = set(), triton_tiles._fits
+    taken, fits = set(), tiles._fits
 
     def note(row, *problem):
         if fits(row, *problem):
             taken.add(row)
             return True
 
-    monkeypatch.setattr(triton_tiles, "_fits", note)
+    monkeypatch.setattr(tiles, "_fits", note)
     for case in budgets.CASES:
         for arch in budgets.TARGETS:
             nchw, dtype = case.layout == "nchw", getattr(torch, case.dtype)
-            triton_tiles.policy(triton_tiles.Problem(case.channels, case.side**2, case.classes, not nchw, dtype, arch))
-    assert taken == set(triton_tiles.TABLE)
+            tiles.policy(tiles.Problem(case.channels, case.side**2, case.classes, not nchw, dtype, arch))
+    assert taken == set(tiles.TABLE)
 
 
 def test_the_page_shows_the_golden_file():

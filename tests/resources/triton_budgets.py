@@ -1,12 +1,12 @@
-"""The Triton kernels as the operators launch them, compiled for GPUs that are not there, and what each then takes.
+"""The Triton kernels as the operators launch them, compiled without a GPU, and what resources each then uses.
 
-A case calls the operators on tensors without memory; what they would launch is caught, compiled by Triton for each
+A case calls the operators on tensors without memory; what they would launch is recorded, compiled by Triton for each
 target and read back: registers, spills, shared memory, tensor-core instructions, 16-byte loads and stores.
 
     python tests/resources/triton_budgets.py            measure; write the golden file and the tables of docs/triton.md
     python tests/resources/triton_budgets.py --print    measure; print as JSON
 
-The golden file has a part for each version of Triton; only that of the version that runs is written.
+The golden file has a part for each version of Triton; only that of the running version is written.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
@@ -60,59 +61,50 @@ CASES = (
 )
 
 
-def launched(case: Case, arch: str) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """(kernel, arguments, keywords) of the forward and backward of the head and its maps."""
-    from rebalfer_kernels import transforms, triton_ops
+def launched(case: Case, arch: str) -> list[tuple[Any, dict[str, Any], dict[str, Any]]]:
+    """(kernel, arguments, compiler options) of the forward and backward of the head and its maps."""
+    from rebalfer_kernels import transforms
+    from rebalfer_kernels.triton import host
 
     caught: list[Any] = []
 
-    def catch(kernel, programs, tensor, *arguments, warps, stages=1, **constants):
-        caught.append((kernel, arguments, constants | {"num_warps": warps, "num_stages": stages}))
+    def catch(kernel, programs, device, warps=4, stages=1, **arguments):
+        caught.append((kernel, arguments, {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}))
 
-    was = triton_ops._launch, triton_ops.arch
-    triton_ops._launch, triton_ops.arch = catch, lambda index: arch
-    try:
-        meta = {"device": "meta"}
+    with mock.patch.multiple(host, _launch=catch, arch=lambda index: arch), torch.device("meta"):
         dtype = getattr(torch, case.dtype)
         weight_dtype = getattr(torch, case.weight or case.dtype)
         channels_last = case.layout == "channels_last"
-        f = torch.empty(4, case.channels, case.side, case.side, dtype=dtype, **meta)
+        f = torch.empty(4, case.channels, case.side, case.side, dtype=dtype)
         f = f.contiguous(memory_format=torch.channels_last) if channels_last else f
-        w = torch.empty(case.classes, case.channels, dtype=weight_dtype, **meta)
-        b = torch.empty(case.classes, dtype=weight_dtype, **meta)
-        y = torch.empty(2, dtype=torch.int64, **meta)
-        table, v = torch.empty(case.classes, case.classes, **meta), torch.empty(case.classes, **meta)
-        twin = transforms.TWIN_MAPS["hflip"]
-        options = (2.0, 2, twin, True, case.every_kernel)
-        _, _, _, logits, maps, *saved = triton_ops.head_forward(
-            f, w, b, y, table, v, *options, False, True, True, case.every_kernel
-        )
-        d_loss = torch.empty(() if case.every_kernel else 2, **meta)
-        triton_ops.head_backward(
-            d_loss, None, None, None, w, y, table, v, logits, *saved, *options, dtype, channels_last, True, True, True,
-        )  # fmt: skip
+        w = torch.empty(case.classes, case.channels, dtype=weight_dtype)
+        b = torch.empty(case.classes, dtype=weight_dtype)
+        y = torch.empty(2, dtype=torch.int64)
+        table, v = torch.empty(case.classes, case.classes), torch.empty(case.classes)
+        options = (2.0, 2, transforms.TWIN_MAPS["hflip"], True, case.every_kernel)
+        wanted = (False, True, True, case.every_kernel)
+        _, _, _, logits, _, *saved = host.head_forward(f, w, b, y, table, v, *options, *wanted)
+        upstreams = (torch.empty(() if case.every_kernel else 2), None, None, None)
+        flags = (dtype, channels_last, True, True, True)
+        host.head_backward(*upstreams, w, y, table, v, logits, *saved, *options, *flags)
         if case.every_kernel:
-            triton_ops.cam_backward(triton_ops.cam_forward(f, w), f, w, dtype, channels_last, True, True)
-            triton_ops.cross_entropy_forward(logits, y, table, False)
-            triton_ops.cross_entropy_backward(torch.empty((), **meta), logits, y, table, True)
-    finally:
-        triton_ops._launch, triton_ops.arch = was
+            host.cam_backward(host.cam_forward(f, w), f, w, dtype, channels_last, True, True)
+            host.cross_entropy_forward(logits, y, table, False)
+            host.cross_entropy_backward(torch.empty(()), logits, y, table, True)
     return caught
 
 
-_TYPES = {
-    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64",
-}  # fmt: skip
+_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
 
 
-def source(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]):
+def source(kernel: Any, arguments: dict[str, Any]):
     """What Triton would compile at this launch, all tensors aligned."""
     from triton.compiler import ASTSource
 
     signature, constexprs, attributes = {}, {}, {}
-    for place, name in enumerate(kernel.arg_names):
-        value = arguments[place] if place < len(arguments) else constants[name]
-        if place >= len(arguments) or value is None:
+    for place, parameter in enumerate(kernel.params):
+        name, value = parameter.name, arguments[parameter.name]
+        if parameter.is_constexpr or value is None:
             signature[name], constexprs[(place,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = _TYPES[value.dtype]
@@ -133,9 +125,8 @@ def measure(case: Case, arch: str) -> dict[str, dict[str, int]]:
     cuda = arch.startswith("sm_")
     target = GPUTarget("cuda", int(arch[3:]), 32) if cuda else GPUTarget("hip", arch, 64)
     found = {}
-    for kernel, arguments, keywords in launched(case, arch):
-        options = {name: keywords.pop(name) for name in ("num_warps", "num_stages")} | {"enable_fp_fusion": True}
-        compiled = triton.compile(source(kernel, arguments, keywords), target=target, options=options)
+    for kernel, arguments, options in launched(case, arch):
+        compiled = triton.compile(source(kernel, arguments), target=target, options=options)
         figures = _nvidia(compiled.asm["cubin"]) if cuda else _amd(compiled.asm["amdgcn"])
         found[kernel.__name__] = figures | {"shared": compiled.metadata.shared, "warps": options["num_warps"]}
     return found

@@ -1,7 +1,7 @@
 """How the Triton kernels cut up their work: one table, by (C, HW, L, layout, dtype, arch), and no autotuning.
 
-The batch size is no key: a sample's results do not depend on who else is in the batch, and nothing is compiled anew
-for another batch. `python -m bench tune` searches on a GPU and proposes a row.
+The batch size is not part of the key: a sample's results do not depend on the rest of the batch, and another batch size
+compiles nothing anew. `python -m bench tune` searches on a GPU and proposes a row.
 """
 
 from __future__ import annotations
@@ -20,6 +20,17 @@ class Problem(NamedTuple):
     channels_last: bool
     dtype: torch.dtype  #: of the features
     arch: str  #: "sm_90", "gfx942", ...
+
+
+class Shape(NamedTuple):
+    """The constants that every kernel on features needs; the last two are the strides of a pixel and of a channel."""
+
+    C: int
+    HW: int
+    W: int
+    L: int
+    S_HW: int
+    S_C: int
 
 
 class Tiles(NamedTuple):
@@ -42,7 +53,7 @@ class Policy(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Tiles for the problems it names; None names every one. The first row that fits is taken."""
+    """Tiles for the problems that match; None matches every one. The first row that fits is used."""
 
     arch: str | None
     channels_last: bool | None
@@ -79,7 +90,7 @@ def policy(problem: Problem) -> Policy:
     Tiles(rows=64, channels=64, classes=8, warps=4, stages=3)
     """
     rows = max(16, _power_of_2(problem.pixels))
-    # The tensor cores of NVIDIA take 8 columns, those of AMD 16.
+    # NVIDIA's tensor cores work on 8 columns, AMD's on 16.
     every = max(16 if problem.arch.startswith("gfx") else 8, _power_of_2(problem.classes))
     one_tile = rows <= 256 and rows * every <= _ONE_TILE
     rows = rows if one_tile else min(rows, 64)
@@ -88,7 +99,7 @@ def policy(problem: Problem) -> Policy:
     channels, warps, stages = row.forward
     channels = min(channels, widest)
     back_channels, back_warps = row.backward
-    # Triton 3.6 takes no sum of fewer than 16 products; for 16-bit features each class comes twice or more.
+    # Triton 3.6 accepts no sum of fewer than 16 products; for 16-bit features each class has two slots or more.
     classes = min(max(every, 16) if problem.dtype == torch.float32 else every, 32)
     return Policy(
         one_tile,
