@@ -23,7 +23,7 @@ COMPILER = os.environ.get("CXX") or "g++"
 FLAGS = "-x c++ -std=c++20 -O1 -g1 -fPIC -ffp-contract=off -Wall -Wextra -Werror -Wno-unknown-pragmas".split()
 COUNTERS = (
     "launches", "mma",
-    "streamed_loads", "streamed_stores", "cp_async_copies", "bulk_copies",  # bytes
+    "streamed_stores", "cp_async_copies", "bulk_copies",  # bytes
     "blocks", "threads", "cluster", "shared_bytes",  # of the last launch
 )  # fmt: skip
 
