@@ -23,6 +23,15 @@ struct TwinMap {
   int64_t offset, stride_h, stride_w;
 };
 
+// What the head's forward and backward share besides tensors.
+struct HeadOptions {
+  double consistency_weight;  // lambda of Eq. 6
+  int p;                      // of Eq. 5, 1 or 2
+  TwinMap twin;               // undoes the twin's transform
+  bool both_views;            // the twin is classified too (Eq. 1)
+  bool mean;                  // losses are means over the batch, not per sample
+};
+
 REBALFER_HD int64_t twin_index(TwinMap map, int64_t h, int64_t w) {
   return map.offset + h * map.stride_h + w * map.stride_w;
 }
@@ -46,8 +55,8 @@ REBALFER_HD A consistency_gradient(A v, A s, int p) {
 template <typename Row>
 using Element = std::remove_cvref_t<decltype(std::declval<const Row&>()[0])>;
 
-// Target distribution of one sample: row `label` of the table (L, L), or soft (L) @ table where soft is not null. A
-// label outside [0, L) reads nothing and gives NaN.
+// The target distribution t of one sample: row `label` of the table (L, L), or soft (L) @ table where soft is not null.
+// A label outside [0, L) reads nothing and gives NaN.
 template <typename A>
 struct TargetRow {
   const A* table;
@@ -63,6 +72,20 @@ struct TargetRow {
   }
 };
 
+// The targets of a batch: labels (N), or distributions soft (N, L) in their place, and the table (L, L). All are null
+// where only the consistency is asked for.
+template <typename A>
+struct Targets {
+  const int64_t* labels;
+  const A* soft;
+  const A* table;
+
+  REBALFER_HD_MEMBER explicit operator bool() const { return table; }
+  REBALFER_HD_MEMBER TargetRow<A> row(int64_t i, int64_t L) const {
+    return {table, soft ? soft + i * L : nullptr, soft ? 0 : labels[i], L};
+  }
+};
+
 // log sum_l exp(z_l - top), where top is the largest logit: no exponential overflows, and since the differences are
 // taken first, logits that are all large lose no digits.
 template <typename Z>
@@ -74,12 +97,15 @@ REBALFER_HD Element<Z> log_sum_exp(const Z& z, int64_t L, Element<Z>& top) {
   return std::log(sum);
 }
 
-// -sum_l t_l log softmax(z)_l. A zero target takes no part in the value, as in torch where it meets a finite log.
+// -sum_l t_l log softmax(z)_l. A target of 0 takes no part, so that a class masked by a logit of -inf costs nothing.
 template <typename Z, typename T>
 REBALFER_HD Element<Z> cross_entropy(const Z& z, const T& t, int64_t L) {
   Element<Z> top, loss = 0;
   const auto lse = log_sum_exp(z, L, top);
-  for (int64_t l = 0; l < L; ++l) loss += t[l] * (lse - (z[l] - top));
+  for (int64_t l = 0; l < L; ++l) {
+    const auto target = t[l];
+    if (target != 0) loss += target * (lse - (z[l] - top));
+  }
   return loss;
 }
 

@@ -98,3 +98,43 @@ def test_the_reference_differentiates_by_a_table_where_it_is_zero_too():
     loss = rk.reference.rebalanced_cross_entropy(logits, torch.tensor([1]), table)
     (gradient,) = torch.autograd.grad(loss, table)
     torch.testing.assert_close(gradient[1], -logits[0].log_softmax(0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_masked_class_costs_nothing_on_any_backend(backend):
+    logits = masked_logits().detach().float()
+    results = []
+    for call in (
+        lambda z: rk.rebalanced_cross_entropy(
+            z, LABELS.to(z.device), EYE.to(z.device, torch.float32), backend=backend.name
+        ),
+        lambda z: torch.nn.functional.cross_entropy(z, LABELS.to(z.device)),
+    ):
+        z = logits.to(backend.device, copy=True).requires_grad_()
+        loss = call(z)
+        results.append((loss, *torch.autograd.grad(loss, z)))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_head_with_a_masked_class(backend):
+    """A bias of -inf takes a class out, in the loss and in every gradient."""
+    features, weight, bias, _, _, v = case(4, 6, 3, 3, 5, torch.float32, device=backend.device)
+    bias[3] = -torch.inf
+    labels, table = LABELS.to(backend.device), EYE.to(backend.device, torch.float32)
+
+    def plain(f, w, b):
+        logits = torch.nn.functional.linear(f.mean((2, 3)), w, b)
+        maps = torch.einsum("lc,mchw->mlhw", w.detach(), f)
+        residual = v[:, None, None] * (maps[:4] - maps[4:].flip(-1))
+        return 2 * torch.nn.functional.cross_entropy(logits, labels.repeat(2)) + 2 * residual.square().mean()
+
+    def ours(f, w, b):
+        return rk.rebalanced_head_loss(f, w, b, labels, target_table=table, map_weights=v, backend=backend.name).loss
+
+    results = []
+    for call in (ours, plain):
+        leaves = [x.clone().requires_grad_() for x in (features, weight, bias)]
+        loss = call(*leaves)
+        results.append((loss, *torch.autograd.grad(loss, leaves)))
+    torch.testing.assert_close(*results)

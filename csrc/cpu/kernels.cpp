@@ -2,12 +2,12 @@
 //
 // NCHW keeps the sums of a tile of positions in registers and walks over the channels; channels_last keeps the sums of
 // a few rows as vectors over the channels and adds their lanes at the end. Both take the difference of the two views on
-// the load, A - T(A~) = W (F - T F~), which halves the arithmetic: at the size of an L3 cache that is what a core
-// spends its time on. NCHW needs a permutation of lanes for it; without one it subtracts the maps of the two views.
+// the load, A - T(A~) = W (F - T F~), which halves the arithmetic: on features in the L3 cache a core spends most of
+// its time there. NCHW needs a permutation of lanes for it; without one it subtracts the maps of the two views.
 //
-// A row of an NCHW map is loaded as whole vectors: the lanes behind its end hold the next channel and are ignored, and
-// only rows at the view's very end, where there is nothing behind, are copied first. A short rest of the row (49 = 3 *
-// 16 + 1) is not worth a vector: its columns are gathered and treated as vectors over the channels.
+// A row of an NCHW map is loaded as whole vectors: the lanes past its end hold the next channel and are ignored, and
+// only rows at the very end of a view, which nothing follows, are copied first. A few positions left over at the end of
+// a row (49 = 3 * 16 + 1) are not worth a vector: these columns are gathered and treated as vectors over the channels.
 #include "kernels.h"
 
 #include <algorithm>
@@ -21,17 +21,35 @@ constexpr int64_t kBlockBytes = 8 * 1024;  // of one view: the block of a pair s
 constexpr int64_t kMaxColumns = 4;
 constexpr int kTile = kAccumulators >= 24 ? 3 : 2;  // vectors of positions, or rows of channels_last
 
+// Hands out pieces of the scratch, each on a cache line.
+class Scratch {
+ public:
+  explicit Scratch(void* memory) : next_(static_cast<char*>(memory)) {}
+  template <typename E>
+  E* take(int64_t count) {
+    E* piece = reinterpret_cast<E*>(next_);
+    next_ += round_up(count * int64_t(sizeof(E)), 64);
+    return piece;
+  }
+
+ private:
+  char* next_;
+};
+
+// The kernels for features stored as T. Template parameters that count: LG classes, TV vectors of positions, HT rows of
+// channels_last, CH channels, CV vectors of channels.
 template <typename T>
-struct View {
+struct KernelsOf {
   using A = typename Compute<T>::type;
   using V = Vec<A>;
+  using LaneBits = decltype(V{} < V{});
   static constexpr int kN = kLanes<A>;
 
   static int64_t pitch(int64_t n) { return round_up(n, kN); }
 
   // How the positions of an NCHW row are divided: vectors, the last of which may be partial, then single columns.
-  struct Row {
-    explicit Row(int64_t HW) : vectors(HW / kN), columns(HW % kN), first_column(HW - HW % kN) {
+  struct RowParts {
+    explicit RowParts(int64_t HW) : vectors(HW / kN), columns(HW % kN), first_column(HW - HW % kN) {
       if (columns > kMaxColumns) ++vectors, columns = 0;
     }
     int64_t vectors, columns, first_column;
@@ -44,32 +62,23 @@ struct View {
 
   static int64_t packed_size(Geometry g) { return g.L * pitch(g.C) + (g.channels_last ? 0 : g.C * g.L); }
 
+  // The packed weight's columns (C, L), which follow its rows (L, pitch(C)).
+  static const A* columns_of(Geometry g, const A* packed) { return packed + g.L * pitch(g.C); }
+
   static void pack(Geometry g, const void* weight, bool weight_is_compute_type, void* packed) {
     A* rows = static_cast<A*>(packed);
-    const int64_t p = pitch(g.C);
+    const int64_t row_pitch = pitch(g.C);
     for (int64_t l = 0; l < g.L; ++l) {
       for (int64_t c = 0; c < g.C; ++c)
-        rows[l * p + c] = weight_is_compute_type ? static_cast<const A*>(weight)[l * g.C + c]
-                                                 : widen(static_cast<const T*>(weight)[l * g.C + c]);
-      for (int64_t c = g.C; c < p; ++c) rows[l * p + c] = 0;
+        rows[l * row_pitch + c] = weight_is_compute_type ? static_cast<const A*>(weight)[l * g.C + c]
+                                                         : widen(static_cast<const T*>(weight)[l * g.C + c]);
+      for (int64_t c = g.C; c < row_pitch; ++c) rows[l * row_pitch + c] = 0;
     }
     if (g.channels_last) return;
-    A* columns = rows + g.L * p;
+    A* columns = rows + g.L * row_pitch;
     for (int64_t c = 0; c < g.C; ++c)
-      for (int64_t l = 0; l < g.L; ++l) columns[c * g.L + l] = rows[l * p + c];
+      for (int64_t l = 0; l < g.L; ++l) columns[c * g.L + l] = rows[l * row_pitch + c];
   }
-
-  // Hands out pieces of the scratch, each on a cache line.
-  struct Scratch {
-    explicit Scratch(void* p) : next(static_cast<char*>(p)) {}
-    template <typename E>
-    E* take(int64_t count) {
-      E* piece = reinterpret_cast<E*>(next);
-      next += round_up(count * int64_t(sizeof(E)), 64);
-      return piece;
-    }
-    char* next;
-  };
 
   // The most that any function takes: blocks of both views with room for two vectors behind, two rows of constants,
   // two sets of maps, a block of rows in the compute type, columns and sums.
@@ -81,144 +90,179 @@ struct View {
 
   // ------------------------------------------------------------------------------------------------ maps, NCHW
 
-  // What the sums run over: the features of a view, or the difference of a pair. `own` and `twin` are the two views.
-  struct One {
-    const T* f;
-    static constexpr bool kPair = false;
-    V load(int64_t offset, int64_t t, V& own, V&) const { return own = rebalfer::load(f + offset + t * kN); }
-    A at(int64_t offset, int64_t x, A& own, A&) const { return own = widen(f[offset + x]); }
-    One from(int64_t offset) const { return {f + offset}; }
+  // What the maps are summed over: the features of one view, or the difference of a pair's. A load gives that
+  // difference, and in `own` what each view has there.
+  struct OneView {
+    static constexpr int kViews = 1;
+    const T* features[1];
+    V load(int64_t offset, int64_t t, V (&own)[1]) const {
+      return own[0] = rebalfer::load(features[0] + offset + t * kN);
+    }
+    A at(int64_t offset, int64_t x, A (&own)[1]) const { return own[0] = widen(features[0][offset + x]); }
+    const T* row(int64_t C, int64_t x, int) const { return features[0] + x * C; }
   };
   struct Pair {
-    const T *f, *f_twin;
-    Twin table;
-    static constexpr bool kPair = true;
-    V load(int64_t offset, int64_t t, V& own, V& twin) const {
-      const T* q = f_twin + offset + table.base[t];
-      own = rebalfer::load(f + offset + t * kN);
-      twin = permute(rebalfer::load(q), rebalfer::load(q + kN), table.lanes + t * kN);
-      return own - twin;
+    static constexpr int kViews = 2;
+    const T* features[2];
+    Permutation undo;
+    V load(int64_t offset, int64_t t, V (&own)[2]) const {
+      const T* twin = features[1] + offset + undo.base[t];
+      own[0] = rebalfer::load(features[0] + offset + t * kN);
+      own[1] = permute(rebalfer::load(twin), rebalfer::load(twin + kN), undo.lanes + t * kN);
+      return own[0] - own[1];
     }
-    A at(int64_t offset, int64_t x, A& own, A& twin) const {
-      own = widen(f[offset + x]);
-      twin = widen(f_twin[offset + table.index[x]]);
-      return own - twin;
+    A at(int64_t offset, int64_t x, A (&own)[2]) const {
+      own[0] = widen(features[0][offset + x]);
+      own[1] = widen(features[1][offset + undo.index[x]]);
+      return own[0] - own[1];
     }
-    Pair from(int64_t offset) const { return {f + offset, f_twin + offset, table}; }
+    // channels_last: the view's channels at what position x meets.
+    const T* row(int64_t C, int64_t x, int view) const { return features[view] + (view ? undo.index[x] : x) * C; }
   };
 
-  // Sums over the positions of each channel of a block, as vectors and, of the single columns, as numbers.
-  struct Sums {
-    A *own, *twin, *own_column, *twin_column;
+  // Sums over the positions of each channel of a block: of the vectors (channels, kN), and of the single columns.
+  struct PoolSums {
+    A *vectors, *columns;
   };
 
-  template <int LG, int TV, bool Pool, typename Source>
-  static void maps_tile(Geometry g, int64_t channels, Source source, int64_t t0, const A* w, A* maps, bool first,
-                        Sums sums) {
-    const int64_t p = pitch(g.HW), partial = g.HW - (t0 + TV - 1) * kN;  // lanes of the tile's last vector
-    using Bits = decltype(V{} < V{});
-    Bits keep;
+  // A block of channels, whose rows may be loaded past their end, and what is summed over it.
+  template <typename Source>
+  struct MapsBlock {
+    const Geometry g;
+    const int64_t map_pitch, weight_pitch;
+    A* maps;         // (L, map_pitch), the sums so far
+    A* column;       // one column of the block, with zeros up to a whole vector
+    A* column_sums;  // (columns, L, kN), the single columns' part of the maps, lanes not yet added
+    PoolSums pool[Source::kViews] = {};
+    // Of the present block:
+    int64_t channels = 0;
+    Source source = {};
+    const A* weight_rows = nullptr;     // (L, weight_pitch)
+    const A* weight_columns = nullptr;  // (channels, L)
+  };
+
+  // The maps of LG classes from l on and TV vectors of positions from t on.
+  template <int LG, int TV, bool kPool, typename Source>
+  static void maps_tile(MapsBlock<Source> block, int64_t l, int64_t t) {
+    constexpr int kViews = Source::kViews;
+    const int64_t HW = block.g.HW, L = block.g.L, map_pitch = block.map_pitch;
+    const A* weight = block.weight_columns + l;
+    A* maps = block.maps + l * map_pitch + t * kN;
+    const int64_t partial = HW - (t + TV - 1) * kN;  // lanes of the tile's last vector
+    LaneBits keep;
     for (int i = 0; i < kN; ++i) keep[i] = i < partial ? -1 : 0;
-    V acc[LG][TV];
-    for (int l = 0; l < LG; ++l)
-      for (int t = 0; t < TV; ++t) acc[l][t] = first ? zero<A>() : load(maps + l * p + t * kN);
-    for (int64_t c = 0; c < channels; ++c, w += g.L) {
-      V x[TV], own[TV], twin[TV];
-      for (int t = 0; t < TV; ++t) x[t] = source.load(c * g.HW, t0 + t, own[t], twin[t]);
-      if constexpr (Pool) {
-        auto pool = [&](A* to, V(&v)[TV]) __attribute__((always_inline)) {
-          V sum = (V)((Bits)v[TV - 1] & keep);
-          for (int t = 0; t < TV - 1; ++t) sum += v[t];
-          store(to + c * kN, t0 ? load(to + c * kN) + sum : sum);
-        };
-        pool(sums.own, own);
-        if constexpr (Source::kPair) pool(sums.twin, twin);
-      }
-      for (int l = 0; l < LG; ++l)
-        for (int t = 0; t < TV; ++t) acc[l][t] += w[l] * x[t];
+    V sums[LG][TV];
+    for (int j = 0; j < LG; ++j)
+      for (int i = 0; i < TV; ++i) sums[j][i] = load(maps + j * map_pitch + i * kN);
+    for (int64_t c = 0; c < block.channels; ++c, weight += L) {
+      V difference[TV], own[TV][kViews];
+      for (int i = 0; i < TV; ++i) difference[i] = block.source.load(c * HW, t + i, own[i]);
+      if constexpr (kPool)
+        for (int view = 0; view < kViews; ++view) {
+          V sum = (V)((LaneBits)own[TV - 1][view] & keep);
+          for (int i = 0; i < TV - 1; ++i) sum += own[i][view];
+          A* to = block.pool[view].vectors + c * kN;
+          store(to, t ? load(to) + sum : sum);
+        }
+      for (int j = 0; j < LG; ++j)
+        for (int i = 0; i < TV; ++i) sums[j][i] += weight[j] * difference[i];
     }
-    for (int l = 0; l < LG; ++l)
-      for (int t = 0; t < TV; ++t) store(maps + l * p + t * kN, acc[l][t]);
+    for (int j = 0; j < LG; ++j)
+      for (int i = 0; i < TV; ++i) store(maps + j * map_pitch + i * kN, sums[j][i]);
   }
 
-  // A block of channels whose rows may be loaded past their end; `first` starts the sums.
-  template <bool Pool, typename Source>
-  static void maps_block(Geometry g, int64_t c0, int64_t channels, Source source, const A* packed, A* maps, bool first,
-                         A* column, A* column_sums, Sums sums) {
-    const int64_t p = pitch(g.HW), pc = pitch(g.C), padded = round_up(channels, kN);
-    const A* w = packed + g.L * pc + c0 * g.L;
-    const Row row(g.HW);
+  // The r-th of a row's single columns, gathered from all channels of the block; adds to the pool's sums.
+  template <bool kPool, typename Source>
+  static void gather_column(const MapsBlock<Source>& block, int64_t r) {
+    const int64_t channels = block.channels, x = RowParts(block.g.HW).first_column + r;
+    for (int64_t c = 0; c < channels; ++c) {
+      A own[Source::kViews];
+      block.column[c] = block.source.at(c * block.g.HW, x, own);
+      if constexpr (kPool)
+        for (int view = 0; view < Source::kViews; ++view) block.pool[view].columns[c] += own[view];
+    }
+    std::fill(block.column + channels, block.column + pitch(channels), A(0));
+  }
+
+  template <typename Source>
+  static void multiply_column(const MapsBlock<Source>& block, int64_t r) {
+    for_groups<8>(block.g.L, [&]<int LG>(int64_t l) {
+      const A* weight = block.weight_rows + l * block.weight_pitch;
+      A* to = block.column_sums + (r * block.g.L + l) * kN;
+      V sums[LG];
+      for (int i = 0; i < LG; ++i) sums[i] = load(to + i * kN);
+      for (int64_t c = 0; c < block.channels; c += kN)
+        for (int i = 0; i < LG; ++i) sums[i] += load(weight + i * block.weight_pitch + c) * load(block.column + c);
+      for (int i = 0; i < LG; ++i) store(to + i * kN, sums[i]);
+    });
+  }
+
+  template <bool kPool, typename Source>
+  static void maps_block(const MapsBlock<Source>& block) {
+    const RowParts row(block.g.HW);
     for_groups<kTile>(row.vectors, [&]<int TV>(int64_t t) {
-      for_groups<kAccumulators / kTile>(g.L, [&]<int LG>(int64_t l) {
-        A* out = maps + l * p + t * kN;
-        if (Pool && l == 0)
-          maps_tile<LG, TV, Pool>(g, channels, source, t, w + l, out, first, sums);
+      for_groups<kAccumulators / kTile>(block.g.L, [&]<int LG>(int64_t l) {
+        if (kPool && l == 0)
+          maps_tile<LG, TV, kPool>(block, l, t);
         else
-          maps_tile<LG, TV, false>(g, channels, source, t, w + l, out, first, sums);
+          maps_tile<LG, TV, false>(block, l, t);
       });
     });
-    if (Pool) std::fill(sums.own_column, sums.own_column + padded, A(0));
-    if (Pool) std::fill(sums.twin_column, sums.twin_column + padded, A(0));
+    if constexpr (kPool)
+      for (const PoolSums& pool : block.pool) std::fill_n(pool.columns, pitch(block.channels), A(0));
     for (int64_t r = 0; r < row.columns; ++r) {
-      for (int64_t c = 0; c < channels; ++c) {
-        A own = 0, twin = 0;
-        column[c] = source.at(c * g.HW, row.first_column + r, own, twin);
-        if (Pool) sums.own_column[c] += own, sums.twin_column[c] += twin;
-      }
-      for (int64_t c = channels; c < padded; ++c) column[c] = 0;
-      for_groups<8>(g.L, [&]<int LG>(int64_t l) {
-        A* q = column_sums + (r * g.L + l) * kN;
-        V total[LG];
-        for (int i = 0; i < LG; ++i) total[i] = first ? zero<A>() : load(q + i * kN);
-        for (int64_t c = 0; c < padded; c += kN)
-          for (int i = 0; i < LG; ++i) total[i] += load(packed + (l + i) * pc + c0 + c) * load(column + c);
-        for (int i = 0; i < LG; ++i) store(q + i * kN, total[i]);
-      });
+      gather_column<kPool>(block, r);
+      multiply_column(block, r);
     }
   }
 
-  // Pooled features of a block from its sums; the vectors are absent where a row has none.
-  static void pool_block(Geometry g, int64_t channels, const A* vectors, const A* columns, A* pooled) {
+  // Pooled features of a block from its sums; there are no vectors where a row has none.
+  static void pool_block(Geometry g, int64_t channels, PoolSums sums, A* pooled) {
     const A scale = A(1) / A(g.HW);
     for (int64_t c = 0; c < channels; c += kN) {
-      V total = load(columns + c);
-      if (Row(g.HW).vectors) {
-        V sums[kN];
-        for (int64_t i = 0; i < kN; ++i) sums[i] = c + i < channels ? load(vectors + (c + i) * kN) : zero<A>();
-        total += lane_sums<A>(sums);
+      V total = load(sums.columns + c);
+      if (RowParts(g.HW).vectors) {
+        V vectors[kN];
+        for (int64_t i = 0; i < kN; ++i) vectors[i] = c + i < channels ? load(sums.vectors + (c + i) * kN) : zero<A>();
+        total += lane_sums<A>(vectors);
       }
       store(pooled + c, total * scale);
     }
   }
 
-  // Maps, and pooled features if Pool.
-  template <bool Pool, typename Source>
-  static void maps_nchw(Geometry g, Source source, const A* packed, A* maps, A* pooled, A* pooled_twin,
+  // Maps and, if kPool, pooled features of each view.
+  template <bool kPool, typename Source>
+  static void maps_nchw(Geometry g, Source source, const A* packed, A* maps, A* const (&pooled)[Source::kViews],
                         Scratch scratch) {
-    const int64_t block = channel_block(g), behind = 2 * kN;
-    T* copies[2] = {scratch.take<T>(block * g.HW + behind), scratch.take<T>(block * g.HW + behind)};
-    A* column = scratch.take<A>(block);
-    A* column_sums = scratch.take<A>(kMaxColumns * g.L * kN);
-    const Sums sums{scratch.take<A>(block * kN), scratch.take<A>(block * kN), scratch.take<A>(block),
-                    scratch.take<A>(block)};
+    const int64_t block_channels = channel_block(g), behind = 2 * kN;
+    T* copies[Source::kViews];
+    for (T*& copy : copies) copy = scratch.take<T>(block_channels * g.HW + behind);
+    MapsBlock<Source> block{g, pitch(g.HW), pitch(g.C), maps, scratch.take<A>(block_channels),
+                            scratch.take<A>(kMaxColumns * g.L * kN)};
+    std::fill_n(maps, g.L * block.map_pitch, A(0));
+    std::fill_n(block.column_sums, kMaxColumns * g.L * kN, A(0));
+    for (PoolSums& pool : block.pool) pool = {scratch.take<A>(block_channels * kN), scratch.take<A>(block_channels)};
     // The channels that have at least `behind` elements of their view after their row, in whole vectors of channels.
     const int64_t safe = std::max<int64_t>(0, g.C - (behind + g.HW - 1) / g.HW) / kN * kN;
-    for (int64_t c = 0; c < g.C;) {
-      const int64_t n = std::min(block, c < safe ? safe - c : g.C - c);
-      Source here = source.from(c * g.HW);
-      if (c >= safe) {
-        here.f = copy_padded(copies[0], here.f, n * g.HW, behind);
-        if constexpr (Source::kPair) here.f_twin = copy_padded(copies[1], here.f_twin, n * g.HW, behind);
+    for (int64_t c = 0; c < g.C; c += block.channels) {
+      block.channels = std::min(block_channels, c < safe ? safe - c : g.C - c);
+      block.weight_rows = packed + c;
+      block.weight_columns = columns_of(g, packed) + c * g.L;
+      block.source = source;
+      for (int view = 0; view < Source::kViews; ++view) {
+        const T*& features = block.source.features[view];
+        features += c * g.HW;
+        if (c >= safe) features = copy_padded(copies[view], features, block.channels * g.HW, behind);
       }
-      maps_block<Pool>(g, c, n, here, packed, maps, c == 0, column, column_sums, sums);
-      if (Pool) pool_block(g, n, sums.own, sums.own_column, pooled + c);
-      if (Pool && Source::kPair) pool_block(g, n, sums.twin, sums.twin_column, pooled_twin + c);
-      c += n;
+      maps_block<kPool>(block);
+      if constexpr (kPool)
+        for (int view = 0; view < Source::kViews; ++view)
+          pool_block(g, block.channels, block.pool[view], pooled[view] + c);
     }
-    const Row row(g.HW);
+    const RowParts row(g.HW);
     for (int64_t r = 0; r < row.columns; ++r)
       for (int64_t l = 0; l < g.L; ++l)
-        maps[l * pitch(g.HW) + row.first_column + r] = lane_sum<A>(load(column_sums + (r * g.L + l) * kN));
+        maps[l * block.map_pitch + row.first_column + r] = lane_sum<A>(load(block.column_sums + (r * g.L + l) * kN));
   }
 
   static const T* copy_padded(T* to, const T* from, int64_t count, int64_t behind) {
@@ -229,291 +273,320 @@ struct View {
 
   // --------------------------------------------------------------------------------------- maps, channels_last
 
-  // HT positions from x on; the pair's difference is taken, and both views pooled, where there is a twin.
-  template <int LG, int HT, bool IsPair>
-  static void rows_tile(Geometry g, Pair pair, int64_t x, const A* rows, A* maps, A* pooled, A* pooled_twin) {
-    const int64_t pc = pitch(g.C), p = pitch(g.HW);
-    const T *f[HT], *f_twin[HT];
-    for (int h = 0; h < HT; ++h) {
-      f[h] = pair.f + (x + h) * g.C;
-      if constexpr (IsPair) f_twin[h] = pair.f_twin + pair.table.index[x + h] * g.C;
-    }
-    V acc[LG][HT];
-    for (int l = 0; l < LG; ++l)
-      for (int h = 0; h < HT; ++h) acc[l][h] = zero<A>();
+  template <typename Source>
+  struct MapsRows {
+    Geometry g;
+    const A* packed;
+    A* maps;                    // (L, pitch(HW))
+    A* pooled[Source::kViews];  // (pitch(C)) sums over the positions so far, of a pair
+    Source source;
+  };
+
+  // The maps of LG classes from l on and HT positions from x on; a pair is pooled on the way, once, with the first
+  // classes.
+  template <int LG, int HT, typename Source>
+  static void rows_tile(MapsRows<Source> of, int64_t l, int64_t x) {
+    constexpr int kViews = Source::kViews;
+    const int64_t C = of.g.C, weight_pitch = pitch(C), map_pitch = pitch(of.g.HW);
+    const A* weight = of.packed + l * weight_pitch;
+    A* maps = of.maps + l * map_pitch + x;
+    const T* rows[kViews][HT];
+    for (int view = 0; view < kViews; ++view)
+      for (int h = 0; h < HT; ++h) rows[view][h] = of.source.row(C, x + h, view);
+    V sums[LG][HT];
+    for (int j = 0; j < LG; ++j)
+      for (int h = 0; h < HT; ++h) sums[j][h] = zero<A>();
     auto step = [&](int64_t c, auto get) __attribute__((always_inline)) {
-      V d[HT];
-      for (int h = 0; h < HT; ++h) d[h] = get(f[h] + c);
-      if constexpr (IsPair) {
-        V twin[HT];
-        for (int h = 0; h < HT; ++h) twin[h] = get(f_twin[h] + c);
-        if (pooled) {
-          V sum = d[0], sum_twin = twin[0];
-          for (int h = 1; h < HT; ++h) sum += d[h], sum_twin += twin[h];
-          store(pooled + c, load(pooled + c) + sum);
-          store(pooled_twin + c, load(pooled_twin + c) + sum_twin);
-        }
-        for (int h = 0; h < HT; ++h) d[h] -= twin[h];
+      V own[kViews][HT];
+      for (int view = 0; view < kViews; ++view)
+        for (int h = 0; h < HT; ++h) own[view][h] = get(rows[view][h] + c);
+      if constexpr (kViews == 2) {
+        if (l == 0)
+          for (int view = 0; view < 2; ++view) {
+            V sum = own[view][0];
+            for (int h = 1; h < HT; ++h) sum += own[view][h];
+            store(of.pooled[view] + c, load(of.pooled[view] + c) + sum);
+          }
+        for (int h = 0; h < HT; ++h) own[0][h] -= own[1][h];
       }
-      for (int l = 0; l < LG; ++l) {
-        const V w = in_register(load(rows + l * pc + c));
-        for (int h = 0; h < HT; ++h) acc[l][h] += w * d[h];
+      for (int j = 0; j < LG; ++j) {
+        const V w = in_register(load(weight + j * weight_pitch + c));
+        for (int h = 0; h < HT; ++h) sums[j][h] += w * own[0][h];
       }
     };
-    const int64_t whole = g.C / kN * kN, rest = g.C - whole;
+    const int64_t whole = C / kN * kN, rest = C - whole;
     for (int64_t c = 0; c < whole; c += kN) step(c, [](const T* q) { return load(q); });
     if (rest) step(whole, [rest](const T* q) { return load_first(q, rest); });
     constexpr int kFlat = (LG * HT + kN - 1) / kN * kN;
     V flat[kFlat];
-    for (int i = 0; i < kFlat; ++i) flat[i] = i < LG * HT ? acc[i / HT][i % HT] : zero<A>();
+    for (int i = 0; i < kFlat; ++i) flat[i] = i < LG * HT ? sums[i / HT][i % HT] : zero<A>();
     for (int i = 0; i < kFlat; i += kN) {
-      const V sums = lane_sums<A>(reinterpret_cast<V(&)[kN]>(flat[i]));
-      for (int j = i; j < std::min(i + kN, LG * HT); ++j) maps[(j / HT) * p + j % HT] = sums[j - i];
+      const V totals = lane_sums<A>(reinterpret_cast<V(&)[kN]>(flat[i]));
+      for (int j = i; j < std::min(i + kN, LG * HT); ++j) maps[(j / HT) * map_pitch + j % HT] = totals[j - i];
     }
   }
 
-  template <bool IsPair>
-  static void maps_channels_last(Geometry g, Pair pair, const A* rows, A* maps, A* pooled, A* pooled_twin) {
-    const int64_t pc = pitch(g.C), p = pitch(g.HW);
-    for_groups<kTile>(g.HW, [&]<int HT>(int64_t x) {
-      for_groups<kAccumulators / kTile>(g.L, [&]<int LG>(int64_t l) {
-        rows_tile<LG, HT, IsPair>(g, pair, x, rows + l * pc, maps + l * p + x, l ? nullptr : pooled, pooled_twin);
-      });
+  template <typename Source>
+  static void maps_channels_last(const MapsRows<Source>& of) {
+    for_groups<kTile>(of.g.HW, [&]<int HT>(int64_t x) {
+      for_groups<kAccumulators / kTile>(of.g.L, [&]<int LG>(int64_t l) { rows_tile<LG, HT>(of, l, x); });
     });
   }
 
   // ------------------------------------------------------------------------------------------ forward functions
 
-  static void residual(Geometry g, Twin twin, const void* original, const void* mirrored, const void* packed,
+  static void residual(Geometry g, Permutation undo, const void* original, const void* twin, const void* packed,
                        void* residual, void* pooled, void* pooled_twin, void* scratch) {
-    const Pair pair{static_cast<const T*>(original), static_cast<const T*>(mirrored), twin};
-    const A* w = static_cast<const A*>(packed);
-    A *s = static_cast<A*>(residual), *pool = static_cast<A*>(pooled), *pool_twin = static_cast<A*>(pooled_twin);
+    const Pair pair{{static_cast<const T*>(original), static_cast<const T*>(twin)}, undo};
+    const A* weight = static_cast<const A*>(packed);
+    A *s = static_cast<A*>(residual), *const pool[2] = {static_cast<A*>(pooled), static_cast<A*>(pooled_twin)};
     if (g.channels_last) {
-      const int64_t pc = pitch(g.C);
       const A scale = A(1) / A(g.HW);
-      std::fill(pool, pool + pc, A(0));
-      std::fill(pool_twin, pool_twin + pc, A(0));
-      maps_channels_last<true>(g, pair, w, s, pool, pool_twin);
-      for (int64_t c = 0; c < pc; ++c) pool[c] *= scale, pool_twin[c] *= scale;
+      for (A* view : pool) std::fill_n(view, pitch(g.C), A(0));
+      maps_channels_last(MapsRows<Pair>{g, weight, s, {pool[0], pool[1]}, pair});
+      for (A* view : pool)
+        for (int64_t c = 0; c < pitch(g.C); ++c) view[c] *= scale;
       return;
     }
     Scratch room(scratch);
     if constexpr (kPermutes<A>)
-      if (twin.base) return maps_nchw<true>(g, pair, w, s, pool, pool_twin, room);
-    const int64_t p = pitch(g.HW);
-    A* maps_twin = room.take<A>(g.L * p);
-    maps_nchw<true>(g, One{pair.f}, w, s, pool, nullptr, room);
-    maps_nchw<true>(g, One{pair.f_twin}, w, maps_twin, pool_twin, nullptr, room);
+      if (undo.base) return maps_nchw<true>(g, pair, weight, s, pool, room);
+    const int64_t map_pitch = pitch(g.HW);
+    A* maps[2] = {s, room.take<A>(g.L * map_pitch)};
+    for (int view = 0; view < 2; ++view)
+      maps_nchw<true>(g, OneView{{pair.features[view]}}, weight, maps[view], {pool[view]}, room);
     for (int64_t l = 0; l < g.L; ++l)
-      for (int64_t x = 0; x < g.HW; ++x) s[l * p + x] -= maps_twin[l * p + twin.index[x]];
+      for (int64_t x = 0; x < g.HW; ++x) s[l * map_pitch + x] -= maps[1][l * map_pitch + undo.index[x]];
   }
 
   static void maps(Geometry g, const void* features, const void* packed, void* maps, void* scratch) {
-    const T* f = static_cast<const T*>(features);
-    const A* w = static_cast<const A*>(packed);
+    const OneView view{{static_cast<const T*>(features)}};
+    const A* weight = static_cast<const A*>(packed);
     if (g.channels_last)
-      maps_channels_last<false>(g, Pair{f, nullptr, {}}, w, static_cast<A*>(maps), nullptr, nullptr);
+      maps_channels_last(MapsRows<OneView>{g, weight, static_cast<A*>(maps), {nullptr}, view});
     else
-      maps_nchw<false>(g, One{f}, w, static_cast<A*>(maps), nullptr, nullptr, Scratch(scratch));
+      maps_nchw<false>(g, view, weight, static_cast<A*>(maps), {nullptr}, Scratch(scratch));
   }
 
   static void logits(Geometry g, const void* packed, const void* pooled, const void* bias, void* logits) {
-    const A* rows = static_cast<const A*>(packed);
     const A* x = static_cast<const A*>(pooled);
-    const int64_t pc = pitch(g.C), whole = g.C / kN * kN;
+    const int64_t weight_pitch = pitch(g.C), whole = g.C / kN * kN, rest = g.C - whole;
     for_groups<8>(g.L, [&]<int LG>(int64_t l) {
+      const A* weight = static_cast<const A*>(packed) + l * weight_pitch;
       V sum[LG] = {};
       for (int64_t c = 0; c < whole; c += kN)
-        for (int i = 0; i < LG; ++i) sum[i] += load(rows + (l + i) * pc + c) * load(x + c);
+        for (int i = 0; i < LG; ++i) sum[i] += load(weight + i * weight_pitch + c) * load(x + c);
       for (int i = 0; i < LG; ++i) {
-        sum[i] += load_first(rows + (l + i) * pc + whole, g.C - whole) * load_first(x + whole, g.C - whole);
+        sum[i] += load_first(weight + i * weight_pitch + whole, rest) * load_first(x + whole, rest);
         static_cast<A*>(logits)[l + i] = lane_sum<A>(sum[i]) + (bias ? static_cast<const A*>(bias)[l + i] : A(0));
       }
     });
   }
 
-  // ---------------------------------------------------------------------------------------------- spread, NCHW
+  // ------------------------------------------------------------------------------- gradient of the features, NCHW
+
+  // The gradient of one view's features, or of a pair's: constants[0] + U and constants[1] - T'(U), where U = W^T
+  // d_maps.
+  struct FeatureGradient {
+    Geometry g;
+    const A* packed;
+    const A* d_maps;  // (L, pitch(HW))
+    int views;
+    const A* constants[2];  // (pitch(C)), W^T dz / HW
+    T* out[2];
+    Permutation inverse;  // T'
+    bool streaming;
+  };
 
   // CH rows of U, TV vectors each, pitch(HW) apart.
   template <int CH, int TV>
-  static void spread_tile(Geometry g, const A* columns, const A* d_maps, A* u) {
-    const int64_t p = pitch(g.HW);
-    V acc[CH][TV];
+  static void gradient_tile(Geometry g, const A* columns, const A* d_maps, A* u) {
+    const int64_t map_pitch = pitch(g.HW);
+    V sums[CH][TV];
     for (int c = 0; c < CH; ++c)
-      for (int t = 0; t < TV; ++t) acc[c][t] = zero<A>();
+      for (int t = 0; t < TV; ++t) sums[c][t] = zero<A>();
     for (int64_t l = 0; l < g.L; ++l) {
       V d[TV];
-      for (int t = 0; t < TV; ++t) d[t] = load(d_maps + l * p + t * kN);
+      for (int t = 0; t < TV; ++t) d[t] = load(d_maps + l * map_pitch + t * kN);
       for (int c = 0; c < CH; ++c)
-        for (int t = 0; t < TV; ++t) acc[c][t] += columns[c * g.L + l] * d[t];
+        for (int t = 0; t < TV; ++t) sums[c][t] += columns[c * g.L + l] * d[t];
     }
     for (int c = 0; c < CH; ++c)
-      for (int t = 0; t < TV; ++t) store(u + c * p + t * kN, acc[c][t]);
+      for (int t = 0; t < TV; ++t) store(u + c * map_pitch + t * kN, sums[c][t]);
   }
 
-  static void spread_block(Geometry g, int64_t c0, int64_t channels, const A* packed, const A* d_maps, A* u) {
-    const int64_t p = pitch(g.HW), pc = pitch(g.C);
-    const A* columns = packed + g.L * pc + c0 * g.L;
-    const Row row(g.HW);
+  static void gradient_block(Geometry g, const A* packed, const A* d_maps, int64_t first_channel, int64_t channels,
+                             A* u) {
+    const int64_t map_pitch = pitch(g.HW), weight_pitch = pitch(g.C);
+    const A* columns = columns_of(g, packed) + first_channel * g.L;
+    const RowParts row(g.HW);
     for_groups<kTile>(row.vectors, [&]<int TV>(int64_t t) {
       for_groups<4>(channels, [&]<int CH>(int64_t c) {
-        spread_tile<CH, TV>(g, columns + c * g.L, d_maps + t * kN, u + c * p + t * kN);
+        gradient_tile<CH, TV>(g, columns + c * g.L, d_maps + t * kN, u + c * map_pitch + t * kN);
       });
     });
     for (int64_t x = row.first_column; x < row.first_column + row.columns; ++x)
       for (int64_t c = 0; c < channels; c += kN) {
         V sum = zero<A>();
-        for (int64_t l = 0; l < g.L; ++l) sum += d_maps[l * p + x] * load(packed + l * pc + c0 + c);
-        for (int64_t i = 0; i < std::min<int64_t>(kN, channels - c); ++i) u[(c + i) * p + x] = sum[i];
+        for (int64_t l = 0; l < g.L; ++l)
+          sum += d_maps[l * map_pitch + x] * load(packed + l * weight_pitch + first_channel + c);
+        for (int64_t i = 0; i < std::min<int64_t>(kN, channels - c); ++i) u[(c + i) * map_pitch + x] = sum[i];
       }
   }
 
-  // out[c, x] = constants[c] + U[c, x], or constants[c] - U[c, index[x]] where there is a twin.
-  template <bool IsTwin>
-  static void write_rows(Geometry g, Twin twin, int64_t channels, const A* constants, const A* u, T* out) {
-    const int64_t p = pitch(g.HW), whole = g.HW / kN, rest = g.HW - whole * kN;
-    const Row row(g.HW);
+  // out[c, x] = constants[c] + U[c, x] or, for the twin, constants[c] - U[c, inverse.index[x]].
+  template <bool kTwin>
+  static void write_rows(Geometry g, Permutation inverse, int64_t channels, const A* constants, const A* u, T* out) {
+    const int64_t map_pitch = pitch(g.HW), whole = g.HW / kN, rest = g.HW - whole * kN;
+    const RowParts row(g.HW);
     auto value = [&](const A* q, int64_t t) __attribute__((always_inline)) {
-      if constexpr (IsTwin)
-        return permute(load(q + twin.base[t]), load(q + twin.base[t] + kN), twin.lanes + t * kN);
+      if constexpr (kTwin)
+        return permute(load(q + inverse.base[t]), load(q + inverse.base[t] + kN), inverse.lanes + t * kN);
       else
         return load(q + t * kN);
     };
-    for (int64_t c = 0; c < channels; ++c, u += p, out += g.HW) {
+    for (int64_t c = 0; c < channels; ++c, u += map_pitch, out += g.HW) {
       const V constant = splat(constants[c]);
-      for (int64_t t = 0; t < whole; ++t)
-        store(out + t * kN, IsTwin ? constant - value(u, t) : constant + value(u, t));
+      for (int64_t t = 0; t < whole; ++t) store(out + t * kN, kTwin ? constant - value(u, t) : constant + value(u, t));
       if (row.vectors > whole)
-        store_first(out + whole * kN, IsTwin ? constant - value(u, whole) : constant + value(u, whole), rest);
+        store_first(out + whole * kN, kTwin ? constant - value(u, whole) : constant + value(u, whole), rest);
       for (int64_t x = row.first_column; x < row.first_column + row.columns; ++x)
-        out[x] = narrow<T>(IsTwin ? constants[c] - u[twin.index[x]] : constants[c] + u[x]);
+        out[x] = narrow<T>(kTwin ? constants[c] - u[inverse.index[x]] : constants[c] + u[x]);
     }
   }
 
-  // One view, or a pair whose second view is -T'(U).
-  static void spread_nchw(Geometry g, Twin inverse, const A* packed, const A* d_maps, const A* const (&constants)[2],
-                          T* const (&out)[2], bool streaming, Scratch scratch) {
-    const int64_t block = channel_block(g), p = pitch(g.HW);
-    A* u = scratch.take<A>(block * p + 2 * kN);
+  // -T'(d_maps), with zeros behind each row.
+  static const A* twin_of(Geometry g, Permutation inverse, const A* d_maps, A* d_twin) {
+    const int64_t map_pitch = pitch(g.HW);
+    for (int64_t l = 0; l < g.L; ++l)
+      for (int64_t x = 0; x < map_pitch; ++x)
+        d_twin[l * map_pitch + x] = x < g.HW ? -d_maps[l * map_pitch + inverse.index[x]] : 0;
+    return d_twin;
+  }
+
+  static void gradient_nchw(const FeatureGradient& of, Scratch scratch) {
+    const Geometry g = of.g;
+    const int64_t block = channel_block(g);
+    A* u = scratch.take<A>(block * pitch(g.HW) + 2 * kN);
     T* staging = scratch.take<T>(block * g.HW + kN);
-    const A* d_twin = nullptr;  // T'(d_maps), where vectors can't be permuted
-    if (out[1] && !(kPermutes<A> && inverse.base)) {
-      A* d = scratch.take<A>(g.L * p);
-      for (int64_t l = 0; l < g.L; ++l)
-        for (int64_t x = 0; x < p; ++x) d[l * p + x] = x < g.HW ? -d_maps[l * p + inverse.index[x]] : 0;
-      d_twin = d;
-    }
-    for (int64_t c0 = 0; c0 < g.C; c0 += block) {
-      const int64_t channels = std::min(block, g.C - c0), count = channels * g.HW;
-      for (int view = 0; view < (out[1] ? 2 : 1); ++view) {
-        T* to = streaming ? staging : out[view] + c0 * g.HW;
-        const A* k = constants[view] + c0;
+    const A* d_twin = nullptr;  // where vectors can't be permuted
+    if (of.views == 2 && !(kPermutes<A> && of.inverse.base))
+      d_twin = twin_of(g, of.inverse, of.d_maps, scratch.take<A>(g.L * pitch(g.HW)));
+    for (int64_t c = 0; c < g.C; c += block) {
+      const int64_t channels = std::min(block, g.C - c);
+      for (int view = 0; view < of.views; ++view) {
+        T* out = of.out[view] + c * g.HW;
+        T* to = of.streaming ? staging : out;
+        const A* constants = of.constants[view] + c;
         if (view == 0 || d_twin) {
-          spread_block(g, c0, channels, packed, view ? d_twin : d_maps, u);
-          write_rows<false>(g, inverse, channels, k, u, to);
+          gradient_block(g, of.packed, view ? d_twin : of.d_maps, c, channels, u);
+          write_rows<false>(g, of.inverse, channels, constants, u, to);
         } else if constexpr (kPermutes<A>) {
-          write_rows<true>(g, inverse, channels, k, u, to);
+          write_rows<true>(g, of.inverse, channels, constants, u, to);
         }
-        if (streaming) copy_out(out[view] + c0 * g.HW, staging, count);
+        if (of.streaming) copy_out(out, staging, channels * g.HW);
       }
     }
   }
 
-  // -------------------------------------------------------------------------------------- spread, channels_last
+  // ---------------------------------------------------------------------- gradient of the features, channels_last
 
   // CV vectors of channels from c on, at position x of the view, or of the twin and where it comes from; the last of
   // them has `count` lanes.
   template <int CV>
-  static void spread_cell(Geometry g, Twin inverse, int64_t x, int64_t c, const A* rows, const A* d_maps,
-                          const A* const (&constants)[2], T* const (&out)[2], int64_t count, bool streaming) {
-    const int64_t pc = pitch(g.C), p = pitch(g.HW), source = out[1] ? inverse.index[x] : x;
-    V acc[CV] = {};
-    for (int64_t l = 0; l < g.L; ++l)
-      for (int i = 0; i < CV; ++i) acc[i] += d_maps[l * p + source] * load(rows + l * pc + c + i * kN);
-    auto put = [&](T* q, V v) __attribute__((always_inline)) {
+  [[gnu::always_inline]] static void gradient_cell(const FeatureGradient& of, int64_t x, int64_t c, int64_t count) {
+    const int64_t C = of.g.C, L = of.g.L, weight_pitch = pitch(C), map_pitch = pitch(of.g.HW);
+    const int64_t source = of.views == 2 ? of.inverse.index[x] : x;
+    const A *d = of.d_maps + source, *weight = of.packed + c, *constants[2] = {of.constants[0] + c, of.constants[1] + c};
+    T* const out[2] = {of.out[0] + source * C + c, of.out[1] + x * C + c};
+    const bool streaming = of.streaming, twin = of.views == 2;
+    V sums[CV];
+    for (int i = 0; i < CV; ++i) sums[i] = zero<A>();
+    for (int64_t l = 0; l < L; ++l)
+      for (int i = 0; i < CV; ++i) sums[i] += d[l * map_pitch] * load(weight + l * weight_pitch + i * kN);
+    auto put = [&](T* to, V v) __attribute__((always_inline)) {
       if (CV == 1)
-        store_first(q, v, count);
+        store_first(to, v, count);
       else if (streaming)
-        store_streaming(q, v);
+        store_streaming(to, v);
       else
-        store(q, v);
+        store(to, v);
     };
-    T* original = out[0] + source * g.C + c;
-    for (int i = 0; i < CV; ++i) put(original + i * kN, acc[i] + load(constants[0] + c + i * kN));
-    if (!out[1]) return;
-    T* twin = out[1] + x * g.C + c;
-    for (int i = 0; i < CV; ++i) put(twin + i * kN, load(constants[1] + c + i * kN) - acc[i]);
+    for (int i = 0; i < CV; ++i) put(out[0] + i * kN, sums[i] + load(constants[0] + i * kN));
+    if (!twin) return;
+    for (int i = 0; i < CV; ++i) put(out[1] + i * kN, load(constants[1] + i * kN) - sums[i]);
   }
 
-  static void spread_channels_last(Geometry g, Twin inverse, const A* rows, const A* d_maps,
-                                   const A* const (&constants)[2], T* const (&out)[2], bool streaming) {
-    const int64_t whole = g.C / kN, rest = g.C % kN;
-    const uintptr_t bases = reinterpret_cast<uintptr_t>(out[0]) | reinterpret_cast<uintptr_t>(out[1]);
-    streaming = streaming && bases % kVectorBytes == 0 && (g.C * sizeof(T)) % kVectorBytes == 0;
-    for (int64_t x = 0; x < g.HW; ++x) {
-      for_groups<8>(whole, [&]<int CV>(int64_t i) {
-        spread_cell<CV>(g, inverse, x, i * kN, rows, d_maps, constants, out, kN, streaming);
-      });
-      if (rest) spread_cell<1>(g, inverse, x, whole * kN, rows, d_maps, constants, out, rest, false);
+  static void gradient_channels_last(FeatureGradient of) {
+    const int64_t C = of.g.C, whole = C / kN, rest = C % kN;
+    const uintptr_t bases = reinterpret_cast<uintptr_t>(of.out[0]) | reinterpret_cast<uintptr_t>(of.out[1]);
+    of.streaming = of.streaming && bases % kVectorBytes == 0 && (C * sizeof(T)) % kVectorBytes == 0;
+    for (int64_t x = 0; x < of.g.HW; ++x) {
+      for_groups<8>(whole, [&]<int CV>(int64_t i) { gradient_cell<CV>(of, x, i * kN, kN); });
+      if (rest) gradient_cell<1>(of, x, whole * kN, rest);
     }
   }
 
   // ----------------------------------------------------------------------------------------- backward functions
 
+  static void write_gradient(const FeatureGradient& of, Scratch scratch) {
+    if (of.g.channels_last)
+      gradient_channels_last(of);
+    else
+      gradient_nchw(of, scratch);
+    finish_streaming(of.streaming);
+  }
+
   // W^T dz / HW, or zeros.
-  static const A* spread_logits(Geometry g, const A* rows, const void* d_logits, A* constants) {
+  static const A* logit_constants(Geometry g, const A* packed, const void* d_logits, A* constants) {
     const A* dz = static_cast<const A*>(d_logits);
-    const int64_t pc = pitch(g.C);
+    const int64_t weight_pitch = pitch(g.C);
     const A scale = A(1) / A(g.HW);
-    for (int64_t c = 0; c < pc; c += kN) {
+    for (int64_t c = 0; c < weight_pitch; c += kN) {
       V sum = zero<A>();
       if (dz)
-        for (int64_t l = 0; l < g.L; ++l) sum += dz[l] * load(rows + l * pc + c);
+        for (int64_t l = 0; l < g.L; ++l) sum += dz[l] * load(packed + l * weight_pitch + c);
       store(constants + c, sum * scale);
     }
     return constants;
   }
 
-  static void spread_pair(Geometry g, Twin inverse, const void* packed, const void* d_residual, const void* dz,
-                          const void* dz_twin, void* d_original, void* d_twin, bool streaming, void* scratch) {
+  static void pair_gradient(Geometry g, Permutation inverse, const void* packed, const void* d_residual, const void* dz,
+                            const void* dz_twin, void* d_original, void* d_twin, bool streaming, void* scratch) {
     Scratch room(scratch);
-    const A* rows = static_cast<const A*>(packed);
-    A *one = room.take<A>(pitch(g.C)), *two = room.take<A>(pitch(g.C));
-    const A* const constants[2] = {spread_logits(g, rows, dz, one), spread_logits(g, rows, dz_twin, two)};
-    T* const out[2] = {static_cast<T*>(d_original), static_cast<T*>(d_twin)};
-    const A* d = static_cast<const A*>(d_residual);
-    if (g.channels_last)
-      spread_channels_last(g, inverse, rows, d, constants, out, streaming);
-    else
-      spread_nchw(g, inverse, rows, d, constants, out, streaming, room);
-    finish_streaming(streaming);
+    const A* weight = static_cast<const A*>(packed);
+    const A* const constants[2] = {logit_constants(g, weight, dz, room.take<A>(pitch(g.C))),
+                                   logit_constants(g, weight, dz_twin, room.take<A>(pitch(g.C)))};
+    write_gradient({g,
+                    weight,
+                    static_cast<const A*>(d_residual),
+                    2,
+                    {constants[0], constants[1]},
+                    {static_cast<T*>(d_original), static_cast<T*>(d_twin)},
+                    inverse,
+                    streaming},
+                   room);
   }
 
-  static void spread(Geometry g, const void* packed, const void* d_maps, void* d_features, bool streaming,
-                     void* scratch) {
+  static void view_gradient(Geometry g, const void* packed, const void* d_maps, void* d_features, bool streaming,
+                            void* scratch) {
     Scratch room(scratch);
-    const A* rows = static_cast<const A*>(packed);
-    A* zeros = room.take<A>(pitch(g.C));
-    const A* const constants[2] = {spread_logits(g, rows, nullptr, zeros), nullptr};
-    T* const out[2] = {static_cast<T*>(d_features), nullptr};
-    if (g.channels_last)
-      spread_channels_last(g, {}, rows, static_cast<const A*>(d_maps), constants, out, streaming);
-    else
-      spread_nchw(g, {}, rows, static_cast<const A*>(d_maps), constants, out, streaming, room);
-    finish_streaming(streaming);
+    const A* weight = static_cast<const A*>(packed);
+    const A* zeros = logit_constants(g, weight, nullptr, room.take<A>(pitch(g.C)));
+    write_gradient({g, weight, static_cast<const A*>(d_maps), 1, {zeros}, {static_cast<T*>(d_features)}, {}, streaming},
+                   room);
   }
 
-  static void store_streaming(T* p, V v) {
-    if constexpr (sizeof(T) != sizeof(A)) return store(p, v);
+  static void store_streaming(T* to, V v) {
+    if constexpr (sizeof(T) != sizeof(A)) return store(to, v);
 #if defined(__AVX512F__)
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)v);
 #elif defined(__AVX2__)
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)v);
 #elif defined(__SSE2__)
-    _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to), (__m128i)v);
 #else
-    store(p, v);
+    store(to, v);
 #endif
   }
 
@@ -530,7 +603,8 @@ struct View {
         _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i),
                             _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
 #else
-        _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+        _mm_stream_si128(reinterpret_cast<__m128i*>(to + i),
+                         _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
 #endif
       }
       return;
@@ -551,7 +625,7 @@ struct View {
     const T* f = static_cast<const T*>(features);
     const A* d = static_cast<const A*>(d_maps);
     A* out = static_cast<A*>(d_weight);
-    const int64_t p = pitch(g.HW), vectors = p / kN;
+    const int64_t map_pitch = pitch(g.HW), vectors = map_pitch / kN;
     if (g.channels_last) {
       for (int64_t c = 0; c < g.C; c += kN) {
         const int64_t here = std::min<int64_t>(kN, g.C - c);
@@ -559,7 +633,7 @@ struct View {
           V acc[LG] = {};
           for (int64_t x = 0; x < g.HW; ++x) {
             const V v = load_first(f + x * g.C + c, here);
-            for (int i = 0; i < LG; ++i) acc[i] += d[(l + i) * p + x] * v;
+            for (int i = 0; i < LG; ++i) acc[i] += d[(l + i) * map_pitch + x] * v;
           }
           for (int i = 0; i < LG; ++i) {
             A* q = out + (l + i) * g.C + c;
@@ -578,7 +652,7 @@ struct View {
         for (int64_t i = 0; i < kN; ++i) {
           V sum = zero<A>();
           if (l + i < g.L)
-            for (int64_t t = 0; t < vectors; ++t) sum += load(d + (l + i) * p + t * kN) * load(row + t * kN);
+            for (int64_t t = 0; t < vectors; ++t) sum += load(d + (l + i) * map_pitch + t * kN) * load(row + t * kN);
           sums[i] = sum;
         }
         const V total = lane_sums<A>(sums);
@@ -606,16 +680,16 @@ struct View {
   }
 
   static constexpr Kernels table() {
-    return {kN,   kPermutes<A>, packed_size, pack,   scratch_bytes, residual,
-            maps, logits,       spread_pair, spread, correlate,     accumulate};
+    return {kN,   kPermutes<A>, packed_size,   pack,          scratch_bytes, residual,
+            maps, logits,       pair_gradient, view_gradient, correlate,     accumulate};
   }
 };
 
 }  // namespace
 
 const Kernels& REBALFER_ISA(Storage storage) {
-  static const Kernels f32 = View<float>::table(), f64 = View<double>::table(), bf16 = View<BFloat16>::table(),
-                       f16 = View<Half>::table();
+  static const Kernels f32 = KernelsOf<float>::table(), f64 = KernelsOf<double>::table(),
+                       bf16 = KernelsOf<BFloat16>::table(), f16 = KernelsOf<Half>::table();
   switch (storage) {
     case Storage::f32: return f32;
     case Storage::f64: return f64;

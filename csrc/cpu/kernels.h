@@ -10,10 +10,11 @@ struct Geometry {
   bool channels_last;
 };
 
-// The spatial map that undoes the twin's transform, on a row of HW positions: T(row)[x] = row[index[x]].
-// Where base is not null, vector t of T(row) is made of the two vectors of the row from base[t] on, by the
-// permutation lanes[t * Kernels::lanes ...]; vectors that are not whole are left to index.
-struct Twin {
+// A permutation of the HW positions of a row: permuted(row)[x] = row[index[x]]. It undoes the twin's transform, or is
+// the inverse of that.
+// Where base is not null, vector t of the permuted row is made of the two vectors of the row from base[t] on, by the
+// choice of lanes[t * Kernels::lanes ...]; vectors that are not whole are left to index.
+struct Permutation {
   const int32_t* index;
   const int32_t* base;
   const int32_t* lanes;
@@ -25,14 +26,15 @@ struct Twin {
 // rounds up to a multiple of `lanes`.
 struct Kernels {
   int lanes;
-  bool permutes;  // whether Twin::base and Twin::lanes are of use
+  bool permutes;  // whether Permutation::base and Permutation::lanes are of use
   // Elements of the packed weight: rows (L, pitch(C)) and, for NCHW, columns (C, L) behind them.
   int64_t (*packed_size)(Geometry g);
   // weight (L, C) of the features' dtype or of the compute type.
   void (*pack)(Geometry g, const void* weight, bool weight_is_compute_type, void* packed);
   int64_t (*scratch_bytes)(Geometry g);
-  // residual[l, x] = sum_c W[l, c] (F[c, x] - T(F~)[c, x]), which is A - T(A~); pooled = mean_x F[c, x] of both views.
-  void (*residual)(Geometry g, Twin twin, const void* original, const void* mirrored, const void* packed,
+  // residual[l, x] = sum_c W[l, c] (F[c, x] - T(F~)[c, x]), which is A - T(A~), where `undo` is T; pooled = mean_x F[c,
+  // x] of both views.
+  void (*residual)(Geometry g, Permutation undo, const void* original, const void* twin, const void* packed,
                    void* residual, void* pooled, void* pooled_twin, void* scratch);
   // maps[l, x] = sum_c W[l, c] F[c, x].
   void (*maps)(Geometry g, const void* features, const void* packed, void* maps, void* scratch);
@@ -40,10 +42,11 @@ struct Kernels {
   void (*logits)(Geometry g, const void* packed, const void* pooled, const void* bias, void* logits);
   // U[c, x] = sum_l W[l, c] d_residual[l, x]; d_original = U + W^T dz / HW; d_twin = -T'(U) + W^T dz~ / HW, where
   // `inverse` is the map T' that undoes T; dz and dz~ may be null. Streaming writes past the caches.
-  void (*spread_pair)(Geometry g, Twin inverse, const void* packed, const void* d_residual, const void* dz,
-                      const void* dz_twin, void* d_original, void* d_twin, bool streaming, void* scratch);
+  void (*pair_gradient)(Geometry g, Permutation inverse, const void* packed, const void* d_residual, const void* dz,
+                        const void* dz_twin, void* d_original, void* d_twin, bool streaming, void* scratch);
   // d_features[c, x] = sum_l W[l, c] d_maps[l, x].
-  void (*spread)(Geometry g, const void* packed, const void* d_maps, void* d_features, bool streaming, void* scratch);
+  void (*view_gradient)(Geometry g, const void* packed, const void* d_maps, void* d_features, bool streaming,
+                        void* scratch);
   // d_weight[l, c] += sum_x d_maps[l, x] F[c, x], rows C apart.
   void (*correlate)(Geometry g, const void* features, const void* d_maps, void* d_weight, void* scratch);
   // sum[l, c] += sum_m factors[m, l] rows[m, c], in the order of m; the strides are those of m, L and c < count.

@@ -25,15 +25,11 @@
 #endif
 
 #include "../head_math.h"
-#include "../layout.h"
+#include "../operators.h"
 #include "kernels.h"
 
 namespace rebalfer {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kHugePage = 2 << 20;         // bytes
 constexpr int64_t kStreamingBytes = 24 << 20;  // gradients from this size on are written past the caches
@@ -106,8 +102,8 @@ Tensor output(std::vector<int64_t> shape, ScalarType dtype, bool wanted = true) 
   return empty(shape, strides, dtype);
 }
 
-// A gradient of the features. A large fresh one costs more in page faults than in stores, so it lies on whole huge pages
-// of its own: of a mapping that begins anywhere, the ends would come in small pages.
+// A gradient of the features. A large fresh one costs more in page faults than in stores, so it is allocated on whole
+// huge pages of its own: the ends of a mapping that begins anywhere would be small pages.
 Tensor feature_output(int64_t M, int64_t C, int64_t H, int64_t W, ScalarType dtype, bool channels_last, bool wanted) {
   if (!wanted) return output({0}, dtype);
   const std::vector<int64_t> shape{M, C, H, W};
@@ -190,39 +186,26 @@ void write(void* out, ScalarType dtype, int64_t i, A x) {
   }
 }
 
-// Target distributions t: a row of the table for a class, targets @ table for a distribution.
+// The targets of a batch in the compute type, after a check of their classes.
 template <typename A>
-class Targets {
- public:
-  Targets(const Tensor& targets, const Tensor& table, int64_t L)
-      : L_(L), table_(static_cast<const A*>(table.data_ptr())) {
-    if (targets.dim() == 2) {
-      soft_ = static_cast<const A*>(targets.data_ptr());
-      return;
-    }
-    classes_ = static_cast<const int64_t*>(targets.data_ptr());
-    for (int64_t i = 0; i < targets.size(0); ++i)
-      if (classes_[i] < 0 || classes_[i] >= L)
-        throw std::out_of_range("targets: got class " + std::to_string(classes_[i]) + ", expected classes in [0, " +
-                                std::to_string(L) + ")");
-  }
-  // The row of sample i; `room` (L) holds it where it must be computed.
-  const A* row(int64_t i, A* room) const {
-    if (classes_) return table_ + classes_[i] * L_;
-    for (int64_t l = 0; l < L_; ++l) {
-      A sum = 0;
-      for (int64_t y = 0; y < L_; ++y) sum += soft_[i * L_ + y] * table_[y * L_ + l];
-      room[l] = sum;
-    }
-    return room;
-  }
+Targets<A> targets_of(const OptionalTensor& targets, const OptionalTensor& table, int64_t L) {
+  if (!targets) return {};
+  const A* of_table = static_cast<const A*>(table->data_ptr());
+  if (targets->dim() == 2) return {nullptr, static_cast<const A*>(targets->data_ptr()), of_table};
+  const auto* labels = static_cast<const int64_t*>(targets->data_ptr());
+  for (int64_t i = 0; i < targets->size(0); ++i)
+    if (labels[i] < 0 || labels[i] >= L)
+      throw std::out_of_range("targets: got class " + std::to_string(labels[i]) + ", expected classes in [0, " +
+                              std::to_string(L) + ")");
+  return {labels, nullptr, of_table};
+}
 
- private:
-  int64_t L_;
-  const A* table_;
-  const A* soft_ = nullptr;
-  const int64_t* classes_ = nullptr;
-};
+// The target distribution of sample i, computed once.
+template <typename A>
+void write_target_row(const Targets<A>& targets, int64_t i, int64_t L, A* out) {
+  const TargetRow<A> row = targets.row(i, L);
+  for (int64_t l = 0; l < L; ++l) out[l] = row[l];
+}
 
 template <typename A>
 A mean_of(const std::vector<A>& x) {  // NaN of nothing, as PyTorch's own losses
@@ -239,23 +222,28 @@ struct Upstream {
     data = static_cast<const A*>(t->data_ptr());
     stride = t->dim() ? t->stride(0) : 0;
   }
+  explicit operator bool() const { return data; }
   A operator[](int64_t i) const { return data ? data[i * stride] : A(0); }
   const A* data = nullptr;
   int64_t stride = 0;
 };
 
-// A spatial map and, if wanted, its inverse as the kernels read them.
-class TwinTables {
+// The map that undoes the twin's transform, or the inverse of that map, as the kernels read it.
+class PermutationTable {
  public:
-  TwinTables(const Kernels& k, TwinMap map, int64_t H, int64_t W, bool inverse) : index_(H * W) {
-    const int64_t HW = H * W, lanes = k.lanes;
+  PermutationTable(const Kernels& k, TwinMap map, int64_t H, int64_t W, bool inverse) : index_(H * W) {
     for (int64_t h = 0; h < H; ++h)
       for (int64_t w = 0; w < W; ++w) {
         const int64_t from = twin_index(map, h, w), to = h * W + w;
         index_[inverse ? from : to] = int32_t(inverse ? to : from);
       }
-    if (!k.permutes) return;
-    const int64_t vectors = (HW + lanes - 1) / lanes;
+    if (k.permutes) choose_lanes(k.lanes);
+  }
+  Permutation get() const { return {index_.data(), fits_ && !base_.empty() ? base_.data() : nullptr, lanes_.data()}; }
+
+ private:
+  void choose_lanes(int64_t lanes) {
+    const int64_t HW = int64_t(index_.size()), vectors = (HW + lanes - 1) / lanes;
     base_.resize(vectors);
     lanes_.resize(vectors * lanes);
     for (int64_t t = 0; t < vectors; ++t) {
@@ -266,11 +254,34 @@ class TwinTables {
       for (auto x = begin; x != end; ++x) lanes_[x - index_.begin()] = *x - *low;
     }
   }
-  Twin get() const { return {index_.data(), fits_ && !base_.empty() ? base_.data() : nullptr, lanes_.data()}; }
 
- private:
   std::vector<int32_t> index_, base_, lanes_;
   bool fits_ = true;
+};
+
+// A tensor as rows of the same length; null where it is empty, as outputs are that nobody wants.
+template <typename A>
+class Rows {
+ public:
+  Rows(const Tensor& t, int64_t length)
+      : data_(t.numel() ? static_cast<A*>(t.data_ptr()) : nullptr), length_(length) {}
+  explicit operator bool() const { return data_; }
+  A* operator[](int64_t i) const { return data_ + i * length_; }
+
+ private:
+  A* data_;
+  int64_t length_;
+};
+
+// The 2N views of a batch of features, or of their gradient.
+class Views {
+ public:
+  Views(const Tensor& t, int64_t view_bytes) : data_(static_cast<char*>(t.data_ptr())), view_bytes_(view_bytes) {}
+  void* operator[](int64_t m) const { return data_ + m * view_bytes_; }
+
+ private:
+  char* data_;
+  int64_t view_bytes_;
 };
 
 // g dS, in rows `pitch` apart; those of the residual are residual_pitch apart.
@@ -283,213 +294,262 @@ void residual_gradient(int64_t L, int64_t HW, const A* residual, int64_t residua
       d_residual[l * pitch + x] = scale * consistency_gradient(v[l], residual[l * residual_pitch + x], p);
 }
 
-using HeadForward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
+// The forward of the head, a task a pair.
 template <typename A>
-HeadForward head_forward_as(const Tensor& features, const Tensor& weight, const OptionalTensor& bias,
-                            const OptionalTensor& targets, const OptionalTensor& target_table,
-                            const Tensor& map_weights, double consistency_weight, int p, TwinMap twin, bool both_views,
-                            bool mean, bool with_maps, bool save_residual, bool save_pooled, bool save_cam_grad) {
-  const int64_t M = features.size(0), N = M / 2, C = features.size(1), H = features.size(2), W = features.size(3);
-  const int64_t L = weight.size(0), HW = H * W;
-  const Geometry g{C, HW, L, is_channels_last(features)};
-  const Kernels& k = kernels(storage_of(features.scalar_type()));
-  const TwinTables tables(k, twin, H, W, false);
-  const int64_t pitch = round_up(HW, k.lanes), row = round_up(C, k.lanes), cams = L * pitch;
-  const bool classified = targets.has_value();
-  const ScalarType dtype = kCompute<A>;
-  std::optional<Targets<A>> target_rows;
-  if (classified) target_rows.emplace(*targets, *target_table, L);
+class HeadForward {
+ public:
+  explicit HeadForward(const HeadForwardArguments& a)
+      : M(a.features.size(0)),
+        g{a.features.size(1), a.features.size(2) * a.features.size(3), a.weight.size(0), is_channels_last(a.features)},
+        k(kernels(storage_of(a.features.scalar_type()))),
+        options(a.options),
+        wanted(a.wanted),
+        undo(k, options.twin, a.features.size(2), a.features.size(3), false),
+        targets(targets_of<A>(a.targets, a.target_table, g.L)),
+        packed(pack<A>(k, g, a.weight)),
+        bias(a.bias ? values<A>(*a.bias) : std::vector<A>()),
+        v(static_cast<const A*>(a.map_weights.data_ptr())),
+        features(a.features, g.C * g.HW * bytes_of(a.features.scalar_type())),
+        out(head_forward_outputs(a, [](Shape shape, bool wanted) { return output(shape, kCompute<A>, wanted); })),
+        classification(N),
+        consistency(N) {}
 
-  const std::vector<int64_t> losses = mean ? std::vector<int64_t>{} : std::vector<int64_t>{N};
-  Tensor loss = output(losses, dtype, classified), classification = output(losses, dtype, classified);
-  Tensor consistency = output(losses, dtype), logits = output({M, L}, dtype, classified);
-  Tensor maps = output({M, L, H, W}, dtype, with_maps);
-  Tensor residual = output({N, L, H, W}, dtype, save_residual);
-  Tensor pooled = output({M, C}, dtype, save_pooled);
-  Tensor cam_grad = output({N, L, C}, dtype, save_cam_grad);
-
-  const auto packed = pack<A>(k, g, weight);
-  const std::vector<A> b = bias ? values<A>(*bias) : std::vector<A>();
-  const A* v = static_cast<const A*>(map_weights.data_ptr());
-  const char* f = static_cast<const char*>(features.data_ptr());
-  const int64_t view_bytes = C * HW * bytes_of(features.scalar_type());
-  std::vector<A> cls(N), cons(N);
-
-  torch::stable::parallel_for(0, N, 1, [&](int64_t begin, int64_t end) {
-    Buffer<A> s(cams), pool(2 * row), z(2 * L), t(L), cam(with_maps ? cams : 0), d(save_cam_grad ? 2 * cams : 0);
-    Buffer<char> scratch(k.scratch_bytes(g));
-    for (int64_t i = begin; i < end; ++i) {
-      const char* views[2] = {f + i * view_bytes, f + (N + i) * view_bytes};
-      k.residual(g, tables.get(), views[0], views[1], packed.get(), s.get(), pool.get(), pool.get() + row,
-                 scratch.get());
-      for (int64_t view = 0; view < 2; ++view) {
-        const int64_t m = view * N + i;
-        const A* pool_view = pool.get() + view * row;
-        if (save_pooled) std::memcpy(static_cast<A*>(pooled.data_ptr()) + m * C, pool_view, C * sizeof(A));
-        if (classified) {
-          k.logits(g, packed.get(), pool_view, b.empty() ? nullptr : b.data(), z.get() + view * L);
-          std::memcpy(static_cast<A*>(logits.data_ptr()) + m * L, z.get() + view * L, L * sizeof(A));
-        }
-        if (with_maps) {
-          k.maps(g, views[view], packed.get(), cam.get(), scratch.get());
-          for (int64_t l = 0; l < L; ++l)
-            std::memcpy(static_cast<A*>(maps.data_ptr()) + (m * L + l) * HW, cam.get() + l * pitch, HW * sizeof(A));
-        }
-      }
-      A sum = 0;
-      for (int64_t l = 0; l < L; ++l) {
-        const A* row_s = s.get() + l * pitch;
-        A of_class = 0;
-        for (int64_t x = 0; x < HW; ++x) of_class += consistency_term(v[l], row_s[x], p);
-        sum += of_class;
-        if (save_residual)
-          std::memcpy(static_cast<A*>(residual.data_ptr()) + (i * L + l) * HW, row_s, HW * sizeof(A));
-      }
-      cons[i] = sum / A(L * HW);
-      if (classified) {
-        const A* row_t = target_rows->row(i, t.get());
-        cls[i] = cross_entropy(z.get(), row_t, L) + (both_views ? cross_entropy(z.get() + L, row_t, L) : A(0));
-      }
-      if (save_cam_grad) {
-        A *out = static_cast<A*>(cam_grad.data_ptr()) + i * L * C, *d_twin = d.get() + cams;
-        std::memset(static_cast<void*>(out), 0, L * C * sizeof(A));
-        residual_gradient(L, HW, s.get(), pitch, v, p, A(1), d.get(), pitch);
-        for (int64_t l = 0; l < L; ++l)
-          for (int64_t x = 0; x < HW; ++x) d_twin[l * pitch + tables.get().index[x]] = -d.get()[l * pitch + x];
-        k.correlate(g, views[0], d.get(), out, scratch.get());
-        k.correlate(g, views[1], d_twin, out, scratch.get());
-      }
+  HeadForwardOutputs run() {
+    torch::stable::parallel_for(0, N, 1, [&](int64_t begin, int64_t end) {
+      Workspace work(*this);
+      for (int64_t i = begin; i < end; ++i) pair(i, work);
+    });
+    give(out.consistency, consistency);
+    if (targets) {
+      give(out.classification, classification);
+      for (int64_t i = 0; i < N; ++i) classification[i] += A(options.consistency_weight) * consistency[i];
+      give(out.loss, classification);
     }
-  });
-
-  auto give = [&](Tensor& to, const std::vector<A>& from) {
-    if (mean)
-      *static_cast<A*>(to.data_ptr()) = mean_of(from);
-    else if (N)
-      std::memcpy(to.data_ptr(), from.data(), N * sizeof(A));
-  };
-  give(consistency, cons);
-  if (classified) {
-    give(classification, cls);
-    for (int64_t i = 0; i < N; ++i) cls[i] += A(consistency_weight) * cons[i];
-    give(loss, cls);
+    return out;
   }
-  return {loss, classification, consistency, logits, maps, residual, pooled, cam_grad};
-}
 
-HeadForward head_forward(Tensor features, Tensor weight, OptionalTensor bias, OptionalTensor targets,
-                         OptionalTensor target_table, Tensor map_weights, double consistency_weight, int64_t p,
-                         std::vector<int64_t> twin_map, bool both_views, bool mean, bool with_maps, bool save_residual,
-                         bool save_pooled, bool save_cam_grad) {
-  auto run = features.scalar_type() == ScalarType::Double ? head_forward_as<double> : head_forward_as<float>;
-  return run(features, weight, bias, targets, target_table, map_weights, consistency_weight, int(p),
-             twin_map_on(twin_map, features.size(2), features.size(3)), both_views, mean, with_maps, save_residual, save_pooled, save_cam_grad);
-}
+ private:
+  // What a task needs for one pair after another.
+  struct Workspace {
+    explicit Workspace(const HeadForward& head)
+        : residual(head.maps_size),
+          pooled(2 * head.pooled_pitch),
+          z(2 * head.g.L),
+          target(head.g.L),
+          maps(head.wanted.maps ? head.maps_size : 0),
+          d_maps(head.wanted.cam_grad ? 2 * head.maps_size : 0),
+          scratch(head.k.scratch_bytes(head.g)) {}
+    Buffer<A> residual, pooled, z, target, maps, d_maps;
+    Buffer<char> scratch;
+  };
 
-using HeadBackward = std::tuple<Tensor, Tensor, Tensor>;
+  void pair(int64_t i, Workspace& work) {
+    k.residual(g, undo.get(), features[i], features[N + i], packed.get(), work.residual.get(), work.pooled.get(),
+               work.pooled.get() + pooled_pitch, work.scratch.get());
+    view(i, work.pooled.get(), work.z.get(), work);
+    view(N + i, work.pooled.get() + pooled_pitch, work.z.get() + g.L, work);
+    consistency[i] = consistency_of(work.residual.get());
+    if (wanted.residual) write_maps(work.residual.get(), residual[i]);
+    if (targets) classify(i, work);
+    if (wanted.cam_grad) cam_gradient(i, work);
+  }
 
-template <typename A>
-HeadBackward head_backward_as(const OptionalTensor& d_loss, const OptionalTensor& d_classification,
-                              const OptionalTensor& d_consistency, const OptionalTensor& d_logits, const Tensor& weight,
-                              const OptionalTensor& targets, const OptionalTensor& target_table,
-                              const Tensor& map_weights, const Tensor& logits, const Tensor& residual,
-                              const Tensor& pooled, const Tensor& cam_grad, double consistency_weight, int p,
-                              TwinMap twin, bool both_views, bool mean, ScalarType dtype, bool channels_last,
-                              bool need_features, bool need_weight, bool need_bias) {
-  const int64_t N = residual.size(0), M = 2 * N, L = weight.size(0), C = weight.size(1);
-  const int64_t H = residual.size(2), W = residual.size(3), HW = H * W;
-  const Geometry g{C, HW, L, channels_last};
-  const Kernels& k = kernels(storage_of(dtype));
-  const TwinTables inverse(k, twin, H, W, true);
-  const int64_t pitch = round_up(HW, k.lanes);
-  const bool classified = targets.has_value();
-  std::optional<Targets<A>> target_rows;
-  if (classified) target_rows.emplace(*targets, *target_table, L);
-
-  Tensor d_features = feature_output(M, C, H, W, dtype, channels_last, need_features);
-  Tensor d_weight = output({L, C}, weight.scalar_type(), need_weight);
-  Tensor d_bias = output({L}, weight.scalar_type(), need_bias);
-
-  const Upstream<A> g_loss(d_loss), g_cls(d_classification), g_cons(d_consistency);
-  const A share = mean ? A(1) / A(std::max<int64_t>(N, 1)) : A(1);
-  const A* z = classified ? static_cast<const A*>(logits.data_ptr()) : nullptr;
-  const A* g_logits = d_logits ? static_cast<const A*>(d_logits->data_ptr()) : nullptr;
-  const A* s = static_cast<const A*>(residual.data_ptr());
-  const A* v = static_cast<const A*>(map_weights.data_ptr());
-  const auto packed = need_features ? pack<A>(k, g, weight) : Buffer<A>(0);
-  const int64_t view_bytes = C * HW * bytes_of(dtype);
-  const bool streaming = M * view_bytes >= kStreamingBytes;
-  char* out = static_cast<char*>(d_features.data_ptr());
-  Buffer<A> dz(M * L);
-  std::vector<A> g_s(N);
-
-  torch::stable::parallel_for(0, N, 1, [&](int64_t begin, int64_t end) {
-    Buffer<A> d(L * pitch), t(L);
-    Buffer<char> scratch(k.scratch_bytes(g));
-    for (int64_t i = begin; i < end; ++i) {
-      g_s[i] = (A(consistency_weight) * g_loss[i] + g_cons[i]) * share;
-      A* dz_view[2] = {dz.get() + i * L, dz.get() + (N + i) * L};
-      if (classified) {
-        const A g_z = (g_loss[i] + g_cls[i]) * share;
-        const A* row_t = target_rows->row(i, t.get());
-        cross_entropy_gradient(z + i * L, row_t, L, g_z, dz_view[0]);
-        if (both_views) cross_entropy_gradient(z + (N + i) * L, row_t, L, g_z, dz_view[1]);
-        if (g_logits)
-          for (int64_t l = 0; l < L; ++l) {
-            dz_view[0][l] += g_logits[i * L + l];
-            dz_view[1][l] += g_logits[(N + i) * L + l];
-          }
-      }
-      if (!need_features) continue;
-      residual_gradient(L, HW, s + i * L * HW, HW, v, p, g_s[i], d.get(), pitch);
-      k.spread_pair(g, inverse.get(), packed.get(), d.get(), classified ? dz_view[0] : nullptr,
-                    classified ? dz_view[1] : nullptr, out + i * view_bytes, out + (N + i) * view_bytes, streaming,
-                    scratch.get());
+  // What is kept of view m: its pooled features, its logits z, its maps.
+  void view(int64_t m, const A* pooled_view, A* z, Workspace& work) {
+    if (wanted.pooled) std::memcpy(pooled[m], pooled_view, g.C * sizeof(A));
+    if (targets) {
+      k.logits(g, packed.get(), pooled_view, bias.empty() ? nullptr : bias.data(), z);
+      std::memcpy(logits[m], z, g.L * sizeof(A));
     }
-  });
+    if (wanted.maps) {
+      k.maps(g, features[m], packed.get(), work.maps.get(), work.scratch.get());
+      write_maps(work.maps.get(), maps[m]);
+    }
+  }
 
-  const ScalarType weight_dtype = weight.scalar_type();
-  if (need_weight) {
-    void* to = d_weight.data_ptr();
-    const A* P = pooled.numel() ? static_cast<const A*>(pooled.data_ptr()) : nullptr;
-    const A* K = cam_grad.numel() ? static_cast<const A*>(cam_grad.data_ptr()) : nullptr;
-    const int64_t chunks = (C + kChannelChunk - 1) / kChannelChunk;
-    torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-      Buffer<A> sum(L * kChannelChunk);
-      for (int64_t chunk = begin; chunk < end; ++chunk) {
-        const int64_t c0 = chunk * kChannelChunk, here = std::min(kChannelChunk, C - c0);
-        std::fill(sum.get(), sum.get() + L * kChannelChunk, A(0));
-        if (classified && P) k.accumulate(M, L, here, dz.get(), L, P + c0, C, sum.get(), kChannelChunk);
-        if (K && (g_loss.data || g_cons.data))
-          for (int64_t l = 0; l < L; ++l)
-            k.accumulate(N, 1, here, g_s.data(), 1, K + l * C + c0, L * C, sum.get() + l * kChannelChunk, kChannelChunk);
-        for (int64_t l = 0; l < L; ++l)
-          for (int64_t c = 0; c < here; ++c)
-            write(to, weight_dtype, l * C + c0 + c, sum.get()[l * kChannelChunk + c]);
+  // Eq. 5 of one pair.
+  A consistency_of(const A* s) const {
+    A sum = 0;
+    for (int64_t l = 0; l < g.L; ++l, s += pitch) {
+      A of_class = 0;
+      for (int64_t x = 0; x < g.HW; ++x) of_class += consistency_term(v[l], s[x], options.p);
+      sum += of_class;
+    }
+    return sum / A(g.L * g.HW);
+  }
+
+  // Eq. 1 of one pair.
+  void classify(int64_t i, Workspace& work) {
+    const A *z = work.z.get(), *t = work.target.get();
+    write_target_row(targets, i, g.L, work.target.get());
+    classification[i] =
+        cross_entropy(z, t, g.L) + (options.both_views ? cross_entropy(z + g.L, t, g.L) : A(0));
+  }
+
+  // K: the gradient of the pair's consistency with respect to the weight of its maps.
+  void cam_gradient(int64_t i, Workspace& work) {
+    A *d = work.d_maps.get(), *d_twin = d + maps_size;
+    std::memset(static_cast<void*>(cam_grad[i]), 0, g.L * g.C * sizeof(A));
+    residual_gradient(g.L, g.HW, work.residual.get(), pitch, v, options.p, A(1), d, pitch);
+    for (int64_t l = 0; l < g.L; ++l)
+      for (int64_t x = 0; x < g.HW; ++x) d_twin[l * pitch + undo.get().index[x]] = -d[l * pitch + x];
+    k.correlate(g, features[i], d, cam_grad[i], work.scratch.get());
+    k.correlate(g, features[N + i], d_twin, cam_grad[i], work.scratch.get());
+  }
+
+  void write_maps(const A* from, A* to) const {
+    for (int64_t l = 0; l < g.L; ++l) std::memcpy(to + l * g.HW, from + l * pitch, g.HW * sizeof(A));
+  }
+
+  void give(Tensor& to, const std::vector<A>& per_sample) const {
+    if (options.mean)
+      *static_cast<A*>(to.data_ptr()) = mean_of(per_sample);
+    else if (N)
+      std::memcpy(to.data_ptr(), per_sample.data(), N * sizeof(A));
+  }
+
+  const int64_t M, N = M / 2;
+  const Geometry g;
+  const Kernels& k;
+  const HeadOptions options;
+  const Wanted wanted;
+  const int64_t pitch = round_up(g.HW, k.lanes), pooled_pitch = round_up(g.C, k.lanes), maps_size = g.L * pitch;
+  const PermutationTable undo;
+  const Targets<A> targets;
+  const Buffer<A> packed;
+  const std::vector<A> bias;
+  const A* const v;
+  const Views features;
+  HeadForwardOutputs out;
+  const Rows<A> logits{out.logits, g.L}, maps{out.maps, g.L * g.HW}, residual{out.residual, g.L * g.HW};
+  const Rows<A> pooled{out.pooled, g.C}, cam_grad{out.cam_grad, g.L * g.C};
+  std::vector<A> classification, consistency;
+};
+
+HeadForwardOutputs head_forward(const HeadForwardArguments& a) {
+  return a.features.scalar_type() == ScalarType::Double ? HeadForward<double>(a).run() : HeadForward<float>(a).run();
+}
+
+// The backward of the head: a task a pair, then a task a chunk of channels for the weight.
+template <typename A>
+class HeadBackward {
+ public:
+  explicit HeadBackward(const HeadBackwardArguments& a)
+      : N(a.residual.size(0)),
+        g{a.weight.size(1), a.residual.size(2) * a.residual.size(3), a.weight.size(0), a.channels_last},
+        k(kernels(storage_of(a.dtype))),
+        options(a.options),
+        need(a.need),
+        weight_dtype(a.weight.scalar_type()),
+        inverse(k, options.twin, a.residual.size(2), a.residual.size(3), true),
+        targets(targets_of<A>(a.targets, a.target_table, g.L)),
+        d_loss(a.d_loss),
+        d_classification(a.d_classification),
+        d_consistency(a.d_consistency),
+        d_logits(a.d_logits ? static_cast<const A*>(a.d_logits->data_ptr()) : nullptr),
+        v(static_cast<const A*>(a.map_weights.data_ptr())),
+        logits(a.logits, g.L),
+        residual(a.residual, g.L * g.HW),
+        pooled(a.pooled, g.C),
+        cam_grad(a.cam_grad, g.L * g.C),
+        packed(need.features ? pack<A>(k, g, a.weight) : Buffer<A>(0)),
+        view_bytes(g.C * g.HW * bytes_of(a.dtype)),
+        out{feature_output(2 * N, g.C, a.residual.size(2), a.residual.size(3), a.dtype, g.channels_last, need.features),
+            output({g.L, g.C}, weight_dtype, need.weight), output({g.L}, weight_dtype, need.bias)},
+        d_features(out.features, view_bytes),
+        dz(2 * N * g.L),
+        g_s(N) {}
+
+  HeadGradients run() {
+    torch::stable::parallel_for(0, N, 1, [&](int64_t begin, int64_t end) {
+      Buffer<A> d_residual(g.L * pitch), target(g.L);
+      Buffer<char> scratch(k.scratch_bytes(g));
+      for (int64_t i = begin; i < end; ++i) {
+        g_s[i] = (A(options.consistency_weight) * d_loss[i] + d_consistency[i]) * share;
+        if (targets) logits_gradient(i, target.get());
+        if (need.features) feature_gradient(i, d_residual.get(), scratch.get());
       }
     });
-  }
-  if (need_bias)
-    for (int64_t l = 0; l < L; ++l) {
-      A sum = 0;
-      for (int64_t m = 0; m < M; ++m) sum += dz.get()[m * L + l];
-      write(d_bias.data_ptr(), weight_dtype, l, sum);
+    if (need.weight) {
+      const int64_t chunks = (g.C + kChannelChunk - 1) / kChannelChunk;
+      torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+        Buffer<A> sum(g.L * kChannelChunk);
+        for (int64_t chunk = begin; chunk < end; ++chunk) weight_gradient(chunk * kChannelChunk, sum.get());
+      });
     }
-  return {d_features, d_weight, d_bias};
-}
+    if (need.bias) bias_gradient();
+    return out;
+  }
 
-HeadBackward head_backward(OptionalTensor d_loss, OptionalTensor d_classification, OptionalTensor d_consistency,
-                           OptionalTensor d_logits, Tensor weight, OptionalTensor targets, OptionalTensor target_table,
-                           Tensor map_weights, Tensor logits, Tensor residual, Tensor pooled, Tensor cam_grad,
-                           double consistency_weight, int64_t p, std::vector<int64_t> twin_map, bool both_views,
-                           bool mean, ScalarType dtype, bool channels_last, bool need_features, bool need_weight,
-                           bool need_bias) {
-  auto run = dtype == ScalarType::Double ? head_backward_as<double> : head_backward_as<float>;
-  return run(d_loss, d_classification, d_consistency, d_logits, weight, targets, target_table, map_weights, logits,
-             residual, pooled, cam_grad, consistency_weight, int(p),
-             twin_map_on(twin_map, residual.size(2), residual.size(3)), both_views, mean, dtype,
-             channels_last, need_features, need_weight, need_bias);
+ private:
+  A* dz_of(int64_t m) const { return dz.get() + m * g.L; }
+
+  // dz and dz~ of pair i; `target` has room for a row.
+  void logits_gradient(int64_t i, A* target) {
+    const A g_z = (d_loss[i] + d_classification[i]) * share;
+    write_target_row(targets, i, g.L, target);
+    cross_entropy_gradient(logits[i], target, g.L, g_z, dz_of(i));
+    if (options.both_views) cross_entropy_gradient(logits[N + i], target, g.L, g_z, dz_of(N + i));
+    if (d_logits)
+      for (int64_t m : {i, N + i})
+        for (int64_t l = 0; l < g.L; ++l) dz_of(m)[l] += d_logits[m * g.L + l];
+  }
+
+  // dF and dF~ of pair i.
+  void feature_gradient(int64_t i, A* d_residual, char* scratch) {
+    residual_gradient(g.L, g.HW, residual[i], g.HW, v, options.p, g_s[i], d_residual, pitch);
+    k.pair_gradient(g, inverse.get(), packed.get(), d_residual, targets ? dz_of(i) : nullptr,
+                    targets ? dz_of(N + i) : nullptr, d_features[i], d_features[N + i], streaming, scratch);
+  }
+
+  // dW of the chunk of channels from c0 on: dz^T P of both views, and the sum of K where the CAM is not detached.
+  void weight_gradient(int64_t c0, A* sum) {
+    const int64_t count = std::min(kChannelChunk, g.C - c0);
+    std::fill(sum, sum + g.L * kChannelChunk, A(0));
+    if (targets && pooled)
+      k.accumulate(2 * N, g.L, count, dz.get(), g.L, pooled[0] + c0, g.C, sum, kChannelChunk);
+    if (cam_grad && (d_loss || d_consistency))
+      for (int64_t l = 0; l < g.L; ++l)
+        k.accumulate(N, 1, count, g_s.data(), 1, cam_grad[0] + l * g.C + c0, g.L * g.C, sum + l * kChannelChunk,
+                     kChannelChunk);
+    for (int64_t l = 0; l < g.L; ++l)
+      for (int64_t c = 0; c < count; ++c)
+        write(out.weight.data_ptr(), weight_dtype, l * g.C + c0 + c, sum[l * kChannelChunk + c]);
+  }
+
+  void bias_gradient() {
+    for (int64_t l = 0; l < g.L; ++l) {
+      A sum = 0;
+      for (int64_t m = 0; m < 2 * N; ++m) sum += dz_of(m)[l];
+      write(out.bias.data_ptr(), weight_dtype, l, sum);
+    }
+  }
+
+  const int64_t N;
+  const Geometry g;
+  const Kernels& k;
+  const HeadOptions options;
+  const Needed need;
+  const ScalarType weight_dtype;
+  const int64_t pitch = round_up(g.HW, k.lanes);
+  const A share = options.mean ? A(1) / A(std::max<int64_t>(N, 1)) : A(1);
+  const PermutationTable inverse;
+  const Targets<A> targets;
+  const Upstream<A> d_loss, d_classification, d_consistency;
+  const A* const d_logits;
+  const A* const v;
+  const Rows<A> logits, residual, pooled, cam_grad;
+  const Buffer<A> packed;
+  const int64_t view_bytes;
+  const bool streaming = 2 * N * view_bytes >= kStreamingBytes;
+  HeadGradients out;
+  const Views d_features;
+  const Buffer<A> dz;
+  std::vector<A> g_s;
+};
+
+HeadGradients head_backward(const HeadBackwardArguments& a) {
+  return a.dtype == ScalarType::Double ? HeadBackward<double>(a).run() : HeadBackward<float>(a).run();
 }
 
 template <typename A>
@@ -541,7 +601,7 @@ std::tuple<Tensor, Tensor> cam_backward_as(const Tensor& d_maps, const Tensor& f
       for (int64_t l = 0; l < L; ++l)
         std::memcpy(d.get() + l * pitch, static_cast<const A*>(d_maps.data_ptr()) + (m * L + l) * HW, HW * sizeof(A));
       if (need_features)
-        k.spread(g, packed.get(), d.get(), static_cast<char*>(d_features.data_ptr()) + m * view_bytes,
+        k.view_gradient(g, packed.get(), d.get(), static_cast<char*>(d_features.data_ptr()) + m * view_bytes,
                  streaming, scratch.get());
       if (need_weight)
         k.correlate(g, static_cast<const char*>(features.data_ptr()) + m * view_bytes, d.get(),
@@ -569,10 +629,13 @@ std::tuple<Tensor, Tensor> cam_backward(Tensor d_maps, Tensor features, Tensor w
 template <typename A>
 Tensor cross_entropy_forward_as(const Tensor& logits, const Tensor& targets, const Tensor& table, bool mean) {
   const int64_t M = logits.size(0), L = logits.size(1);
-  const Targets<A> rows(targets, table, L);
+  const auto of_batch = targets_of<A>(targets, table, L);
   const std::vector<A> z = values<A>(logits);
-  std::vector<A> losses(M), room(L);
-  for (int64_t m = 0; m < M; ++m) losses[m] = cross_entropy(z.data() + m * L, rows.row(m, room.data()), L);
+  std::vector<A> losses(M), t(L);
+  for (int64_t m = 0; m < M; ++m) {
+    write_target_row(of_batch, m, L, t.data());
+    losses[m] = cross_entropy(z.data() + m * L, t.data(), L);
+  }
   Tensor out = output(mean ? std::vector<int64_t>{} : std::vector<int64_t>{M}, kCompute<A>);
   if (mean)
     *static_cast<A*>(out.data_ptr()) = mean_of(losses);
@@ -590,14 +653,15 @@ template <typename A>
 Tensor cross_entropy_backward_as(const Tensor& d_loss, const Tensor& logits, const Tensor& targets, const Tensor& table,
                                  bool mean) {
   const int64_t M = logits.size(0), L = logits.size(1);
-  const Targets<A> rows(targets, table, L);
+  const auto of_batch = targets_of<A>(targets, table, L);
   const std::vector<A> z = values<A>(logits);
   const Upstream<A> g{OptionalTensor(d_loss)};
   Tensor out = output({M, L}, logits.scalar_type());
-  std::vector<A> dz(L), room(L);
+  std::vector<A> dz(L), t(L);
   for (int64_t m = 0; m < M; ++m) {
     std::fill(dz.begin(), dz.end(), A(0));
-    cross_entropy_gradient(z.data() + m * L, rows.row(m, room.data()), L, mean ? g[m] / A(M) : g[m], dz.data());
+    write_target_row(of_batch, m, L, t.data());
+    cross_entropy_gradient(z.data() + m * L, t.data(), L, mean ? g[m] / A(M) : g[m], dz.data());
     for (int64_t l = 0; l < L; ++l) write(out.data_ptr(), logits.scalar_type(), m * L + l, dz[l]);
   }
   return out;
@@ -615,8 +679,8 @@ std::string cpu_isa() { return isa().name; }
 }  // namespace rebalfer
 
 STABLE_TORCH_LIBRARY_IMPL(rebalfer_kernels, CPU, m) {
-  m.impl("head_forward_cpu", TORCH_BOX(&rebalfer::head_forward));
-  m.impl("head_backward_cpu", TORCH_BOX(&rebalfer::head_backward));
+  m.impl("head_forward_cpu", TORCH_BOX(&rebalfer::head_forward_operator<rebalfer::head_forward>));
+  m.impl("head_backward_cpu", TORCH_BOX(&rebalfer::head_backward_operator<rebalfer::head_backward>));
   m.impl("cam_forward_cpu", TORCH_BOX(&rebalfer::cam_forward));
   m.impl("cam_backward_cpu", TORCH_BOX(&rebalfer::cam_backward));
   m.impl("cross_entropy_forward_cpu", TORCH_BOX(&rebalfer::cross_entropy_forward));

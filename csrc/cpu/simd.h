@@ -239,7 +239,7 @@ inline V permute(V a, V, const int32_t*) {  // never called
 
 // Calls f<n>(start) for [0, count) in groups of n = Most, then of the smaller sizes that a loop is compiled for.
 template <int Most, typename F>
-inline void for_groups(int64_t count, F f, int64_t start = 0) {
+[[gnu::always_inline]] inline void for_groups(int64_t count, F f, int64_t start = 0) {
   for (; count - start >= Most; start += Most) f.template operator()<Most>(start);
   constexpr int next = Most > 7 ? 7 : Most > 4 ? 4 : Most - 1;
   if constexpr (next > 0) for_groups<next>(count, f, start);

@@ -93,15 +93,7 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
   }
 }
 
-// 16 bytes that nobody reads a second time and nobody writes meanwhile; the address is a multiple of 16.
-__device__ __forceinline__ uint4 load_16B_streaming(const void* global) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(__cvta_generic_to_global(global)));
-  return v;
-}
-
+// 16 bytes that nobody reads soon; the address is a multiple of 16.
 __device__ __forceinline__ void store_16B_streaming(void* global, uint4 v) {
   asm volatile("st.global.L1::no_allocate.v4.u32 [%0], {%1,%2,%3,%4};"
                :
@@ -136,9 +128,6 @@ __device__ __forceinline__ void mbarrier_fence_init() {
 #if REBALFER_HAS_BULK
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
-}
-__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
-  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(shared_address(barrier)) : "memory");
 }
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64_t* barrier, unsigned bytes) {
 #if REBALFER_HAS_BULK
@@ -190,15 +179,6 @@ __device__ __forceinline__ unsigned cluster_rank() {
   return rank;
 #else
   return 0;
-#endif
-}
-__device__ __forceinline__ unsigned cluster_size() {
-#if REBALFER_HAS_BULK
-  unsigned size;
-  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-  return size;
-#else
-  return 1;
 #endif
 }
 // All threads of all blocks of the cluster; orders their shared memory. A block must not exit while others read its own.

@@ -43,18 +43,12 @@ struct Geometry {
   TwinMap twin;
 };
 
-struct Targets {  // both null: consistency alone
-  const int64_t* labels;
-  const float* soft;   // (N, L), in place of labels
-  const float* table;  // (L, L)
-};
-
-// Null pointers are inputs that are not there and outputs that nobody wants.
+// Null pointers are inputs that the call has not, and outputs that nobody wants.
 struct ForwardParams {
   Geometry g;
   const void* features;  // (views N, C, H, W)
   Parameter weight, bias;
-  Targets targets;
+  Targets<float> targets;
   const float* map_weights;  // (L,)
   float consistency_weight;
   int p;
@@ -79,7 +73,7 @@ struct BackwardParams {
   Upstream d_loss, d_classification, d_consistency;
   const float* d_logits;  // (2N, L)
   Parameter weight;
-  Targets targets;
+  Targets<float> targets;
   const float *map_weights, *logits, *residual, *pooled, *cam_grad;
   const float* d_maps;  // (N, L, H, W) of single views, in place of a residual
   float consistency_weight, share;  // share: 1 / N under "mean"
@@ -93,7 +87,7 @@ struct BackwardParams {
 struct CrossEntropyParams {
   int64_t M, L;
   const void* logits;
-  Targets targets;
+  Targets<float> targets;
   // Forward.
   float* loss;
   float* per_sample;

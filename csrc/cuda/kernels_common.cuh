@@ -116,7 +116,7 @@ __device__ __forceinline__ A warp_sum(A x) {
   return x;
 }
 
-__device__ __forceinline__ TargetRow<float> target_row(const Targets& t, int64_t i, int64_t L) {
+__device__ __forceinline__ TargetRow<float> target_row(const Targets<float>& t, int64_t i, int64_t L) {
   return {t.table, t.soft ? t.soft + i * L : nullptr, t.soft ? 0 : __ldg(t.labels + i), L};
 }
 

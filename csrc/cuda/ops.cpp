@@ -18,15 +18,11 @@
 #include <utility>
 #include <vector>
 
-#include "../layout.h"
+#include "../operators.h"
 #include "kernels.cuh"
 
 namespace rebalfer::gpu {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 Storage storage_of(ScalarType dtype) {
   switch (dtype) {
@@ -48,10 +44,10 @@ class Device {
     return static_cast<cudaStream_t>(stream);
   }
   bool clusters() const {
-    int there = 0;
-    const cudaError_t error = cudaDeviceGetAttribute(&there, cudaDevAttrClusterLaunch, index_);
+    int supported = 0;
+    const cudaError_t error = cudaDeviceGetAttribute(&supported, cudaDevAttrClusterLaunch, index_);
     STD_TORCH_CHECK(error == cudaSuccess, "cluster launch: ", cudaGetErrorString(error));
-    return there;
+    return supported;
   }
   int32_t index() const { return index_; }
 
@@ -73,7 +69,7 @@ Tensor feature_output(const Tensor& like, std::vector<int64_t> shape, ScalarType
       channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
 }
 
-// Null where there is nothing.
+// Null for a tensor without elements.
 template <typename T = float>
 T* data(const Tensor& t) {
   return t.numel() ? static_cast<T*>(t.data_ptr()) : nullptr;
@@ -93,7 +89,7 @@ Geometry geometry(int64_t N, int64_t C, int64_t H, int64_t W, int64_t L, int vie
 
 Parameter parameter(const Tensor& t) { return {data<void>(t), t.scalar_type() == ScalarType::Float}; }
 
-Targets targets_of(const OptionalTensor& targets, const OptionalTensor& table) {
+Targets<float> targets_of(const OptionalTensor& targets, const OptionalTensor& table) {
   if (!targets) return {};
   const bool soft = targets->dim() == 2;
   return {soft ? nullptr : data<int64_t>(targets), soft ? data(targets) : nullptr, data(table)};
@@ -101,8 +97,8 @@ Targets targets_of(const OptionalTensor& targets, const OptionalTensor& table) {
 
 Upstream upstream(const OptionalTensor& t) { return {data(t), t && t->dim() ? t->stride(0) : 0}; }
 
-// The ticket of a launch: one of the tickets that lie ready or, where they have run out, one of its own, zeroed before
-// it by a launch more.
+// The ticket of a launch: one of those that are kept ready or, where they have run out, one of its own, which another
+// launch zeroes first.
 class Ticket {
  public:
   Ticket(const Device& device, const Tensor& like, cudaStream_t stream)
@@ -118,91 +114,68 @@ class Ticket {
   unsigned* address_;
 };
 
-using HeadForward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-HeadForward head_forward(Tensor features, Tensor weight, OptionalTensor bias, OptionalTensor targets,
-                         OptionalTensor target_table, Tensor map_weights, double consistency_weight, int64_t p,
-                         std::vector<int64_t> twin_map, bool both_views, bool mean, bool with_maps, bool save_residual,
-                         bool save_pooled, bool save_cam_grad) {
-  const int64_t M = features.size(0), N = M / 2, C = features.size(1), H = features.size(2), W = features.size(3);
-  const int64_t L = weight.size(0);
-  const bool classified = targets.has_value();
-  const Storage storage = storage_of(features.scalar_type());
-  const Geometry g = geometry(N, C, H, W, L, 2, is_channels_last(features), twin_map_on(twin_map, H, W));
-  const Device device(features);
+HeadForwardOutputs head_forward(const HeadForwardArguments& a) {
+  const int64_t N = a.features.size(0) / 2, C = a.features.size(1), H = a.features.size(2), W = a.features.size(3);
+  const Storage storage = storage_of(a.features.scalar_type());
+  const Geometry g = geometry(N, C, H, W, a.weight.size(0), 2, is_channels_last(a.features), a.options.twin);
+  const Device device(a.features);
   const cudaStream_t stream = device.stream();
-
-  const std::vector<int64_t> losses = mean ? std::vector<int64_t>{} : std::vector<int64_t>{N};
-  constexpr ScalarType dtype = ScalarType::Float;
-  Tensor loss = output(features, losses, dtype, classified);
-  Tensor classification = output(features, losses, dtype, classified);
-  Tensor consistency = output(features, losses, dtype), logits = output(features, {M, L}, dtype, classified);
-  Tensor maps = output(features, {M, L, H, W}, dtype, with_maps);
-  Tensor residual = output(features, {N, L, H, W}, dtype, save_residual);
-  Tensor pooled = output(features, {M, C}, dtype, save_pooled);
-  Tensor cam_grad = output(features, {N, L, C}, dtype, save_cam_grad);
-  HeadForward results{loss, classification, consistency, logits, maps, residual, pooled, cam_grad};
+  const auto allocate = [&](Shape shape, bool wanted) { return output(a.features, shape, ScalarType::Float, wanted); };
+  HeadForwardOutputs out = head_forward_outputs(a, allocate);
   if (N == 0) {  // NaN of nothing, as PyTorch's own losses
-    for (Tensor* t : {&loss, &classification, &consistency})
-      if (mean && t->numel()) torch::stable::fill_(*t, std::numeric_limits<double>::quiet_NaN());
-    return results;
-  }
-  std::optional<Tensor> per_sample;
-  std::optional<Ticket> ticket;
-  if (mean) {
-    per_sample = output(features, {2, N}, dtype);
-    ticket.emplace(device, features, stream);
+    for (Tensor* t : {&out.loss, &out.classification, &out.consistency})
+      if (a.options.mean && t->numel()) torch::stable::fill_(*t, std::numeric_limits<double>::quiet_NaN());
+    return out;
   }
   ForwardParams params{};
   params.g = g;
-  params.features = features.data_ptr();
-  params.weight = parameter(weight);
-  if (bias) params.bias = parameter(*bias);
-  params.targets = targets_of(targets, target_table);
-  params.map_weights = data(map_weights);
-  params.consistency_weight = float(consistency_weight);
-  params.p = int(p);
-  params.both_views = both_views;
+  params.features = a.features.data_ptr();
+  params.weight = parameter(a.weight);
+  if (a.bias) params.bias = parameter(*a.bias);
+  params.targets = targets_of(a.targets, a.target_table);
+  params.map_weights = data(a.map_weights);
+  params.consistency_weight = float(a.options.consistency_weight);
+  params.p = a.options.p;
+  params.both_views = a.options.both_views;
   params.cluster = cluster_blocks(C, H * W, storage == Storage::f32 ? 4 : 2, device.clusters());
-  params.loss = data(loss), params.classification = data(classification), params.consistency = data(consistency);
-  if (per_sample) params.per_sample = data(*per_sample);
-  params.ticket = ticket ? ticket->get() : nullptr;
-  params.logits = data(logits), params.maps = data(maps), params.residual = data(residual);
-  params.pooled = data(pooled), params.cam_grad = data(cam_grad);
+  params.loss = data(out.loss), params.classification = data(out.classification);
+  params.consistency = data(out.consistency), params.logits = data(out.logits), params.maps = data(out.maps);
+  params.residual = data(out.residual), params.pooled = data(out.pooled), params.cam_grad = data(out.cam_grad);
+  std::optional<Tensor> per_sample;
+  std::optional<Ticket> ticket;
+  if (a.options.mean) {
+    per_sample = allocate({2, N}, true);
+    params.per_sample = data(*per_sample);
+    params.ticket = ticket.emplace(device, a.features, stream).get();
+  }
   launch_forward(storage, params, stream);
-  return results;
+  return out;
 }
 
-using HeadBackward = std::tuple<Tensor, Tensor, Tensor>;
-
-HeadBackward head_backward(OptionalTensor d_loss, OptionalTensor d_classification, OptionalTensor d_consistency,
-                           OptionalTensor d_logits, Tensor weight, OptionalTensor targets, OptionalTensor target_table,
-                           Tensor map_weights, Tensor logits, Tensor residual, Tensor pooled, Tensor cam_grad,
-                           double consistency_weight, int64_t p, std::vector<int64_t> twin_map, bool both_views,
-                           bool mean, ScalarType dtype, bool channels_last, bool need_features, bool need_weight,
-                           bool need_bias) {
-  const int64_t N = residual.size(0), H = residual.size(2), W = residual.size(3), L = weight.size(0), C = weight.size(1);
-  const Device device(weight);
-  Tensor d_features = feature_output(weight, {2 * N, C, H, W}, dtype, channels_last, need_features);
-  Tensor d_weight = output(weight, {L, C}, weight.scalar_type(), need_weight);
-  Tensor d_bias = output(weight, {L}, weight.scalar_type(), need_bias);
-
+HeadGradients head_backward(const HeadBackwardArguments& a) {
+  const int64_t N = a.residual.size(0), H = a.residual.size(2), W = a.residual.size(3);
+  const int64_t L = a.weight.size(0), C = a.weight.size(1);
+  const ScalarType weight_dtype = a.weight.scalar_type();
+  const Device device(a.weight);
+  const HeadGradients out{feature_output(a.weight, {2 * N, C, H, W}, a.dtype, a.channels_last, a.need.features),
+                          output(a.weight, {L, C}, weight_dtype, a.need.weight),
+                          output(a.weight, {L}, weight_dtype, a.need.bias)};
   BackwardParams params{};
-  params.g = geometry(N, C, H, W, L, 2, channels_last, twin_map_on(twin_map, H, W));
-  params.d_loss = upstream(d_loss), params.d_classification = upstream(d_classification);
-  params.d_consistency = upstream(d_consistency), params.d_logits = data(d_logits);
-  params.weight = parameter(weight);
-  params.targets = targets_of(targets, target_table);
-  params.map_weights = data(map_weights), params.logits = data(logits), params.residual = data(residual);
-  params.pooled = data(pooled), params.cam_grad = data(cam_grad);
-  params.consistency_weight = float(consistency_weight);
-  params.share = mean ? 1.0f / float(std::max<int64_t>(N, 1)) : 1.0f;
-  params.p = int(p);
-  params.both_views = both_views;
-  params.d_features = data<void>(d_features), params.d_weight = data<void>(d_weight);
-  params.d_bias = data<void>(d_bias);
-  launch_backward(storage_of(dtype), params, device.stream());
-  return {d_features, d_weight, d_bias};
+  params.g = geometry(N, C, H, W, L, 2, a.channels_last, a.options.twin);
+  params.d_loss = upstream(a.d_loss), params.d_classification = upstream(a.d_classification);
+  params.d_consistency = upstream(a.d_consistency), params.d_logits = data(a.d_logits);
+  params.weight = parameter(a.weight);
+  params.targets = targets_of(a.targets, a.target_table);
+  params.map_weights = data(a.map_weights), params.logits = data(a.logits), params.residual = data(a.residual);
+  params.pooled = data(a.pooled), params.cam_grad = data(a.cam_grad);
+  params.consistency_weight = float(a.options.consistency_weight);
+  params.share = a.options.mean ? 1.0f / float(std::max<int64_t>(N, 1)) : 1.0f;
+  params.p = a.options.p;
+  params.both_views = a.options.both_views;
+  params.d_features = data<void>(out.features), params.d_weight = data<void>(out.weight);
+  params.d_bias = data<void>(out.bias);
+  launch_backward(storage_of(a.dtype), params, device.stream());
+  return out;
 }
 
 // What both launches over single views start from.
@@ -302,8 +275,8 @@ std::string problem() {
 }  // namespace rebalfer::gpu
 
 STABLE_TORCH_LIBRARY_IMPL(rebalfer_kernels, CUDA, m) {
-  m.impl("head_forward_cuda", TORCH_BOX(&rebalfer::gpu::head_forward));
-  m.impl("head_backward_cuda", TORCH_BOX(&rebalfer::gpu::head_backward));
+  m.impl("head_forward_cuda", TORCH_BOX(&rebalfer::head_forward_operator<rebalfer::gpu::head_forward>));
+  m.impl("head_backward_cuda", TORCH_BOX(&rebalfer::head_backward_operator<rebalfer::gpu::head_backward>));
   m.impl("cam_forward_cuda", TORCH_BOX(&rebalfer::gpu::cam_forward));
   m.impl("cam_backward_cuda", TORCH_BOX(&rebalfer::gpu::cam_backward));
   m.impl("cross_entropy_forward_cuda", TORCH_BOX(&rebalfer::gpu::cross_entropy_forward));

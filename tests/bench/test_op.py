@@ -2,11 +2,10 @@
 
 import itertools
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+from support import child
 from support.benchmark import FakeClock
 
 import rebalfer_kernels as rk
@@ -119,8 +118,7 @@ def test_cases_there_is_no_time_for_are_left_out_and_named(tmp_path):
 
 
 def test_an_unknown_case_is_an_error():
-    command = [sys.executable, "-m", "bench", "op", "--cases", "N31"]
-    done = subprocess.run(command, cwd=results.ROOT, capture_output=True, text=True)
+    done = child.run("-m", "bench", "op", "--cases", "N31")
     assert (done.returncode, done.stderr) == (2, "error: no case of 'cpu' has 'N31' in its name\n")
 
 

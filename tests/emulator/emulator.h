@@ -258,13 +258,6 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
   });
 }
 
-inline uint4 load_16B_streaming(const void* global) {
-  auto& m = emulator::machine();
-  m.require_aligned(global, 16, "load_16B_streaming");
-  m.counters.streamed_loads += 16;
-  return *static_cast<const uint4*>(global);
-}
-
 inline void store_16B_streaming(void* global, uint4 v) {
   auto& m = emulator::machine();
   m.require_aligned(global, 16, "store_16B_streaming");
@@ -306,18 +299,14 @@ inline void mbarrier_fence_init() {
   auto& t = *emulator::machine().current;
   for (auto& known : t.block->mbarriers) known.fenced |= known.maker == &t;
 }
-inline void mbarrier_arrive(uint64_t* barrier) {
-  auto& m = emulator::machine();
-  auto& known = m.mbarrier(barrier, "mbarrier_arrive");
-  if (known.pending == 0) m.fail("mbarrier_arrive: more than the %u arrivals of a phase", known.count);
-  --known.pending;
-  known.settle();
-}
 inline void mbarrier_arrive_expect_tx(uint64_t* barrier, unsigned bytes) {
   auto& m = emulator::machine();
   if (!REBALFER_HAS_BULK) m.fail("mbarrier_arrive_expect_tx before sm_90");
-  m.mbarrier(barrier, "mbarrier_arrive_expect_tx").bytes += bytes;
-  mbarrier_arrive(barrier);
+  auto& known = m.mbarrier(barrier, "mbarrier_arrive_expect_tx");
+  if (known.pending == 0) m.fail("mbarrier_arrive_expect_tx: more than the %u arrivals of a phase", known.count);
+  known.bytes += bytes;
+  --known.pending;
+  known.settle();
 }
 inline void mbarrier_wait_parity(uint64_t* barrier, unsigned parity) {
   struct Wait {
@@ -343,7 +332,6 @@ inline void bulk_copy_to_shared(void* shared, const void* global, unsigned bytes
 }
 
 inline unsigned cluster_rank() { return emulator::machine().current->block->rank; }
-inline unsigned cluster_size() { return emulator::machine().cluster_size; }
 inline void cluster_sync() { emulator::machine().pass(emulator::machine().cluster_gate, "cluster_sync"); }
 template <typename T>
 T* map_shared_rank(T* shared, unsigned rank) {

@@ -38,7 +38,7 @@ enum class Order { forward, reverse };
 // What launches did, for tests that count bytes. A thread's ordinary loads and stores are not seen.
 struct Counters {
   uint64_t launches, mma;
-  uint64_t streamed_loads, streamed_stores, cp_async_copies, bulk_copies;  // bytes
+  uint64_t streamed_stores, cp_async_copies, bulk_copies;  // bytes
   uint64_t blocks, threads, cluster, shared_bytes;                         // of the last launch
 };
 

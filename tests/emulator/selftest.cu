@@ -76,7 +76,7 @@ __global__ void ring(const float* in, float* sums, float* total, unsigned* ticke
     if (fault != 1 || t == 0) mbarrier_wait_parity(full + s, parity);
     for (int i = int(t); i < kSlab; i += int(blockDim.x)) sum += stage[s * kSlab + i];
     __syncwarp();
-    if (t % 32 == 0 && fault != 2) mbarrier_arrive(empty + s);
+    if (t % 32 == 0 && fault != 2) mbarrier_arrive_expect_tx(empty + s, 0);
     if (t == 0 && slab + kStages < slabs) {
       if (fault != 3) mbarrier_wait_parity(empty + s, parity);
       copy(slab + kStages);
@@ -98,13 +98,13 @@ __global__ void ring(const float* in, float* sums, float* total, unsigned* ticke
 }
 
 // Block r of a cluster gives r + 1 and takes the next block's.
-__global__ void cluster(float* out, bool leaves_early) {
+__global__ void cluster(float* out, unsigned size, bool leaves_early) {
   REBALFER_DYNAMIC_SHARED(float, mine);
   if (threadIdx.x == 0) *mine = float(cluster_rank() + 1);
   cluster_sync();
   if (leaves_early && cluster_rank() == 1) return;
   __syncthreads();
-  if (threadIdx.x == 0) out[blockIdx.x] = *map_shared_rank(mine, (cluster_rank() + 1) % cluster_size());
+  if (threadIdx.x == 0) out[blockIdx.x] = *map_shared_rank(mine, (cluster_rank() + 1) % size);
   if (!leaves_early) cluster_sync();
 }
 
@@ -126,9 +126,9 @@ __global__ void staged(const uint4* in, uint4* out, int64_t fault) {
 
 __global__ void odd(const char* in, unsigned* out, int64_t fault) {
   REBALFER_DYNAMIC_SHARED(unsigned, shared);
-  if (fault == 0) out[threadIdx.x] = load_16B_streaming(in + 16 * threadIdx.x).y;
-  if (fault == 1) out[threadIdx.x] = load_16B_streaming(in + 16 * threadIdx.x + 4).y;  // misaligned
-  if (fault == 2) out[threadIdx.x] = load_16B_streaming(in + 16 * (threadIdx.x + 1)).y;  // past the end: by ASan
+  if (fault == 0) out[threadIdx.x] = *reinterpret_cast<const unsigned*>(in + 16 * threadIdx.x + 4);
+  if (fault == 1) store_16B_streaming(out + threadIdx.x + 1, uint4{});                  // misaligned
+  if (fault == 2) store_16B_streaming(out + 4 * threadIdx.x, uint4{});                  // past the end: by ASan
   if (fault == 3) shared[32 + threadIdx.x] = 1;                                         // behind shared memory
   if (fault == 4 && threadIdx.x < 16) __syncwarp();                                     // half a warp
   if (fault == 5) out[threadIdx.x] = threadIdx.x < 16 ? __shfl_sync(~0u, 1, 0) : __ballot_sync(~0u, 1);
@@ -165,7 +165,7 @@ const char* run_ring(const float* in, float* sums, float* total, unsigned* ticke
   return attempt([&] { launch(ring, unsigned(blocks), 128, 1, shared, nullptr, in, sums, total, ticket, slabs, fault); });
 }
 const char* run_cluster(float* out, int64_t blocks, int64_t size, int64_t leaves_early) {
-  return attempt([&] { launch(cluster, unsigned(blocks), 64, unsigned(size), 4, nullptr, out, leaves_early != 0); });
+  return attempt([&] { launch(cluster, unsigned(blocks), 64, unsigned(size), 4, nullptr, out, unsigned(size), leaves_early != 0); });
 }
 const char* run_staged(const void* in, void* out, int64_t fault) {
   const auto* from = static_cast<const uint4*>(in);

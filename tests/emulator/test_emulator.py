@@ -134,7 +134,7 @@ def test_a_copy_that_nobody_waits_for(run):
 @pytest.mark.parametrize(
     "fault, error",
     [
-        (1, "load_16B_streaming: address .* is no multiple of 16"),
+        (1, "store_16B_streaming: address .* is no multiple of 16"),
         (3, "the block wrote behind its 128 bytes of shared memory"),
         (4, "deadlock: .* waits for __syncwarp|lanes .* have exited"),
         (5, "lanes of one warp meet in __shfl_sync .* and __ballot_sync"),
@@ -175,4 +175,4 @@ def test_asan_sees_what_lies_outside_of_global_memory():
     result = child.run("-c", OUT_OF_BOUNDS, cwd=emulate.HERE, **emulate.asan_variables())
     assert result.stdout == "sound\n", result.stderr
     assert result.returncode and "heap-buffer-overflow" in result.stderr, result.stderr
-    assert "load_16B_streaming" in result.stderr
+    assert "store_16B_streaming" in result.stderr

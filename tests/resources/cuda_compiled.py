@@ -1,4 +1,4 @@
-"""Every instance of every CUDA kernel, compiled for GPUs that are not there, and what each then takes.
+"""Every instance of every CUDA kernel, compiled for GPUs that this machine need not have, and what each uses.
 
 python tests/resources/cuda_compiled.py      writes the golden file and docs/cuda.md anew from what is compiled
 """
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), *(str(ROOT / "tests" / p) for p in ("", "emulator", "resources"))]
 
 import cubin  # noqa: E402
-import test_cuda_kernels as kernels  # noqa: E402
+import emulated_head as kernels  # noqa: E402
 import torch  # noqa: E402
 
 from rebalfer_kernels import native  # noqa: E402
@@ -130,7 +130,7 @@ def figures() -> Figures:
 def page(budgets: Figures) -> str:
     """The documentation's page about these figures."""
     lines = [
-        "# What the CUDA kernels take",
+        "# What the CUDA kernels use",
         "",
         "Read from the code compiled for " + ", ".join(SHARED) + " (a cell's three figures; one where they agree);",
         "not yet run on a GPU. A row is one instance: dtype, whether channels_last, blocks of 8 classes. Shared",

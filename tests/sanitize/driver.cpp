@@ -108,7 +108,7 @@ struct Tables {
     }
     if (!k.permutes) fits = false;
   }
-  Twin get(bool permuted) { return {index.get(), permuted ? base.get() : nullptr, lanes.get()}; }
+  Permutation get(bool permuted) { return {index.get(), permuted ? base.get() : nullptr, lanes.get()}; }
   Array<int32_t> index, base, lanes;
   bool fits = true;
 };
@@ -189,8 +189,8 @@ void run(const Kernels& k, Shape s, bool channels_last, TwinMap map, bool shifte
   for (bool streaming : {false, true}) {
     Array<T> out(C * HW, shifted);
     Bytes scratch(k.scratch_bytes(g));
-    k.spread(g, packed.get(), d.get(), out.get(), streaming, scratch.data);
-    expect("spread", out.get(), C * HW, U, C * HW);
+    k.view_gradient(g, packed.get(), d.get(), out.get(), streaming, scratch.data);
+    expect("view_gradient", out.get(), C * HW, U, C * HW);
     for (int permuted = 0; permuted <= int(back.fits); ++permuted)
       for (bool classified : {true, false}) {
         std::vector<double> own(C * HW), twin(C * HW);
@@ -204,10 +204,10 @@ void run(const Kernels& k, Shape s, bool channels_last, TwinMap map, bool shifte
           }
         Array<T> out_own(C * HW, shifted), out_twin(C * HW, shifted);
         Bytes room(k.scratch_bytes(g));
-        k.spread_pair(g, back.get(permuted), packed.get(), d.get(), classified ? dz.get() : nullptr,
+        k.pair_gradient(g, back.get(permuted), packed.get(), d.get(), classified ? dz.get() : nullptr,
                       classified ? dz_twin.get() : nullptr, out_own.get(), out_twin.get(), streaming, room.data);
-        expect("spread_pair", out_own.get(), C * HW, own, C * HW);
-        expect("spread_pair of the twin", out_twin.get(), C * HW, twin, C * HW);
+        expect("pair_gradient", out_own.get(), C * HW, own, C * HW);
+        expect("pair_gradient of the twin", out_twin.get(), C * HW, twin, C * HW);
       }
   }
   {
@@ -231,7 +231,7 @@ void run_accumulate(const Kernels& k, int64_t M, int64_t L, int64_t count) {
   const auto a = random_rows(factors, 1, factors.size / sizeof(A), factors.size / sizeof(A));
   const auto x = random_rows(rows, 1, rows.size / sizeof(A), rows.size / sizeof(A));
   const auto before = random_rows(sum, 1, sum.size / sizeof(A), sum.size / sizeof(A));
-  auto truth = before;  // what lies between the rows stays as it was
+  auto truth = before;  // what is stored between the rows stays as it was
   for (int64_t l = 0; l < L; ++l)
     for (int64_t c = 0; c < count; ++c)
       for (int64_t m = 0; m < M; ++m) truth[l * sum_stride + c] += a[m * factor_stride + l] * x[m * row_stride + c];

@@ -1,0 +1,141 @@
+// What the operators of both native backends share: the arguments of their schemas (rebalfer_kernels/ops.py) gathered
+// in structs, the head's outputs, and the layout of features, read off their strides.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "head_math.h"
+
+namespace rebalfer {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Shape = std::vector<int64_t>;
+
+// The caller made sure that the strides are one of the two.
+inline bool is_channels_last(const Tensor& features) {
+  if (features.is_contiguous()) return false;
+  const int64_t C = features.size(1), H = features.size(2), W = features.size(3);
+  const bool ok = (C == 1 || features.stride(1) == 1) && (W == 1 || features.stride(3) == C) &&
+                  (H == 1 || features.stride(2) == W * C) && (features.size(0) == 1 || features.stride(0) == H * W * C);
+  STD_TORCH_CHECK(ok, "features: expected NCHW or channels_last strides");
+  return true;
+}
+
+// The operators' twin_map, whose coefficients hold for maps of every size (rebalfer_kernels/transforms.py), on the maps
+// (..., H, W) of one size.
+inline TwinMap twin_map_on(const std::vector<int64_t>& t, const Tensor& maps) {
+  const int64_t H = maps.size(2), W = maps.size(3);
+  return {t[0] * (H - 1) * W + t[3] * (W - 1), t[1] * W + t[4], t[2] * W + t[5]};
+}
+
+// The outputs of the head's forward that not every call needs.
+struct Wanted {
+  bool maps, residual, pooled, cam_grad;
+};
+
+struct HeadForwardArguments {
+  const Tensor &features, &weight;
+  const OptionalTensor &bias, &targets, &target_table;
+  const Tensor& map_weights;
+  HeadOptions options;
+  Wanted wanted;
+};
+
+struct HeadForwardOutputs {
+  Tensor loss, classification, consistency, logits, maps, residual, pooled, cam_grad;
+};
+
+// allocate(shape, wanted) makes a tensor of the compute type, an empty one where it is not wanted.
+template <typename Allocate>
+HeadForwardOutputs head_forward_outputs(const HeadForwardArguments& a, const Allocate& allocate) {
+  const int64_t M = a.features.size(0), C = a.features.size(1), H = a.features.size(2), W = a.features.size(3);
+  const int64_t N = M / 2, L = a.weight.size(0);
+  const bool classified = a.targets.has_value();
+  const Shape losses = a.options.mean ? Shape{} : Shape{N};
+  return {allocate(losses, classified),
+          allocate(losses, classified),
+          allocate(losses, true),
+          allocate({M, L}, classified),
+          allocate({M, L, H, W}, a.wanted.maps),
+          allocate({N, L, H, W}, a.wanted.residual),
+          allocate({M, C}, a.wanted.pooled),
+          allocate({N, L, C}, a.wanted.cam_grad)};
+}
+
+// The inputs whose gradients a backward is asked for.
+struct Needed {
+  bool features, weight, bias;
+};
+
+struct HeadBackwardArguments {
+  const OptionalTensor &d_loss, &d_classification, &d_consistency, &d_logits;
+  const Tensor& weight;
+  const OptionalTensor &targets, &target_table;
+  const Tensor &map_weights, &logits, &residual, &pooled, &cam_grad;
+  HeadOptions options;
+  ScalarType dtype;  // of the features
+  bool channels_last;
+  Needed need;
+};
+
+struct HeadGradients {
+  Tensor features, weight, bias;
+};
+
+// The head's operators as PyTorch calls them, with the arguments of the schema in its order.
+template <HeadForwardOutputs (*run)(const HeadForwardArguments&)>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_forward_operator(
+    const Tensor& features, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& targets,
+    const OptionalTensor& target_table, const Tensor& map_weights, double consistency_weight, int64_t p,
+    const std::vector<int64_t>& twin_map, bool both_views, bool mean, bool with_maps, bool save_residual,
+    bool save_pooled, bool save_cam_grad) {
+  const HeadOptions options{consistency_weight, int(p), twin_map_on(twin_map, features), both_views, mean};
+  const HeadForwardOutputs out = run({features,
+                                      weight,
+                                      bias,
+                                      targets,
+                                      target_table,
+                                      map_weights,
+                                      options,
+                                      {with_maps, save_residual, save_pooled, save_cam_grad}});
+  return {out.loss, out.classification, out.consistency, out.logits, out.maps, out.residual, out.pooled, out.cam_grad};
+}
+
+template <HeadGradients (*run)(const HeadBackwardArguments&)>
+std::tuple<Tensor, Tensor, Tensor> head_backward_operator(
+    const OptionalTensor& d_loss, const OptionalTensor& d_classification, const OptionalTensor& d_consistency,
+    const OptionalTensor& d_logits, const Tensor& weight, const OptionalTensor& targets,
+    const OptionalTensor& target_table, const Tensor& map_weights, const Tensor& logits, const Tensor& residual,
+    const Tensor& pooled, const Tensor& cam_grad, double consistency_weight, int64_t p,
+    const std::vector<int64_t>& twin_map, bool both_views, bool mean, ScalarType dtype, bool channels_last,
+    bool need_features, bool need_weight, bool need_bias) {
+  const HeadOptions options{consistency_weight, int(p), twin_map_on(twin_map, residual), both_views, mean};
+  const HeadGradients out = run({d_loss,
+                                 d_classification,
+                                 d_consistency,
+                                 d_logits,
+                                 weight,
+                                 targets,
+                                 target_table,
+                                 map_weights,
+                                 logits,
+                                 residual,
+                                 pooled,
+                                 cam_grad,
+                                 options,
+                                 dtype,
+                                 channels_last,
+                                 {need_features, need_weight, need_bias}});
+  return {out.features, out.weight, out.bias};
+}
+
+}  // namespace rebalfer
