@@ -415,8 +415,9 @@ struct KernelsOf {
       for (int t = 0; t < TV; ++t) store(u + c * map_pitch + t * kN, sums[c][t]);
   }
 
-  static void gradient_block(Geometry g, const A* packed, const A* d_maps, int64_t first_channel, int64_t channels,
-                             A* u) {
+  // Not inlined, a pair takes 3 % fewer instructions (AVX2, 7 x 7, C = 512, counted by callgrind).
+  [[gnu::noinline]] static void gradient_block(Geometry g, const A* packed, const A* d_maps, int64_t first_channel,
+                                               int64_t channels, A* u) {
     const int64_t map_pitch = pitch(g.HW), weight_pitch = pitch(g.C);
     const A* columns = columns_of(g, packed) + first_channel * g.L;
     const RowParts row(g.HW);

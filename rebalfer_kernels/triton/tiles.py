@@ -68,6 +68,7 @@ TABLE = (
     Row(None, True, 2, 16, forward=(128, 4, 3), backward=(256, 4)),
     Row("gfx942", True, 2, 64, forward=(64, 4, 2), backward=(128, 4)),
     Row("gfx942", None, None, 64, forward=(32, 4, 2), backward=(64, 4)),
+    Row("sm_100", True, 2, 64, forward=(64, 4, 3), backward=(128, 8)),  # 4 warps spill with 100 classes
     Row(None, True, 2, 64, forward=(64, 4, 3), backward=(128, 4)),
     Row("sm_100", True, 2, 256, forward=(32, 16, 2), backward=(64, 4)),  # Triton 3.6 fails on 8 warps and 16 classes
     Row(None, True, 2, 256, forward=(32, 8, 2), backward=(64, 8)),
