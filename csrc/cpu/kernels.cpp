@@ -237,8 +237,8 @@ struct KernelsOf {
     const int64_t block_channels = channel_block(g), behind = 2 * kN;
     T* copies[Source::kViews];
     for (T*& copy : copies) copy = scratch.take<T>(block_channels * g.HW + behind);
-    MapsBlock<Source> block{g, pitch(g.HW), pitch(g.C), maps, scratch.take<A>(block_channels),
-                            scratch.take<A>(kMaxColumns * g.L * kN)};
+    MapsBlock<Source> block{
+        g, pitch(g.HW), pitch(g.C), maps, scratch.take<A>(block_channels), scratch.take<A>(kMaxColumns * g.L * kN)};
     std::fill_n(maps, g.L * block.map_pitch, A(0));
     std::fill_n(block.column_sums, kMaxColumns * g.L * kN, A(0));
     for (PoolSums& pool : block.pool) pool = {scratch.take<A>(block_channels * kN), scratch.take<A>(block_channels)};
@@ -498,7 +498,8 @@ struct KernelsOf {
   [[gnu::always_inline]] static void gradient_cell(const FeatureGradient& of, int64_t x, int64_t c, int64_t count) {
     const int64_t C = of.g.C, L = of.g.L, weight_pitch = pitch(C), map_pitch = pitch(of.g.HW);
     const int64_t source = of.views == 2 ? of.inverse.index[x] : x;
-    const A *d = of.d_maps + source, *weight = of.packed + c, *constants[2] = {of.constants[0] + c, of.constants[1] + c};
+    const A *d = of.d_maps + source, *weight = of.packed + c,
+            *constants[2] = {of.constants[0] + c, of.constants[1] + c};
     T* const out[2] = {of.out[0] + source * C + c, of.out[1] + x * C + c};
     const bool streaming = of.streaming, twin = of.views == 2;
     V sums[CV];

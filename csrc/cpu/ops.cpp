@@ -33,7 +33,7 @@ namespace {
 
 constexpr int64_t kHugePage = 2 << 20;         // bytes
 constexpr int64_t kStreamingBytes = 24 << 20;  // gradients from this size on are written past the caches
-constexpr int64_t kChannelChunk = 128;  // channels of one task in sums over the batch
+constexpr int64_t kChannelChunk = 128;         // channels of one task in sums over the batch
 
 struct Isa {
   const char* name;
@@ -81,16 +81,15 @@ constexpr ScalarType kCompute = std::is_same_v<A, double> ? ScalarType::Double :
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-int64_t bytes_of(ScalarType dtype) {
-  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
-}
+int64_t bytes_of(ScalarType dtype) { return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2; }
 
 // By the C shim, past the dispatcher, which a call would go through for every output.
 Tensor empty(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides, ScalarType dtype) {
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(),
-                                                  torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                               aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
@@ -107,8 +106,8 @@ Tensor output(std::vector<int64_t> shape, ScalarType dtype, bool wanted = true) 
 Tensor feature_output(int64_t M, int64_t C, int64_t H, int64_t W, ScalarType dtype, bool channels_last, bool wanted) {
   if (!wanted) return output({0}, dtype);
   const std::vector<int64_t> shape{M, C, H, W};
-  const std::vector<int64_t> strides = channels_last ? std::vector<int64_t>{C * H * W, 1, W * C, C}
-                                                     : std::vector<int64_t>{C * H * W, H * W, W, 1};
+  const std::vector<int64_t> strides =
+      channels_last ? std::vector<int64_t>{C * H * W, 1, W * C, C} : std::vector<int64_t>{C * H * W, H * W, W, 1};
   const int64_t size = bytes_of(dtype), bytes = M * C * H * W * size;
 #if defined(__linux__)
   if (bytes >= kHugePage) {
@@ -117,8 +116,8 @@ Tensor feature_output(int64_t M, int64_t C, int64_t H, int64_t W, ScalarType dty
     const int64_t address = reinterpret_cast<int64_t>(room.data_ptr()), begin = round_up(address, kHugePage);
     madvise(reinterpret_cast<void*>(begin), whole, MADV_HUGEPAGE);  // advice: failure changes nothing
     AtenTensorHandle handle = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(room.get(), 4, shape.data(), strides.data(),
-                                                          (begin - address) / size, &handle));
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch__reinterpret_tensor(room.get(), 4, shape.data(), strides.data(), (begin - address) / size, &handle));
     return Tensor(handle);
   }
 #endif
@@ -263,8 +262,7 @@ class PermutationTable {
 template <typename A>
 class Rows {
  public:
-  Rows(const Tensor& t, int64_t length)
-      : data_(t.numel() ? static_cast<A*>(t.data_ptr()) : nullptr), length_(length) {}
+  Rows(const Tensor& t, int64_t length) : data_(t.numel() ? static_cast<A*>(t.data_ptr()) : nullptr), length_(length) {}
   explicit operator bool() const { return data_; }
   A* operator[](int64_t i) const { return data_ + i * length_; }
 
@@ -301,18 +299,13 @@ class HeadForward {
   explicit HeadForward(const HeadForwardArguments& a)
       : M(a.features.size(0)),
         g{a.features.size(1), a.features.size(2) * a.features.size(3), a.weight.size(0), is_channels_last(a.features)},
-        k(kernels(storage_of(a.features.scalar_type()))),
-        options(a.options),
-        wanted(a.wanted),
+        k(kernels(storage_of(a.features.scalar_type()))), options(a.options), wanted(a.wanted),
         undo(k, options.twin, a.features.size(2), a.features.size(3), false),
-        targets(targets_of<A>(a.targets, a.target_table, g.L)),
-        packed(pack<A>(k, g, a.weight)),
-        bias(a.bias ? values<A>(*a.bias) : std::vector<A>()),
-        v(static_cast<const A*>(a.map_weights.data_ptr())),
+        targets(targets_of<A>(a.targets, a.target_table, g.L)), packed(pack<A>(k, g, a.weight)),
+        bias(a.bias ? values<A>(*a.bias) : std::vector<A>()), v(static_cast<const A*>(a.map_weights.data_ptr())),
         features(a.features, g.C * g.HW * bytes_of(a.features.scalar_type())),
         out(head_forward_outputs(a, [](Shape shape, bool wanted) { return output(shape, kCompute<A>, wanted); })),
-        classification(N),
-        consistency(N) {}
+        classification(N), consistency(N) {}
 
   HeadForwardOutputs run() {
     torch::stable::parallel_for(0, N, 1, [&](int64_t begin, int64_t end) {
@@ -332,12 +325,8 @@ class HeadForward {
   // What a task needs for one pair after another.
   struct Workspace {
     explicit Workspace(const HeadForward& head)
-        : residual(head.maps_size),
-          pooled(2 * head.pooled_pitch),
-          z(2 * head.g.L),
-          target(head.g.L),
-          maps(head.wanted.maps ? head.maps_size : 0),
-          d_maps(head.wanted.cam_grad ? 2 * head.maps_size : 0),
+        : residual(head.maps_size), pooled(2 * head.pooled_pitch), z(2 * head.g.L), target(head.g.L),
+          maps(head.wanted.maps ? head.maps_size : 0), d_maps(head.wanted.cam_grad ? 2 * head.maps_size : 0),
           scratch(head.k.scratch_bytes(head.g)) {}
     Buffer<A> residual, pooled, z, target, maps, d_maps;
     Buffer<char> scratch;
@@ -382,8 +371,7 @@ class HeadForward {
   void classify(int64_t i, Workspace& work) {
     const A *z = work.z.get(), *t = work.target.get();
     write_target_row(targets, i, g.L, work.target.get());
-    classification[i] =
-        cross_entropy(z, t, g.L) + (options.both_views ? cross_entropy(z + g.L, t, g.L) : A(0));
+    classification[i] = cross_entropy(z, t, g.L) + (options.both_views ? cross_entropy(z + g.L, t, g.L) : A(0));
   }
 
   // K: the gradient of the pair's consistency with respect to the weight of its maps.
@@ -437,28 +425,16 @@ class HeadBackward {
   explicit HeadBackward(const HeadBackwardArguments& a)
       : N(a.residual.size(0)),
         g{a.weight.size(1), a.residual.size(2) * a.residual.size(3), a.weight.size(0), a.channels_last},
-        k(kernels(storage_of(a.dtype))),
-        options(a.options),
-        need(a.need),
-        weight_dtype(a.weight.scalar_type()),
+        k(kernels(storage_of(a.dtype))), options(a.options), need(a.need), weight_dtype(a.weight.scalar_type()),
         inverse(k, options.twin, a.residual.size(2), a.residual.size(3), true),
-        targets(targets_of<A>(a.targets, a.target_table, g.L)),
-        d_loss(a.d_loss),
-        d_classification(a.d_classification),
-        d_consistency(a.d_consistency),
-        d_logits(a.d_logits ? static_cast<const A*>(a.d_logits->data_ptr()) : nullptr),
-        v(static_cast<const A*>(a.map_weights.data_ptr())),
-        logits(a.logits, g.L),
-        residual(a.residual, g.L * g.HW),
-        pooled(a.pooled, g.C),
-        cam_grad(a.cam_grad, g.L * g.C),
-        packed(need.features ? pack<A>(k, g, a.weight) : Buffer<A>(0)),
-        view_bytes(g.C * g.HW * bytes_of(a.dtype)),
+        targets(targets_of<A>(a.targets, a.target_table, g.L)), d_loss(a.d_loss), d_classification(a.d_classification),
+        d_consistency(a.d_consistency), d_logits(a.d_logits ? static_cast<const A*>(a.d_logits->data_ptr()) : nullptr),
+        v(static_cast<const A*>(a.map_weights.data_ptr())), logits(a.logits, g.L), residual(a.residual, g.L * g.HW),
+        pooled(a.pooled, g.C), cam_grad(a.cam_grad, g.L * g.C),
+        packed(need.features ? pack<A>(k, g, a.weight) : Buffer<A>(0)), view_bytes(g.C * g.HW * bytes_of(a.dtype)),
         out{feature_output(2 * N, g.C, a.residual.size(2), a.residual.size(3), a.dtype, g.channels_last, need.features),
             output({g.L, g.C}, weight_dtype, need.weight), output({g.L}, weight_dtype, need.bias)},
-        d_features(out.features, view_bytes),
-        dz(2 * N * g.L),
-        g_s(N) {}
+        d_features(out.features, view_bytes), dz(2 * N * g.L), g_s(N) {}
 
   HeadGradients run() {
     torch::stable::parallel_for(0, N, 1, [&](int64_t begin, int64_t end) {
@@ -506,8 +482,7 @@ class HeadBackward {
   void weight_gradient(int64_t c0, A* sum) {
     const int64_t count = std::min(kChannelChunk, g.C - c0);
     std::fill(sum, sum + g.L * kChannelChunk, A(0));
-    if (targets && pooled)
-      k.accumulate(2 * N, g.L, count, dz.get(), g.L, pooled[0] + c0, g.C, sum, kChannelChunk);
+    if (targets && pooled) k.accumulate(2 * N, g.L, count, dz.get(), g.L, pooled[0] + c0, g.C, sum, kChannelChunk);
     if (cam_grad && (d_loss || d_consistency))
       for (int64_t l = 0; l < g.L; ++l)
         k.accumulate(N, 1, count, g_s.data(), 1, cam_grad[0] + l * g.C + c0, g.L * g.C, sum + l * kChannelChunk,
@@ -601,8 +576,8 @@ std::tuple<Tensor, Tensor> cam_backward_as(const Tensor& d_maps, const Tensor& f
       for (int64_t l = 0; l < L; ++l)
         std::memcpy(d.get() + l * pitch, static_cast<const A*>(d_maps.data_ptr()) + (m * L + l) * HW, HW * sizeof(A));
       if (need_features)
-        k.view_gradient(g, packed.get(), d.get(), static_cast<char*>(d_features.data_ptr()) + m * view_bytes,
-                 streaming, scratch.get());
+        k.view_gradient(g, packed.get(), d.get(), static_cast<char*>(d_features.data_ptr()) + m * view_bytes, streaming,
+                        scratch.get());
       if (need_weight)
         k.correlate(g, static_cast<const char*>(features.data_ptr()) + m * view_bytes, d.get(),
                     partial.get() + m * L * C, scratch.get());
@@ -645,7 +620,8 @@ Tensor cross_entropy_forward_as(const Tensor& logits, const Tensor& targets, con
 }
 
 Tensor cross_entropy_forward(Tensor logits, Tensor targets, Tensor target_table, bool mean) {
-  auto run = logits.scalar_type() == ScalarType::Double ? cross_entropy_forward_as<double> : cross_entropy_forward_as<float>;
+  auto run =
+      logits.scalar_type() == ScalarType::Double ? cross_entropy_forward_as<double> : cross_entropy_forward_as<float>;
   return run(logits, targets, target_table, mean);
 }
 

@@ -252,7 +252,8 @@ inline void fold(Vec<A>* v, std::integer_sequence<int, I...>) {
   constexpr int n = kLanes<A>;
   for (int i = 0; i < Count / 2; ++i) {
     const Vec<A> a = v[2 * i], b = v[2 * i + 1];
-    v[i] = __builtin_shufflevector(a, b, (2 * I % (2 * n))...) + __builtin_shufflevector(a, b, (2 * I % (2 * n) + 1)...);
+    v[i] =
+        __builtin_shufflevector(a, b, (2 * I % (2 * n))...) + __builtin_shufflevector(a, b, (2 * I % (2 * n) + 1)...);
   }
   if constexpr (Count > 2) fold<A, Count / 2>(v, std::integer_sequence<int, I...>{});
 }

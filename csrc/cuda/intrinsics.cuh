@@ -24,7 +24,7 @@
 #endif
 
 // name points to the block's dynamic shared memory, aligned to 128 bytes.
-#define REBALFER_DYNAMIC_SHARED(type, name)                       \
+#define REBALFER_DYNAMIC_SHARED(type, name)                        \
   extern __shared__ __align__(128) unsigned char dynamic_shared[]; \
   type* const name = reinterpret_cast<type*>(dynamic_shared)
 
@@ -143,11 +143,10 @@ __device__ __forceinline__ void mbarrier_wait_parity(uint64_t* barrier, unsigned
   unsigned done;
   do {
 #if REBALFER_HAS_BULK
-    asm volatile(
-        "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-        : "=r"(done)
-        : "r"(address), "r"(parity)
-        : "memory");
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done)
+                 : "r"(address), "r"(parity)
+                 : "memory");
 #else
     asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
                  : "=r"(done)
@@ -181,7 +180,8 @@ __device__ __forceinline__ unsigned cluster_rank() {
   return 0;
 #endif
 }
-// All threads of all blocks of the cluster; orders their shared memory. A block must not exit while others read its own.
+// All threads of all blocks of the cluster; orders their shared memory. A block must not exit while others read its
+// own.
 __device__ __forceinline__ void cluster_sync() {
 #if REBALFER_HAS_BULK
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");

@@ -75,7 +75,7 @@ struct BackwardParams {
   Parameter weight;
   Targets<float> targets;
   const float *map_weights, *logits, *residual, *pooled, *cam_grad;
-  const float* d_maps;  // (N, L, H, W) of single views, in place of a residual
+  const float* d_maps;              // (N, L, H, W) of single views, in place of a residual
   float consistency_weight, share;  // share: 1 / N under "mean"
   int p;
   bool both_views;

@@ -80,10 +80,9 @@ __device__ void parameter_gradients(const BackwardParams& p, int block, WeightSh
     }
     if (with_bias) {
 #pragma unroll
-      for (int k = 0; k < kClasses / kWarps; ++k)
-        REBALFER_ROLLED
-        for (int r = lane; r < rows; r += 32)
-          if (k * kWarps + warp < L) bias[k] += shared.dz[r][k * kWarps + warp];
+      for (int k = 0; k < kClasses / kWarps; ++k) REBALFER_ROLLED
+      for (int r = lane; r < rows; r += 32)
+        if (k * kWarps + warp < L) bias[k] += shared.dz[r][k * kWarps + warp];
     }
   }
   if (with_bias) {
@@ -151,8 +150,7 @@ struct FeatureGradient {
       : p(p), weights(p.weight, p.g.L, p.g.C), shared(*reinterpret_cast<Shared*>(memory)),
         stage(reinterpret_cast<T*>(memory + stage_offset())), pair(pair), c0(c0), here(min(kBlockChannels, p.g.C - c0)),
         HW(p.g.H * p.g.W), views(p.g.views), lane(threadIdx.x % 32), warp(threadIdx.x / 32), group(lane / 4),
-        quarter(lane % 4), out(static_cast<T*>(p.d_features) + pair * p.g.C * HW),
-        out_twin(out + p.g.N * p.g.C * HW) {}
+        quarter(lane % 4), out(static_cast<T*>(p.d_features) + pair * p.g.C * HW), out_twin(out + p.g.N * p.g.C * HW) {}
 
   // dS, with the upstream.
   __device__ __forceinline__ float d_map(float g, int l, int x) const {

@@ -45,8 +45,8 @@ struct Weights {
   bool vectors;  // rows may be read 16 bytes at a time
 
   __device__ Weights(const Parameter& parameter, int L, int C)
-      : parameter(parameter), L(L), C(C),
-        vectors(C % 8 == 0 && reinterpret_cast<uintptr_t>(parameter.data) % 16 == 0) {}
+      : parameter(parameter), L(L), C(C), vectors(C % 8 == 0 && reinterpret_cast<uintptr_t>(parameter.data) % 16 == 0) {
+  }
 
   __device__ __forceinline__ float at(int l, int c) const {
     if (l >= L || c >= C) return 0;

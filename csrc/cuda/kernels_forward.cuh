@@ -203,7 +203,7 @@ struct LaneRing {
 
 template <typename T, bool kChannelsLast, int kBlocks>
 struct Forward {
-  static constexpr int kSlots = 16 / sizeof(T);        // channels of a lane
+  static constexpr int kSlots = 16 / sizeof(T);         // channels of a lane
   static constexpr int kSteps = kGroup / (4 * kSlots);  // of a warp through its 32 channels
   static constexpr int kClasses = 8 * kBlocks;
   static constexpr int kMap = kClasses * kPitch;  // floats of one view's maps in shared memory
@@ -320,8 +320,7 @@ struct Forward {
         const auto& w = rows.of[b];
         uint32_t a[2][4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          split2<T>(w[2 * i], w[2 * i + 1], a[i / 2][2 * (i % 2)], a[i / 2][2 * (i % 2) + 1]);
+        for (int i = 0; i < 4; ++i) split2<T>(w[2 * i], w[2 * i + 1], a[i / 2][2 * (i % 2)], a[i / 2][2 * (i % 2) + 1]);
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
           if (8 * j >= HW) break;
@@ -449,9 +448,8 @@ struct Forward {
       for (int row = threadIdx.x; row < 2 * L; row += kThreads)
         p.logits[(row / L * p.g.N + pair) * L + row % L] = shared.z[row / L][row % L];
       if (lane == 0 && warp < 2)
-        shared.losses[warp] = warp == 1 && !p.both_views
-                                  ? 0.0f
-                                  : cross_entropy(shared.z[warp], target_row(p.targets, pair, L), L);
+        shared.losses[warp] =
+            warp == 1 && !p.both_views ? 0.0f : cross_entropy(shared.z[warp], target_row(p.targets, pair, L), L);
     }
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -568,8 +566,7 @@ struct Forward {
 };
 
 template <typename T, bool kChannelsLast, int kBlocks>
-__global__ __launch_bounds__(kThreads, 4 - kBlocks) void forward_kernel(
-    const __grid_constant__ ForwardParams p) {
+__global__ __launch_bounds__(kThreads, 4 - kBlocks) void forward_kernel(const __grid_constant__ ForwardParams p) {
   REBALFER_DYNAMIC_SHARED(unsigned char, memory);
   Forward<T, kChannelsLast, kBlocks>(p, memory).run(memory);
 }

@@ -153,9 +153,8 @@ extern "C" inline __attribute__((used)) void rebalfer_emulator_counters(rebalfer
 // Lanes are renumbered within segments of `width`.
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int from, int width = 32) {
-  return rebalfer::emulator::shuffle(mask, value, "__shfl_sync", [=](int lane) {
-    return (lane & ~(width - 1)) | (from & (width - 1));
-  });
+  return rebalfer::emulator::shuffle(mask, value, "__shfl_sync",
+                                     [=](int lane) { return (lane & ~(width - 1)) | (from & (width - 1)); });
 }
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32) {
@@ -165,15 +164,13 @@ T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32) {
 }
 template <typename T>
 T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32) {
-  return rebalfer::emulator::shuffle(mask, value, "__shfl_down_sync", [=](int lane) {
-    return lane % width + int(by) < width ? lane + int(by) : -1;
-  });
+  return rebalfer::emulator::shuffle(mask, value, "__shfl_down_sync",
+                                     [=](int lane) { return lane % width + int(by) < width ? lane + int(by) : -1; });
 }
 template <typename T>
 T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32) {
-  return rebalfer::emulator::shuffle(mask, value, "__shfl_up_sync", [=](int lane) {
-    return lane % width >= int(by) ? lane - int(by) : -1;
-  });
+  return rebalfer::emulator::shuffle(mask, value, "__shfl_up_sync",
+                                     [=](int lane) { return lane % width >= int(by) ? lane - int(by) : -1; });
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate) { return rebalfer::emulator::ballot(mask, predicate != 0); }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
@@ -349,7 +346,8 @@ template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, unsigned cluster_size, size_t dynamic_shared_bytes,
             cudaStream_t, Arguments&&... arguments) {
   if (!REBALFER_HAS_BULK && cluster_size > 1) throw std::runtime_error("kernel launch: clusters before sm_90");
-  emulator::machine().launch(grid, block, cluster_size, dynamic_shared_bytes, [&] { kernel(Parameters(arguments)...); });
+  emulator::machine().launch(grid, block, cluster_size, dynamic_shared_bytes,
+                             [&] { kernel(Parameters(arguments)...); });
 }
 
 }  // namespace rebalfer::gpu

@@ -28,11 +28,27 @@ const char* run_forward(int64_t storage, int64_t N, int64_t C, int64_t H, int64_
                         float* per_sample, unsigned* ticket, float* logits, float* maps, float* residual, float* pooled,
                         float* cam_grad, const float* d_maps) {
   return attempt([&] {
-    const ForwardParams params{
-        geometry(N, C, H, W, L, views, channels_last, twin), features, {weight, weight_is_float != 0},
-        {bias, weight_is_float != 0}, {labels, soft, table}, map_weights, consistency_weight, int(p), both_views != 0,
-        int(cluster), loss, classification, consistency, per_sample, ticket, logits, maps, residual, pooled, cam_grad,
-        d_maps};
+    const ForwardParams params{geometry(N, C, H, W, L, views, channels_last, twin),
+                               features,
+                               {weight, weight_is_float != 0},
+                               {bias, weight_is_float != 0},
+                               {labels, soft, table},
+                               map_weights,
+                               consistency_weight,
+                               int(p),
+                               both_views != 0,
+                               int(cluster),
+                               loss,
+                               classification,
+                               consistency,
+                               per_sample,
+                               ticket,
+                               logits,
+                               maps,
+                               residual,
+                               pooled,
+                               cam_grad,
+                               d_maps};
     launch_forward(Storage(storage), params, nullptr);
   });
 }
@@ -46,11 +62,26 @@ const char* run_backward(int64_t storage, int64_t N, int64_t C, int64_t H, int64
                          const float* d_maps, float consistency_weight, float share, int64_t p, int64_t both_views,
                          void* d_features, void* d_weight, void* d_bias) {
   return attempt([&] {
-    const BackwardParams params{
-        geometry(N, C, H, W, L, views, channels_last, twin), {d_loss, loss_stride},
-        {d_classification, classification_stride}, {d_consistency, consistency_stride}, d_logits,
-        {weight, weight_is_float != 0}, {labels, soft, table}, map_weights, logits, residual, pooled, cam_grad, d_maps,
-        consistency_weight, share, int(p), both_views != 0, d_features, d_weight, d_bias};
+    const BackwardParams params{geometry(N, C, H, W, L, views, channels_last, twin),
+                                {d_loss, loss_stride},
+                                {d_classification, classification_stride},
+                                {d_consistency, consistency_stride},
+                                d_logits,
+                                {weight, weight_is_float != 0},
+                                {labels, soft, table},
+                                map_weights,
+                                logits,
+                                residual,
+                                pooled,
+                                cam_grad,
+                                d_maps,
+                                consistency_weight,
+                                share,
+                                int(p),
+                                both_views != 0,
+                                d_features,
+                                d_weight,
+                                d_bias};
     launch_backward(Storage(storage), params, nullptr);
   });
 }
@@ -59,8 +90,8 @@ const char* run_cross_entropy(int64_t storage, int64_t M, int64_t L, const void*
                               const float* soft, const float* table, float* loss, float* per_sample, unsigned* ticket,
                               const float* d_loss, int64_t stride, float share, void* d_logits) {
   return attempt([&] {
-    const CrossEntropyParams params{M, L, logits, {labels, soft, table}, loss, per_sample, ticket, {d_loss, stride},
-                                    share, d_logits};
+    const CrossEntropyParams params{
+        M, L, logits, {labels, soft, table}, loss, per_sample, ticket, {d_loss, stride}, share, d_logits};
     (d_logits ? launch_cross_entropy_backward : launch_cross_entropy_forward)(Storage(storage), params, nullptr);
   });
 }

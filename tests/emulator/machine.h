@@ -1,5 +1,6 @@
 // A machine that runs a grid of CUDA threads on one CPU core, built to make mistakes show:
-//   - blocks one cluster at a time, a block's threads as fibers that run until they must wait, a warp ahead of the others
+//   - blocks one cluster at a time, a block's threads as fibers that run until they must wait, a warp ahead of the
+//   others
 //     as far as it can; the order of all this can be reversed, and a result that changes with it lacks a barrier;
 //   - shared memory holds NaN when a block begins, behind its end lies a canary, and it is NaN again after its block;
 //   - asynchronous copies arrive as late as the hardware may let them: what they will overwrite is NaN from the moment
@@ -39,7 +40,7 @@ enum class Order { forward, reverse };
 struct Counters {
   uint64_t launches, mma;
   uint64_t streamed_stores, cp_async_copies, bulk_copies;  // bytes
-  uint64_t blocks, threads, cluster, shared_bytes;                         // of the last launch
+  uint64_t blocks, threads, cluster, shared_bytes;         // of the last launch
 };
 
 struct Copy {
@@ -58,7 +59,7 @@ struct Thread;
 struct MBarrier {
   uint64_t* place;
   unsigned count;
-  unsigned pending;  // arrivals still to come in this phase
+  unsigned pending;   // arrivals still to come in this phase
   int64_t bytes = 0;  // announced less landed
   unsigned phase = 0;
   bool fenced = false;
@@ -171,7 +172,8 @@ class Machine {
     } seen{&gate, gate.generation};
     ++gate.arrived;
     gate.settle();
-    wait([](void* p) { return static_cast<Seen*>(p)->gate->generation != static_cast<Seen*>(p)->generation; }, &seen, name);
+    wait([](void* p) { return static_cast<Seen*>(p)->gate->generation != static_cast<Seen*>(p)->generation; }, &seen,
+         name);
   }
 
   // Lanes of `mask` meet; the last one to come runs complete(deposits), which must serve them all.
@@ -186,7 +188,8 @@ class Machine {
       warp.meetings.push_back({mask, 0, operation, {}});
       meeting = warp.meetings.end() - 1;
     } else if (meeting->mask != mask || std::strcmp(meeting->operation, operation)) {
-      fail("lanes of one warp meet in %s (mask %08x) and %s (mask %08x)", meeting->operation, meeting->mask, operation, mask);
+      fail("lanes of one warp meet in %s (mask %08x) and %s (mask %08x)", meeting->operation, meeting->mask, operation,
+           mask);
     }
     meeting->deposits[current->lane] = &mine;
     meeting->arrived |= bit;
@@ -222,7 +225,8 @@ class Machine {
   }
 
   void require_aligned(const void* p, size_t alignment, const char* operation) {
-    if (reinterpret_cast<uintptr_t>(p) % alignment) fail("%s: address %p is no multiple of %zu", operation, p, alignment);
+    if (reinterpret_cast<uintptr_t>(p) % alignment)
+      fail("%s: address %p is no multiple of %zu", operation, p, alignment);
   }
 
   // Ends the launch with an error; the threads are abandoned where they are.
@@ -307,7 +311,8 @@ class Machine {
       if (!m.copies.empty()) fail("the block ends while a bulk copy into it is under way");
     }
     for (size_t i = 0; i < kCanary; ++i) {
-      if (b.shared[shared_bytes + i] != 0xca) fail("the block wrote behind its %zu bytes of shared memory", shared_bytes);
+      if (b.shared[shared_bytes + i] != 0xca)
+        fail("the block wrote behind its %zu bytes of shared memory", shared_bytes);
     }
     poison(b.shared, shared_bytes);  // the cluster's other blocks must not read it any more
   }

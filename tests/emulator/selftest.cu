@@ -127,10 +127,10 @@ __global__ void staged(const uint4* in, uint4* out, int64_t fault) {
 __global__ void odd(const char* in, unsigned* out, int64_t fault) {
   REBALFER_DYNAMIC_SHARED(unsigned, shared);
   if (fault == 0) out[threadIdx.x] = *reinterpret_cast<const unsigned*>(in + 16 * threadIdx.x + 4);
-  if (fault == 1) store_16B_streaming(out + threadIdx.x + 1, uint4{});                  // misaligned
-  if (fault == 2) store_16B_streaming(out + 4 * threadIdx.x, uint4{});                  // past the end: by ASan
-  if (fault == 3) shared[32 + threadIdx.x] = 1;                                         // behind shared memory
-  if (fault == 4 && threadIdx.x < 16) __syncwarp();                                     // half a warp
+  if (fault == 1) store_16B_streaming(out + threadIdx.x + 1, uint4{});  // misaligned
+  if (fault == 2) store_16B_streaming(out + 4 * threadIdx.x, uint4{});  // past the end: by ASan
+  if (fault == 3) shared[32 + threadIdx.x] = 1;                         // behind shared memory
+  if (fault == 4 && threadIdx.x < 16) __syncwarp();                     // half a warp
   if (fault == 5) out[threadIdx.x] = threadIdx.x < 16 ? __shfl_sync(~0u, 1, 0) : __ballot_sync(~0u, 1);
   if (fault == 6 && threadIdx.x != 7) __syncthreads();
   if (fault == 6 && threadIdx.x == 7) mbarrier_wait_parity(reinterpret_cast<uint64_t*>(shared), 0);
@@ -146,7 +146,8 @@ const char* run_multiply(int64_t half, const void* a, const void* b, float* d) {
     if (half) {
       launch(multiply<Half>, 1, 32, 1, 0, nullptr, static_cast<const Half*>(a), static_cast<const Half*>(b), d);
     } else {
-      launch(multiply<BFloat16>, 1, 32, 1, 0, nullptr, static_cast<const BFloat16*>(a), static_cast<const BFloat16*>(b), d);
+      launch(multiply<BFloat16>, 1, 32, 1, 0, nullptr, static_cast<const BFloat16*>(a), static_cast<const BFloat16*>(b),
+             d);
     }
   });
 }
@@ -155,17 +156,22 @@ const char* run_shuffles(const float* in, float* out) {
 }
 const char* run_convert(int64_t half, const float* in, void* out, float* back, int64_t count) {
   return attempt([&] {
-    if (half) launch(convert<Half>, 1, 64, 1, 0, nullptr, in, static_cast<Half*>(out), back, count);
-    else launch(convert<BFloat16>, 1, 64, 1, 0, nullptr, in, static_cast<BFloat16*>(out), back, count);
+    if (half)
+      launch(convert<Half>, 1, 64, 1, 0, nullptr, in, static_cast<Half*>(out), back, count);
+    else
+      launch(convert<BFloat16>, 1, 64, 1, 0, nullptr, in, static_cast<BFloat16*>(out), back, count);
   });
 }
 const char* run_ring(const float* in, float* sums, float* total, unsigned* ticket, int64_t blocks, int64_t slabs,
                      int64_t fault) {
   const size_t shared = kStages * (kSlab * 4 + 16) + 16;
-  return attempt([&] { launch(ring, unsigned(blocks), 128, 1, shared, nullptr, in, sums, total, ticket, slabs, fault); });
+  return attempt(
+      [&] { launch(ring, unsigned(blocks), 128, 1, shared, nullptr, in, sums, total, ticket, slabs, fault); });
 }
 const char* run_cluster(float* out, int64_t blocks, int64_t size, int64_t leaves_early) {
-  return attempt([&] { launch(cluster, unsigned(blocks), 64, unsigned(size), 4, nullptr, out, unsigned(size), leaves_early != 0); });
+  return attempt([&] {
+    launch(cluster, unsigned(blocks), 64, unsigned(size), 4, nullptr, out, unsigned(size), leaves_early != 0);
+  });
 }
 const char* run_staged(const void* in, void* out, int64_t fault) {
   const auto* from = static_cast<const uint4*>(in);

@@ -1,14 +1,14 @@
 // Every function of the kernels' table and of head_math.h, on buffers of exactly the size they are promised, so that
 // AddressSanitizer sees a read or a write past an end; results are checked against plain loops in double. Outputs and
 // scratch begin as NaN. Built by test_sanitizers.py, for one instruction set at a time.
-#include "cpu/kernels.cpp"
-#include "head_math.h"
-
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
 #include <vector>
+
+#include "cpu/kernels.cpp"
+#include "head_math.h"
 
 namespace rebalfer {
 namespace {
@@ -205,7 +205,7 @@ void run(const Kernels& k, Shape s, bool channels_last, TwinMap map, bool shifte
         Array<T> out_own(C * HW, shifted), out_twin(C * HW, shifted);
         Bytes room(k.scratch_bytes(g));
         k.pair_gradient(g, back.get(permuted), packed.get(), d.get(), classified ? dz.get() : nullptr,
-                      classified ? dz_twin.get() : nullptr, out_own.get(), out_twin.get(), streaming, room.data);
+                        classified ? dz_twin.get() : nullptr, out_own.get(), out_twin.get(), streaming, room.data);
         expect("pair_gradient", out_own.get(), C * HW, own, C * HW);
         expect("pair_gradient of the twin", out_twin.get(), C * HW, twin, C * HW);
       }
@@ -270,9 +270,9 @@ void run_head_math(int64_t L) {
 template <typename T>
 void run_all(Storage storage) {
   const Kernels& k = REBALFER_ISA(storage);
-  const Shape shapes[] = {{1, 1, 1, 2},  {3, 1, 1, 7},   {5, 3, 3, 3},   {17, 5, 3, 4}, {32, 4, 4, 7},  {37, 7, 7, 8},
-                          {33, 2, 2, 16}, {70, 7, 7, 11}, {130, 3, 5, 5}, {2, 9, 8, 2},  {64, 1, 17, 3}, {515, 2, 3, 2},
-                          {16, 3, 5, 4},  {3, 4, 5, 600}};
+  const Shape shapes[] = {{1, 1, 1, 2},   {3, 1, 1, 7},   {5, 3, 3, 3},   {17, 5, 3, 4},  {32, 4, 4, 7},
+                          {37, 7, 7, 8},  {33, 2, 2, 16}, {70, 7, 7, 11}, {130, 3, 5, 5}, {2, 9, 8, 2},
+                          {64, 1, 17, 3}, {515, 2, 3, 2}, {16, 3, 5, 4},  {3, 4, 5, 600}};
   for (const Shape& s : shapes) {
     const int64_t H = s.H, W = s.W;
     std::vector<TwinMap> maps = {{W - 1, W, -1}, {H * W - 1, -W, -1}};  // hflip, rot180
