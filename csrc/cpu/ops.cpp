@@ -166,15 +166,17 @@ float widened(uint16_t bits, ScalarType dtype) {
   return static_cast<float>(c10::Half(bits, c10::Half::from_bits()));
 }
 
-// A small tensor (bias) in the compute type.
+// A small tensor (bias, logits) in the compute type.
 template <typename A>
 std::vector<A> values(const Tensor& t) {
   std::vector<A> out(t.numel());
+  const void* const from = t.data_ptr();
+  const ScalarType dtype = t.scalar_type();
   for (size_t i = 0; i < out.size(); ++i) {
-    switch (t.scalar_type()) {
-      case ScalarType::Double: out[i] = A(static_cast<const double*>(t.data_ptr())[i]); break;
-      case ScalarType::Float: out[i] = A(static_cast<const float*>(t.data_ptr())[i]); break;
-      default: out[i] = widened(static_cast<const uint16_t*>(t.data_ptr())[i], t.scalar_type());
+    switch (dtype) {
+      case ScalarType::Double: out[i] = A(static_cast<const double*>(from)[i]); break;
+      case ScalarType::Float: out[i] = A(static_cast<const float*>(from)[i]); break;
+      default: out[i] = widened(static_cast<const uint16_t*>(from)[i], dtype);
     }
   }
   return out;
@@ -492,9 +494,9 @@ class HeadBackward {
       for (int64_t l = 0; l < g.L; ++l)
         k.accumulate(N, 1, count, g_s.data(), 1, cam_grad[0] + l * g.C + c0, g.L * g.C, sum + l * kChannelChunk,
                      kChannelChunk);
+    void* const to = out.weight.data_ptr();  // once: for each element, the call would take longer than the sums
     for (int64_t l = 0; l < g.L; ++l)
-      for (int64_t c = 0; c < count; ++c)
-        write(out.weight.data_ptr(), weight_dtype, l * g.C + c0 + c, sum[l * kChannelChunk + c]);
+      for (int64_t c = 0; c < count; ++c) write(to, weight_dtype, l * g.C + c0 + c, sum[l * kChannelChunk + c]);
   }
 
   void bias_gradient() {
@@ -637,13 +639,15 @@ Tensor cross_entropy_backward_as(const Tensor& d_loss, const Tensor& logits, con
   const auto of_batch = targets_of<A>(targets, table, L);
   const std::vector<A> z = values<A>(logits);
   const Upstream<A> g{OptionalTensor(d_loss)};
-  Tensor out = output({M, L}, logits.scalar_type());
+  const ScalarType dtype = logits.scalar_type();
+  Tensor out = output({M, L}, dtype);
+  void* const to = out.data_ptr();
   std::vector<A> dz(L), t(L);
   for (int64_t m = 0; m < M; ++m) {
     std::fill(dz.begin(), dz.end(), A(0));
     write_target_row(of_batch, m, L, t.data());
     cross_entropy_gradient(z.data() + m * L, t.data(), L, mean ? g[m] / A(M) : g[m], dz.data());
-    for (int64_t l = 0; l < L; ++l) write(out.data_ptr(), logits.scalar_type(), m * L + l, dz[l]);
+    for (int64_t l = 0; l < L; ++l) write(to, dtype, m * L + l, dz[l]);
   }
   return out;
 }
