@@ -223,7 +223,7 @@ template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, unsigned cluster_size, size_t dynamic_shared_bytes,
             cudaStream_t stream, Arguments&&... arguments) {
   if (dynamic_shared_bytes > 48 * 1024) {
-    // The kernel's limit on this device, not this launch's: always the same, lest a thread lower it for another.
+    // The kernel's limit on this device, not this launch's: always the same, so that no thread lowers it for another.
     int device = 0, limit = 0;
     check(cudaGetDevice(&device), "current device");
     check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory");

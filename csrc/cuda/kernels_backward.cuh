@@ -6,7 +6,7 @@
 // views, dF = U + W^T dz / (H W) and, where the twin's index says, dF~ = -U + W^T dz~ / (H W).
 //
 // 16-bit features: U by mma.m16n8k16 with 16 positions as rows, 8 channels as columns and as K 8 classes twice, once
-// for the weight's high and once for its low parts; dS is split too and takes a second mma. Both operands are ours, so
+// for the weight's high and once for its low parts; dS is split too and needs a second mma. Both operands are ours, so
 // they are bfloat16 whatever the features are: float16 would lose gradients of 1 / (N L H W) to its few exponents.
 // float32 features: IEEE FMAs. channels_last: the columns of four mma are the 8 channels of a lane's 16-byte store;
 // NCHW: the block's channels are laid out in shared memory and leave in 16-byte stores.
@@ -121,7 +121,7 @@ struct FeatureGradient {
   static constexpr bool kTensorCore = sizeof(T) == 2;
   static constexpr int kWeightPitch = kBlockChannels + 8;
 
-  // dS and the weight of the block's channels, as the arithmetic takes them.
+  // dS and the weight of the block's channels, in the form the arithmetic needs.
   struct MmaOperands {
     uint32_t d_high[kBlocks][kMaxPositions][4], d_low[kBlocks][kMaxPositions][4];  // classes 2 q, 2 q + 1
     uint32_t w_high[4 * kBlocks][kWeightPitch], w_low[4 * kBlocks][kWeightPitch];
@@ -320,7 +320,7 @@ struct FeatureGradient {
     }
   }
 
-  // The block's channels of an NCHW view lie together, in the stage as in memory.
+  // The block's channels of an NCHW view are contiguous, in the stage as in memory.
   __device__ __forceinline__ void copy_out() const {
     __syncthreads();
     const bool vectors = int64_t(p.g.C) * HW % kSlots == 0;

@@ -8,7 +8,7 @@
 namespace rebalfer::gpu {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
-constexpr int kGroup = 32;  // channels that a warp takes at a time
+constexpr int kGroup = 32;  // channels that a warp works on at a time
 constexpr unsigned kAll = ~0u;
 
 __device__ __forceinline__ int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
@@ -88,9 +88,9 @@ __device__ __forceinline__ void split2(float x0, float x1, uint32_t& high, uint3
   low = pack2<T>(r0 * kLowScale<T>, r1 * kLowScale<T>);
 }
 
-// Sums v over the lanes that differ in the bits first, first / 2, ..., last of their number, in a fixed order. The
-// sums are spread over these lanes: with b such bits, taken as a number, lane b keeps the b-th piece of n / 2^bits
-// values in v[0...]; where there are fewer values than lanes, the lanes of the lowest bits keep the same.
+// A reduce-scatter in fixed butterfly order over the lanes that differ in the bits first, first / 2, ..., last of their
+// number; these lane bits choose which sums a lane keeps: n / 2^bits of them, in v[0...]. Where there are fewer sums
+// than lanes, the lanes that differ in the lowest bits keep the same.
 template <int first, int last, int n>
 __device__ __forceinline__ void sum_and_spread(float* v, int lane) {
   if constexpr (first >= last) {
@@ -132,7 +132,7 @@ __device__ __forceinline__ bool is_last_block(unsigned* ticket, int64_t blocks, 
   return *room;
 }
 
-// The mean of value(i) over i < N, in an order that depends on N alone; thread 0 has it. `room` is shared.
+// The mean of value(i) over i < N, in an order that depends only on N; thread 0 has it. `room` is shared.
 template <typename Value>
 __device__ __forceinline__ float block_mean(int64_t N, double* room, const Value& value) {
   double sum = 0;

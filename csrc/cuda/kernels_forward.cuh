@@ -18,7 +18,7 @@
 // all of them are multiples of 16 bytes, by cp.async where only the base is aligned or before sm_90, else by
 // element. Reading 8 channels a quarter apart costs at worst a two-way bank conflict at 7 x 7.
 //
-// Order of the sums: channels of a warp, warps, blocks of the cluster; it depends on C, H W, L, layout and dtype alone.
+// Order of the sums: channels of a warp, warps, blocks of the cluster; it depends only on C, H W, L, layout and dtype.
 #pragma once
 
 #include "kernels_common.cuh"
@@ -141,7 +141,7 @@ struct Ring {
 };
 
 // This lane's 16-byte pieces of a view in channels_last, kStages steps ahead, `passes` times over. What a lane copies
-// it alone reads, so shared memory serves as more registers and no barrier is needed. If all steps fit they are
+// only it reads, so shared memory serves as more registers and no barrier is needed. If all steps fit they are
 // fetched once and stay.
 template <typename T>
 struct LaneRing {
@@ -264,7 +264,7 @@ struct Forward {
     }
   }
 
-  // Calls use(features, c, weights(c)) for each piece of the block's channels that this warp takes; the weights are
+  // Calls use(features, c, weights(c)) for each piece of the block's channels that this warp handles; the weights are
   // asked for before the features are waited for.
   template <typename OfChannel, typename Use>
   __device__ __forceinline__ void for_channels(Source& source, int first, int chunks, const OfChannel& weights,
@@ -410,8 +410,8 @@ struct Forward {
     }
   }
 
-  // Of the whole maps: maps, residual, logits and losses to global memory; leaves the residual in place of the first
-  // view's maps.
+  // Writes maps, residual, logits and losses to global memory once the maps are whole; leaves the residual in place of
+  // the first view's maps.
   __device__ __forceinline__ void finish(Map* total, bool writes) const {
     const int L = p.g.L;
     REBALFER_ROLLED

@@ -1,10 +1,10 @@
-// The counters by which the last block of a launch knows itself.
+// The counters by which a block detects that it is the last of its launch.
 //
 // A ticket is zero before and after each launch, so launches that run one after the other may share one. Launches that
 // can run at the same time may not: each stream has a ticket, and each launch captured into a graph, which may be
-// replayed on any stream, one for good. A stream is known by its number: a handle may be used anew, and that of a
-// thread's own stream is the same in all threads. They lie in the module's own memory, which is there, zeroed, on every
-// device without an allocation that a capture would forbid.
+// replayed on any stream, one for good. A stream is known by its number: a handle may be reused, and that of a thread's
+// own stream is the same in all threads. Tickets are stored in the module's own memory, which every device has, zeroed,
+// without an allocation that a capture would forbid.
 #include <map>
 #include <mutex>
 

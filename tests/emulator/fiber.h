@@ -40,7 +40,7 @@ class Stack {
   char* base_;
 };
 
-// Where a suspended fiber, or the scheduler, goes on.
+// Where a suspended fiber, or the scheduler, continues.
 struct Context {
 #if defined(__x86_64__)
   void* place = nullptr;

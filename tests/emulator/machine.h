@@ -2,7 +2,7 @@
 //   - blocks one cluster at a time, a block's threads as fibers that run until they must wait, a warp ahead of the
 //   others
 //     as far as it can; the order of all this can be reversed, and a result that changes with it lacks a barrier;
-//   - shared memory holds NaN when a block begins, behind its end lies a canary, and it is NaN again after its block;
+//   - shared memory holds NaN when a block begins, behind its end is a canary, and it is NaN again after its block;
 //   - asynchronous copies arrive as late as the hardware may let them: what they will overwrite is NaN from the moment
 //     they are issued; cp.async lands in its wait, a bulk copy when every thread waits for something;
 //   - a wait that can never end, a copy nobody waits for and a misaligned address are errors, thrown by launch().
@@ -354,7 +354,7 @@ class Machine {
     return steps;
   }
 
-  // Lands what the first thread waits for that waits for bulk copies alone.
+  // Lands what the first thread that waits only for bulk copies is waiting for.
   bool land_a_bulk_copy(size_t total) {
     for (size_t i = 0; i < total; ++i) {
       const Thread& t = *threads_[order == Order::forward ? i : total - 1 - i];

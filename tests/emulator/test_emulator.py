@@ -1,4 +1,4 @@
-"""The emulator itself: every primitive against a known answer, and every mistake it is there to notice."""
+"""The emulator itself: every primitive against a known answer, and every mistake it is meant to notice."""
 
 from pathlib import Path
 

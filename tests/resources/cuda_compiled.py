@@ -55,9 +55,7 @@ def missing() -> str | None:
     tool = str(cubin.tool("cuobjdump"))
     (reads, *_), (writes, *_) = cubin.release(tool), cubin.release(compiler)
     return (
-        f"the cuobjdump that is there, of CUDA {reads}, cannot read what nvcc {writes} writes"
-        if reads < writes
-        else None
+        f"the installed cuobjdump, of CUDA {reads}, cannot read what nvcc {writes} writes" if reads < writes else None
     )
 
 
@@ -97,7 +95,7 @@ def launches() -> dict[str, dict[str, tuple[int, int]]]:
 
 @functools.cache
 def figures() -> Figures:
-    """What each kernel takes, sorted."""
+    """What each kernel uses, sorted."""
     found: Figures = {}
     with tempfile.TemporaryDirectory() as directory:
         extract = [str(cubin.tool("cuobjdump")), "-xelf", "all", str(library())]

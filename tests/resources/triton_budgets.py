@@ -43,7 +43,7 @@ class Case(NamedTuple):
     dtype: str
     layout: str = "channels_last"
     weight: str = ""
-    every_kernel: bool = False  #: or the head's with a detached weight and "none" alone
+    every_kernel: bool = False  #: or the head's only with a detached weight and "none"
 
 
 CASES = (
