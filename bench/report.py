@@ -112,8 +112,8 @@ def _gpu_section(result: Result, step: Result | None) -> str:
         config = step["config"]
         judged += goals.judged("step", step)
         parts += [
-            f"A training step, {config['backbone']} at {config['image_size']} pixels, N = {config['batch_size']}, "
-            f"both views, {config['amp']} autocast ({_origin(step)}):",
+            f"A training step, {config['backbone']['name']} at {config['image_size']} pixels, "
+            f"N = {config['batch_size']}, both views, {config['compute']['amp']} autocast ({_origin(step)}):",
             _table(
                 ["head", "ms a step", "images/s"],
                 [[r["contender"], f"{r['ms'][1]:.2f}", f"{r['images_per_s']:.0f}"] for r in step["rows"]],

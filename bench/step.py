@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer import loop
-from trainer.config import Config
+from trainer import loop, optim, presets
+from trainer.config import Backbone, Compute, Config, as_dict
+from trainer.data import Split
+from trainer.data.batches import Batch
 from trainer.data.synthetic import TRAIN_COUNTS
 
 from . import baselines, goals, results
@@ -27,57 +29,54 @@ from .clocks import Clock
 from .measure import interleave, quartiles
 
 #: What is measured on a GPU, and the small one that tries the program out.
-MEASURED = Config(amp="bf16", channels_last=True)
-TINY = {"channels": [8, 8, 8, 16], "stem_width": 8}
-REHEARSAL = Config(backbone="resnet10t", backbone_options=TINY, image_size=64, batch_size=4, channels_last=True)
+MEASURED = dataclasses.replace(presets.paper(), compute=Compute(amp="bf16", channels_last=True))
+REHEARSAL = dataclasses.replace(
+    presets.paper(),
+    backbone=Backbone("resnet10t", {"channels": [8, 8, 8, 16], "stem_width": 8}),
+    image_size=64,
+    batch_size=4,
+    compute=Compute(channels_last=True),
+)
 WARM_UP = 10  # steps
 CONTENDERS: dict[str, Formulation] = {"plain eager": baselines.plain_eager, "released": baselines.released}
 
-Loss = Callable[[Tensor, Tensor], Tensor]  #: of augmented images and labels
+Loss = Callable[[Batch], Tensor]
 
 
 class Training:
-    """The trainer's model, optimizer and a pool of random images on ``device``."""
+    """The trainer's method, its optimiser and a pool of random images on ``device``."""
 
     def __init__(self, config: Config, device: torch.device, pool: int) -> None:
         self.config, self.steps = config, 0
-        self.model, self.optimizer = loop.build(config, len(TRAIN_COUNTS), torch.tensor(TRAIN_COUNTS), device)
-        self.model.train()
+        self.method: Any = loop.build(config, TRAIN_COUNTS, device)
+        self.method.train()
+        self.optimizer = optim.create(config, self.method.parameters())
         side = config.image_size
-        self.images = torch.randint(0, 256, (pool, 1, side, side), dtype=torch.uint8, device=device)
-        self.labels = torch.randint(0, len(TRAIN_COUNTS), (pool,), device=device)
+        images = torch.randint(0, 256, (pool, 1, side, side), dtype=torch.uint8, device=device)
+        self.split = Split(images, torch.randint(0, len(TRAIN_COUNTS), (pool,), device=device))
 
-    def batch(self) -> tuple[Tensor, Tensor]:
-        """The next augmented images and their labels, as the trainer's loop makes them."""
+    def batch(self) -> Batch:
+        """The next images, as the trainer's loop makes them."""
         self.steps += 1
         random = torch.Generator().manual_seed(self.steps)
-        rows = torch.randint(len(self.labels), (self.config.batch_size,), generator=random).to(self.images.device)
-        return loop.augment(self.images[rows], random), self.labels[rows]
-
-    def features(self, x: Tensor) -> Tensor:
-        """Of both views, (2N, C, H, W)."""
-        return loop.features(self.config, self.model, torch.cat([x, x.flip(-1)]))
+        rows = torch.randint(len(self.split.labels), (self.config.batch_size,), generator=random)
+        return Batch(self.split, rows, progress=0.0, seed=0, epoch=self.steps)
 
     def problem(self, features: Tensor, y: Tensor) -> Problem:
         """The head's arguments with these features."""
-        head: Any = self.model["head"]
-        return Problem(
-            features, head.weight, head.bias, y, head.target_table, head.map_weights, head.consistency_weight
-        )
+        head, weight = self.method.head, self.method.consistency_weight
+        return Problem(features, head.weight, head.bias, y, head.target_table, head.map_weights, weight)
 
-    def ours(self, x: Tensor, y: Tensor) -> Tensor:
+    def ours(self, batch: Batch) -> Tensor:
         """The trainer's own loss."""
-        return loop.losses(self.config, self.model, x, y)[0]
+        return self.method.losses(batch)["loss"]
 
     def with_head(self, formulation: Formulation) -> Loss:
         """The loss with another formulation of the head on the same features."""
-        return lambda x, y: formulation(self.problem(self.features(x), y))
+        return lambda batch: formulation(self.problem(self.method.backbone(batch.pair()), batch.labels))
 
     def step(self, loss: Loss) -> None:
-        value = loss(*self.batch())
-        self.optimizer.zero_grad()
-        value.backward()
-        self.optimizer.step()
+        optim.step(self.optimizer, loss(self.batch()), self.config.learning_rate, self.config.optim.clip)
 
 
 def in_features_dtype(formulation: Formulation) -> Formulation:
@@ -91,13 +90,12 @@ def in_features_dtype(formulation: Formulation) -> Formulation:
 
 def prove(training: Training) -> tuple[dict[str, Loss], dict[str, float], list[dict[str, Any]]]:
     """The losses whose value and gradients are float64's on one batch's features, their errors, and the refused."""
-    x, y = training.batch()
+    method, batch = training.method, training.batch()
     with torch.no_grad():
-        features = training.features(x)
+        features = method.backbone(batch.pair())
     others = {name: in_features_dtype(f) for name, f in CONTENDERS.items()}
-    head = training.model["head"]
-    formulations = {"ours": lambda x: head(x.features, x.targets).loss, **others}
-    errors, refused = baselines.prove(training.problem(features.requires_grad_(), y), formulations)
+    formulations = {"ours": lambda x: method.loss_of(x.features, x.targets).loss, **others}
+    errors, refused = baselines.prove(training.problem(features.requires_grad_(), batch.labels), formulations)
     losses = {"ours": training.ours, **{name: training.with_head(f) for name, f in others.items()}}
     return {name: losses[name] for name in errors}, errors, refused
 
@@ -106,7 +104,7 @@ def run(
     config: Config, device: str, seconds: float, directory: Path, *, clock: Clock, kind: str
 ) -> tuple[dict[str, Any], Path]:
     """Time a step with each head and the trainer's steady state, about ``seconds`` in all; the result and its file."""
-    result = {**results.environment(kind), "config": dataclasses.asdict(config), "whole_run": None}
+    result = {**results.environment(kind), "config": as_dict(config), "whole_run": None}
     result |= {"rows": [], "errors": []}
     path = directory / results.file_name("step", result)
     # All of the trainer's images where they are measured, 616 MB at 224 pixels; a rehearsal needs no more than a few.

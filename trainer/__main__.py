@@ -1,90 +1,271 @@
-"""Train a classifier with re-balanced attention consistency and smooth labels, or plain cross-entropy beside it."""
+"""Train, evaluate and apply classifiers of facial expressions with re-balanced attention consistency."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
+import difflib
 import logging
+import re
 import sys
-import time
+import tomllib
+import types
+import typing
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from .config import DEMO, METHODS, Config
-from .loop import Result, cams, train
+import torch
+
+from . import presets
+from .config import PACKAGES, Config, Named, UserError, found, from_dict, select
+from .run import Stopped
+
+#: The groups that --help shows in full; it names the others and --help GROUP shows them.
+FIRST = ("", "method", "data")
+#: Groups whose own name on the command line stands for their field ``name``: --method cb is --method.name cb.
+BY_NAME = (*PACKAGES, "backbone")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status: 2 for bad input, 130 after Ctrl-C."""
-    options = vars(_parser().parse_args(arguments))
+    """The command line; returns the exit status: 2 for what the user can mend, 3 for a loss that is not finite, 128 + n
+    after signal n."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    started = time.perf_counter()
-    command = options.pop("command")
+    logging.getLogger("trainer").setLevel(logging.INFO)
     try:
-        if command == "cams":
-            cams(options["run"], options["out"], options["classes"])
-            return 0
-        root, resume = options.pop("root"), options.pop("resume", False)
-        if command == "demo":
-            configs = [dataclasses.replace(DEMO, method=m, name=f"demo-{m}", **options) for m in reversed(METHODS)]
-        else:
-            configs = [Config(**options)]
-        results = [train(c, resume=resume, root=root) for c in configs]
-    except ValueError as error:
+        options = parse(sys.argv[1:] if arguments is None else arguments)
+        return 0 if options is None else options.run()
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.status
+    except torch.OutOfMemoryError as error:
+        print(
+            f"error: batch_size: too large for the memory of the device: {str(error).splitlines()[0]}", file=sys.stderr
+        )
+        return UserError.status
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.status
     except KeyboardInterrupt:
         return 130
-    print(table([c.method for c in configs], results))
-    print(f"pictures ({time.perf_counter() - started:.0f} s in all):")
-    for result in results:
-        print(f"  {result.directory / 'confusion.png'}\n  {result.directory / 'cam.png'}")
-    return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("train", help="one run", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    demo = commands.add_parser("demo", help="both methods on synthetic faces, minutes on two CPU cores")
-    draw = commands.add_parser("cams", help="a picture of a run's class activation maps")
-    kinds: dict[str, Any] = {"str": str, "str | None": str, "int": int, "float": float, "dict": json.loads}
-    for f in dataclasses.fields(Config):
-        flag, kind = "--" + f.name.replace("_", "-"), str(f.type)
-        if kind == "bool":
-            run.add_argument(flag, action="store_true", help=f.metadata["help"])
+def parse(arguments: list[str]) -> Any:
+    """The options of the command that ``arguments`` begin with; None if they asked for help, which is printed."""
+    commands = found("commands")
+    command, *rest = arguments or ["--help"]
+    if command in ("-h", "--help"):
+        print(overview(commands))
+        return None
+    if command not in commands:
+        raise UserError(f"command: got {command!r}, expected one of {', '.join(commands)}{_near(command, commands)}")
+    rest, wanted = _help_wanted(rest)
+    rest, files = _take_files([_spelt(a) for a in rest])
+    default = _default(commands[command](), rest, files)
+    if wanted is not None:
+        print(help_text(command, default, wanted))
+        return None
+    return _parsed(command, default, rest, files)
+
+
+class Flag(NamedTuple):
+    """A field as an option of the command line."""
+
+    group: str
+    title: str  #: of the group
+    key: str  #: "optim.decay"
+    kind: Any
+    value: Any  #: the default
+    metadata: Any
+
+
+def flags(options: Any, group: str = "", title: str = "") -> Iterator[Flag]:
+    """Every field of nested options, the groups in the order of the fields."""
+    kinds = typing.get_type_hints(type(options))
+    if isinstance(options, Named):
+        yield Flag(group, title, f"{group}.name", str, options.name, {"choices": tuple(found(PACKAGES[group]))})
+    for f in dataclasses.fields(options):
+        value = getattr(options, f.name)
+        if f.metadata.get("flat"):
+            yield from flags(value)
+        elif dataclasses.is_dataclass(value):
+            yield from flags(value, f.name, (type(value).__doc__ or "").splitlines()[0])
         else:
-            default = {} if kind == "dict" else f.default
-            run.add_argument(flag, type=kinds[kind], default=default, help=f.metadata["help"])
-    run.add_argument("--resume", action="store_true", help="continue from runs/NAME/last.pt, as if never interrupted")
-    demo.add_argument("--seed", type=int, default=DEMO.seed)
-    demo.add_argument("--epochs", type=int, default=DEMO.epochs)
-    draw.add_argument("run", type=Path, help="folder of the run, such as runs/demo-rebalanced")
-    draw.add_argument("out", type=Path, help="the picture, a .png")
-    draw.add_argument("--classes", nargs="+", metavar="CLASS", help="rows of the picture; default: every class")
-    for command in (run, demo):
-        command.add_argument("--root", type=Path, default="runs", help="folder of the runs")
+            yield Flag(group, title, f"{group}.{f.name}".lstrip("."), kinds[f.name], value, f.metadata)
+
+
+def _parsed(command: str, default: Any, arguments: list[str], files: list[dict]) -> Any:
+    parser = _parser(command, default)
+    keys = [flag.key for flag in flags(default)]
+    try:
+        for file in files:
+            parser.set_defaults(dict(parser.parse_object(file).items()))
+        values = parser.parse_args(arguments).as_dict()
+    except Exception as error:
+        if type(error).__name__ not in ("ArgumentError", "ParserError"):
+            raise
+        text = re.sub(r"\s+", " ", str(error)).removeprefix("Parser key ")
+        words = re.findall(r"(?:--|Option ')([\w.]+)", text)
+        raise UserError(text + (_near(words[0], keys) if words else "")) from None
+    return _filled(default, values)
+
+
+def _filled(default: Any, values: dict) -> Any:
+    """``default`` with the parsed ``values``; those of a flat field stand beside its own."""
+    flat = {f.name: getattr(default, f.name) for f in dataclasses.fields(default) if f.metadata.get("flat")}
+    own = {f.name for f in dataclasses.fields(default)} - set(flat)
+    inner = {
+        name: from_dict({k: v for k, v in values.items() if k not in own}, options) for name, options in flat.items()
+    }
+    return dataclasses.replace(default, **inner, **{k: v for k, v in values.items() if k in own})
+
+
+def _parser(command: str, default: Any):
+    try:
+        from jsonargparse import ActionYesNo, ArgumentParser
+    except ImportError:
+        raise UserError("the command line needs the package jsonargparse >= 4.53: pip install jsonargparse") from None
+    parser = ArgumentParser(
+        prog=f"python -m trainer {command}", exit_on_error=False, add_help=False, allow_abbrev=False
+    )
+    for flag in flags(default):
+        if flag.metadata.get("positional"):
+            parser.add_argument(flag.key, type=flag.kind, nargs="+" if flag.kind is not str else None)
+        elif flag.kind is bool:
+            parser.add_argument(f"--{flag.key}", action=ActionYesNo, default=flag.value)
+        else:
+            choices: dict[str, Any] = {"choices": flag.metadata["choices"]} if "choices" in flag.metadata else {}
+            parser.add_argument(f"--{flag.key}", type=flag.kind, default=flag.value, **choices)
     return parser
 
 
-def table(methods: list[str], results: list[Result]) -> str:
-    """Test accuracies in percent, a column for each run: the last epoch, and the best one by its mean accuracy."""
+def _default(default: Any, arguments: list[str], files: list[dict]) -> Any:
+    """The command's options with the preset, the method and the data set that were asked for."""
+    flat = [f.name for f in dataclasses.fields(default) if f.metadata.get("flat")]
+    if not flat:
+        return default
+    preset = _asked("preset", arguments, files, default.preset)
+    if preset not in presets.found():
+        raise UserError(f"preset: got {preset!r}, expected one of {', '.join(presets.found())}")
+    config: Config = presets.found()[preset]()
+    for kind in PACKAGES:
+        current = getattr(config, kind)
+        name = _asked(f"{kind}.name", arguments, files, current.name)
+        if name != current.name:
+            config = dataclasses.replace(config, **{kind: select(kind, name)()})
+    return dataclasses.replace(default, preset=preset, **{flat[0]: config})
 
-    def row(name: str, count: object, cells: list) -> str:
-        texts = (f"{c:.2f}" if isinstance(c, float) else str(c or "-") for c in cells)
-        return f"{name:<18}{count!s:>7}" + "".join(f"{t:>13}" for t in texts)
 
-    first, last = results[0], [r.history[-1] for r in results]
-    best = [max(r.history, key=lambda h: h["mean"]) for r in results]
-    lines = [row("accuracy in %", "images", methods)]
-    for i, name in enumerate(first.classes):
-        lines.append(row(name, first.counts[i], [h["per_class"][i] for h in last]))
-    for key in ("mean", "overall"):
-        lines.append(row(key, sum(first.counts) if key == "overall" else "", [h[key] for h in last]))
-    for key in ("mean", "overall"):
-        lines.append(row(f"{key}, best epoch", "", [h[key] for h in best]))
+def _asked(key: str, arguments: list[str], files: list[dict], default: str) -> str:
+    """The last value of an option before the parser exists, which depends on it."""
+    group, _, name = key.rpartition(".")
+    for file in files:
+        default = (file.get(group, {}) if group else file).get(name, default)
+    for i, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if option == f"--{key}":
+            default = value if equals else next(iter(arguments[i + 1 :]), "")
+    return str(default)
+
+
+def _spelt(argument: str) -> str:
+    """--batch-size as --batch_size, --method cb as --method.name cb."""
+    if not argument.startswith("--"):
+        return argument
+    option, equals, value = argument[2:].partition("=")
+    option = option.replace("-", "_")
+    return f"--{option}{'.name' if option in BY_NAME else ''}{equals}{value}"
+
+
+def _take_files(arguments: list[str]) -> tuple[list[str], list[dict]]:
+    """The arguments without --config FILE, and what those files say."""
+    rest, files, it = [], [], iter(arguments)
+    for argument in it:
+        option, equals, value = argument.partition("=")
+        if option == "--config":
+            files.append(_read(Path(value if equals else next(it, "")).expanduser()))
+        else:
+            rest.append(argument)
+    return rest, files
+
+
+def _read(path: Path) -> dict:
+    """A YAML, JSON or TOML file of options."""
+    import yaml
+
+    try:
+        text = path.read_text()
+        values = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(f"config: got {str(path)!r}, which can't be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"config: got {path}, which is neither YAML nor TOML: {' '.join(str(error).split())}"
+        ) from error
+    if not isinstance(values, dict):
+        raise UserError(f"config: got {path}, expected a file of options, such as 'epochs: 10'")
+    return {k: {"name": v} if k in BY_NAME and isinstance(v, str) else v for k, v in values.items()}
+
+
+def _near(word: str, known) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _help_wanted(arguments: list[str]) -> tuple[list[str], str | None]:
+    """The arguments without a wish for help, and the group that it names: "" for the first ones, None for no wish."""
+    for i, argument in enumerate(arguments):
+        if argument in ("-h", "--help"):
+            after = arguments[i + 1 : i + 2]
+            named = bool(after) and not after[0].startswith("-")
+            return arguments[:i] + arguments[i + 1 + named :], after[0] if named else ""
+    return arguments, None
+
+
+def overview(commands: dict[str, type]) -> str:
+    """The commands, a line each."""
+    rows = [f"  {name:<10}{(options.__doc__ or '').splitlines()[0]}" for name, options in commands.items()]
+    return "\n".join([str(__doc__), "", "python -m trainer COMMAND --help", "", *rows])
+
+
+def help_text(command: str, default: Any, wanted: str) -> str:
+    """The options of a command: the groups of ``FIRST`` and the names of the rest, or the one group that is wanted."""
+    groups: dict[str, list[Flag]] = {}
+    for flag in flags(default):
+        groups.setdefault(flag.group, []).append(flag)
+    wanted = "" if wanted == "main" else wanted
+    if wanted and wanted != "all" and wanted not in groups:
+        raise UserError(f"help: got {wanted!r}, expected all or one of {', '.join(g for g in groups if g)}")
+    shown = [g for g in groups if wanted in (g, "all") or not wanted and g in FIRST]
+    places = " ".join(flag.key.upper() for flag in groups[""] if flag.metadata.get("positional"))
+    lines = [f"python -m trainer {command} {places} [--OPTION VALUE ...]".replace("  ", " ")]
+    lines += [(type(default).__doc__ or "").splitlines()[0]]
+    for group in shown:
+        lines += ["", groups[group][0].title] if group else [""]
+        lines += [_help_line(flag) for flag in groups[group]]
+    if rest := [g for g in groups if g not in shown]:
+        lines += ["", "more, each with --help GROUP, or --help all:"]
+        for group in rest:
+            names = ", ".join(flag.key.removeprefix(f"{group}.") for flag in groups[group])
+            lines.append(f"  {group or 'main'}: {names}")
+    if "preset" in {flag.key for flag in groups[""]}:
+        lines += ["", "--config FILE reads options from YAML, JSON or TOML, such as a run's config.json"]
     return "\n".join(lines)
+
+
+def _help_line(flag: Flag) -> str:
+    kind = "|".join(k.__name__ for k in typing.get_args(flag.kind) if k is not types.NoneType) or flag.kind.__name__
+    key = flag.key.removesuffix(".name") if flag.key.rpartition(".")[0] in BY_NAME else flag.key
+    what = "" if flag.kind is bool else f" {kind.upper()}"
+    text = flag.metadata.get("help", f"one of {', '.join(flag.metadata.get('choices', ()))}")
+    if flag.key == "preset":
+        text += f": {', '.join(flag.metadata['choices'])}"
+    value = (
+        ""
+        if flag.kind is bool and not flag.value or str(flag.value) in ("None", "", "()", "{}")
+        else f" [{flag.value}]"
+    )
+    name = key.upper() if flag.metadata.get("positional") else f"--{key}{what}"
+    return f"  {name:<34}{text}{value}"
 
 
 if __name__ == "__main__":

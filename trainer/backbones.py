@@ -8,6 +8,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from .config import Config, UserError
+
+#: Options of timm.create_model that the classifier's replacement makes meaningless.
+WITHOUT_EFFECT = ("num_classes", "global_pool", "drop_rate", "in_chans")
+
 
 class Backbone(nn.Module):
     """Images (M, 3, h, w) to features (M, C, H, W); NHWC models (Swin) come out as a channels_last view.
@@ -15,41 +20,56 @@ class Backbone(nn.Module):
     A grey image (M, 1, h, w) is repeated for the three colours.
     """
 
-    def __init__(self, model: Any) -> None:  # timm's; nn.Module does not declare what all of its models have
+    def __init__(
+        self, model: Any, config: Config
+    ) -> None:  # timm's: nn.Module does not declare what all its models have
         super().__init__()
         self.model = model
         self.nhwc = str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC")
+        self.layout = torch.channels_last if config.compute.channels_last else torch.contiguous_format
+        self.bf16 = config.compute.amp == "bf16"
         self.channels: int = model.num_features
 
     def forward(self, images: Tensor) -> Tensor:
-        features = self.model.forward_features(images.expand(-1, 3, -1, -1))
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            features = self.model.forward_features(images.expand(-1, 3, -1, -1).contiguous(memory_format=self.layout))
         return features.permute(0, 3, 1, 2) if self.nhwc else features
 
 
-def create(name: str, image_size: int, options: dict | None = None) -> Backbone:
-    """The timm backbone, without its classifier, after checking that its CAM is exact.
+def create(config: Config) -> Backbone:
+    """The timm backbone that ``config`` names, without its classifier, after checking that its CAM is exact.
 
     In eval mode, ``model(x)`` must be W . mean_hw(forward_features(x)) + b with its own classifier W, b, which gets
-    random values here because some models start it at zero.
+    random values here because some models start it at zero. The weights are random by ``config.seed``; PyTorch's own
+    generator is left as it was.
 
     Raises:
-        ValueError: timm can't build the model, or something stands between the last maps and the classifier.
+        UserError: timm can't build the model, or something stands between the last maps and the classifier.
     """
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        return _create(config)
 
-    def refuse(reason: str) -> ValueError:
-        return ValueError(
+
+def _create(config: Config) -> Backbone:
+    name, options, image_size = config.backbone.name, config.backbone.options, config.image_size
+
+    def refuse(reason: str) -> UserError:
+        return UserError(
             f"backbone: got {name!r}, whose class activation maps are not exact: {reason}; "
             "expected a model such as resnet18, resnet50, mobilenetv2_100, swin_tiny_patch4_window7_224"
         )
 
     if name not in timm.list_models():
-        raise ValueError(f"backbone: got {name!r}, expected a model of timm (see timm.list_models())")
+        raise UserError(f"backbone: got {name!r}, expected a model of timm (see timm.list_models())")
+    if useless := sorted(set(options) & set(WITHOUT_EFFECT)):
+        raise UserError(f"backbone.options: got {useless[0]}, which has no effect: the classifier is replaced")
     try:
-        model = timm.create_model(name, num_classes=5, **(options or {})).eval()
-    except (TypeError, AttributeError, AssertionError, RuntimeError) as error:
-        raise ValueError(f"backbone_options: got {options} for {name!r}, which timm refuses: {error}") from error
-    backbone = Backbone(model)
-    classifier = backbone.model.get_classifier()
+        model: Any = timm.create_model(name, num_classes=5, **options).eval()
+    except Exception as error:  # whatever timm, or the download that "pretrained" asks for, makes of the options
+        raise UserError(f"backbone.options: got {options} for {name!r}, which timm refuses: {_line(error)}") from error
+    backbone = Backbone(model, config)
+    classifier = model.get_classifier()
     if not isinstance(classifier, nn.Linear):
         raise refuse(f"its classifier is {type(classifier).__name__}, not Linear")
 
@@ -62,17 +82,23 @@ def create(name: str, image_size: int, options: dict | None = None) -> Backbone:
             classifier.bias.copy_(bias)
         images = torch.randn(2, 3, image_size, image_size, generator=random)
         try:
-            features, logits = backbone(images), model(images)
+            features, logits = backbone(images).float(), model(images)
         except (AssertionError, RuntimeError) as error:
-            raise ValueError(f"image_size: got {image_size}, which {name!r} refuses: {error}") from error
+            raise UserError(f"image_size: got {image_size}, which {name!r} refuses: {_line(error)}") from error
     if features.dim() != 4:
         raise refuse(f"forward_features returns shape {tuple(features.shape)}, not maps (M, C, H, W)")
+    if config.batch_size == 1 and features.shape[2:] == (1, 1):
+        raise UserError(f"batch_size: got 1, expected at least 2: the last map of {name!r} is a single pixel")
     if features.shape[1] != weight.shape[1]:
         raise refuse(f"its last maps have {features.shape[1]} channels but its classifier takes {weight.shape[1]}")
     linear = nn.functional.linear(features.mean((2, 3)), weight, None if classifier.bias is None else bias)
     off = ((logits - linear).norm() / logits.norm()).item()
     if not off < 1e-4:
         raise refuse(f"its logits differ from W . GAP(features) + b by {off:.0%}, so a layer follows the pooling")
-    backbone.model.reset_classifier(0)
+    model.reset_classifier(0)
     backbone.channels = features.shape[1]
     return backbone.train()
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -1,32 +1,110 @@
-"""Checkpoints: state dicts, random states and the configuration, never whole modules."""
+"""Checkpoints: state dicts and plain values, never whole modules, with a checksum of every byte."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO, cast
 
 import torch
 
+from .config import UserError
 
-def save(path: Path, state: dict) -> None:
-    """Write to a neighbour, then rename: a reader or a crash never meets half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        torch.save(state, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+MARK = b"\nsha256 "
+TAIL = len(MARK) + 64
 
 
-def read(path: Path, option: str) -> dict:
-    """The state on the CPU, for the command-line ``option``; runs no code of the file.
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that becomes ``path`` when all is written and on the disk: nobody ever meets half of it.
 
     Raises:
-        ValueError: no such file.
+        UserError: the disk is full or the folder can't be written; what was at ``path`` is still there.
+    """
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp", delete=False) as file:
+            temporary = Path(file.name)
+            yield file  # type: ignore[misc]
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: can't be written: {error.strerror or error}") from error
+    finally:
+        if temporary:
+            temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    os.umask(mask := os.umask(0o077))
+    return mask
+
+
+class _Hashed:
+    """What torch.save writes to, which keeps the checksum of what passes and the error that torch would hide."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sha = file, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        self.sha.update(content)
+        try:
+            return self.file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def save(path: Path, state: dict) -> None:
+    """Atomically: the file of ``torch.save`` and then its checksum, which torch.load ignores."""
+    with replacing(path) as file:
+        hashed = _Hashed(file)
+        try:
+            torch.save(state, cast(BinaryIO, hashed))
+        except RuntimeError as error:
+            raise (hashed.error or error) from error
+        file.write(MARK + hashed.sha.hexdigest().encode())
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The state on the CPU; runs no code of the file.
+
+    Raises:
+        UserError: no such file, or one that is damaged or no checkpoint of this program.
     """
     if not path.is_file():
-        raise ValueError(f"{option}: got no file {path}, expected the checkpoint of an earlier run")
-    return torch.load(path, weights_only=True, map_location="cpu")
+        raise UserError(f"{path}: no such file, expected a checkpoint of a run")
+    problem = damage(path)
+    if not problem:
+        try:
+            return torch.load(path, weights_only=True, map_location="cpu")
+        except Exception as error:  # the bytes are as they were written, so another program or version wrote them
+            problem = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+    raise UserError(f"{path}: not a whole checkpoint of this program: {problem}")
+
+
+def damage(path: Path) -> str:
+    """What is wrong with a checkpoint's bytes; "" if nothing is."""
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        left = os.fstat(file.fileno()).st_size - TAIL
+        while left > 0 and (block := file.read(min(left, 1 << 20))):
+            sha.update(block)
+            left -= len(block)
+        tail = file.read()
+    if left < 0 or not tail.startswith(MARK):
+        return "it does not end with a checksum, so it was cut off or another program wrote it"
+    return "" if tail == MARK + sha.hexdigest().encode() else "its checksum differs, so bytes of it have changed"
 
 
 def random_state() -> dict:

@@ -1,81 +1,227 @@
-"""Everything a run depends on; saved in each checkpoint."""
+"""What every run has, as frozen dataclasses, and how a method's or data set's own options join them.
+
+A file ``methods/NAME.py`` or ``data/NAME.py`` that defines a frozen dataclass ``Options`` is a method or a data set
+called NAME: its fields become the flags ``--method.FIELD`` or ``--data.FIELD``. Nothing lists the names.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
+import math
+import pkgutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-METHODS = ("rebalanced", "baseline")
+
+class UserError(Exception):
+    """What the user can mend: one line, no traceback. Everything else is an error of the program and keeps its own."""
+
+    status = 2  #: of the process that ends with it
 
 
-def _option(default, text: str):
-    return field(default=default, metadata={"help": text})
+#: What a field that changed between a run and its resumption means for it.
+RESULTS, ROUNDING, NOTHING = "results", "rounding", "nothing"
+
+
+def option(default: Any, text: str, *, changes: str = RESULTS, **metadata: Any) -> Any:
+    """A field with its help and what it changes: the results, only their rounding, or nothing of them."""
+    metadata |= {"help": text, "changes": changes}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class Named:
+    """Options that a file of a package defines under the name ``Options``."""
+
+    @property
+    def name(self) -> str:
+        """The name of that file, which is their name on the command line."""
+        return type(self).__module__.rpartition(".")[2]
+
+
+@functools.cache
+def found(package: str) -> dict[str, type]:
+    """Name -> ``Options`` of each file in trainer/``package`` that defines them."""
+    folder = importlib.import_module(f"{__package__}.{package}")
+    modules = (importlib.import_module(f"{folder.__name__}.{m.name}") for m in pkgutil.iter_modules(folder.__path__))
+    return {m.__name__.rpartition(".")[2]: m.Options for m in modules if hasattr(m, "Options")}
+
+
+#: Fields of :class:`Config` that hold a file's ``Options`` -> the package of those files.
+PACKAGES = {"method": "methods", "data": "data"}
+
+
+def expect(ok: bool, name: str, got: object, expected: str) -> None:
+    """Raises :class:`UserError` by the option's name unless ``ok``."""
+    if not ok:
+        raise UserError(f"{name}: got {got!r}, expected {expected}")
+
+
+def expect_number(name: str, value: float, low: float, high: float = math.inf, *, above: bool = False) -> None:
+    """A finite number from ``low``, or above it, to ``high``."""
+    ok = math.isfinite(value) and (low < value if above else low <= value) and value <= high
+    end = "" if high == math.inf else f" and <= {high:g}"
+    expect(ok, name, value, f"a finite number {'>' if above else '>='} {low:g}{end}")
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """backbone: a timm model whose class activation maps are exact"""
+
+    name: str = option("resnet18", "a timm model; the paper's is resnet18")
+    options: dict = option({}, "for timm.create_model, such as '{img_size: 112}'")
+
+
+@dataclass(frozen=True)
+class SplitOptions:
+    """which images train and which choose the best epoch"""
+
+    choose_on: str = option("held-out", "held-out: val, or else part of train; or test", choices=("held-out", "test"))
+    hold_out: float = option(0.1, "part of train held out where the data has no val")
+    imbalance: float = option(0.0, "largest over smallest class, made by leaving images out; 0: as it is")
+
+    def __post_init__(self) -> None:
+        expect_number("split.hold_out", self.hold_out, 0, 0.9, above=True)
+        if self.imbalance:
+            expect_number("split.imbalance", self.imbalance, 1)
+
+
+@dataclass(frozen=True)
+class Optim:
+    """optimiser and its schedule"""
+
+    optimizer: str = option("adam", "adam, adamw or sgd (momentum 0.9)", choices=("adam", "adamw", "sgd"))
+    weight_decay: float = option(1e-4, "the paper: 1e-4")
+    schedule: str = option(
+        "exponential",
+        "exponential by epochs, or cosine by steps, or constant",
+        choices=("exponential", "cosine", "constant"),
+    )
+    decay: float = option(0.9, "factor per epoch of the exponential schedule; the paper: 0.9")
+    warmup_steps: int = option(0, "steps of linear warm-up")
+    clip: float = option(0.0, "largest norm of the gradient; 0: not clipped")
+
+    def __post_init__(self) -> None:
+        expect_number("optim.weight_decay", self.weight_decay, 0)
+        expect_number("optim.decay", self.decay, 0, 1, above=True)
+        expect_number("optim.warmup_steps", self.warmup_steps, 0)
+        expect_number("optim.clip", self.clip, 0)
+
+
+@dataclass(frozen=True)
+class Compute:
+    """device and precision"""
+
+    device: str = option("auto", "auto, cpu or cuda", changes=ROUNDING, choices=("auto", "cpu", "cuda"))
+    amp: str = option("off", "bf16: the backbone in bfloat16 autocast", choices=("off", "bf16"))
+    channels_last: bool = option(False, "images and weights in NHWC order; often faster", changes=ROUNDING)
+    backend: str | None = option(None, "of the head, such as cpu or reference; chosen if left out", changes=ROUNDING)
+    threads: int = option(0, "of the CPU; 0: as PyTorch chooses", changes=ROUNDING)
+
+    def __post_init__(self) -> None:
+        expect_number("compute.threads", self.threads, 0)
+
+
+@dataclass(frozen=True)
+class Output:
+    """what a run writes"""
+
+    root: str = option("runs", "folder of the runs", changes=NOTHING)
+    save_minutes: float = option(10.0, "minutes between checkpoints inside an epoch", changes=NOTHING)
+    tensorboard: bool = option(False, "also TensorBoard events", changes=NOTHING)
+    pictures: bool = option(True, "confusion.png and cam.png at the end", changes=NOTHING)
+
+    def __post_init__(self) -> None:
+        expect_number("output.save_minutes", self.save_minutes, 0)
 
 
 @dataclass(frozen=True)
 class Config:
-    """One run. The defaults are the paper's recipe; each field is a flag of ``python -m trainer train``."""
+    """One run. Its presets are functions in presets.py; each field is a flag of ``python -m trainer train``."""
 
-    name: str = _option("run", "results go to runs/NAME")
-    data: str = _option("synthetic", "synthetic, or imagefolder:PATH with PATH/train/CLASS and PATH/val/CLASS")
-    backbone: str = _option("resnet18", "a timm model with an exact linear CAM; the paper's is resnet18")
-    backbone_options: dict = field(
-        default_factory=dict, metadata={"help": """JSON for timm.create_model, such as '{"img_size": 112}'"""}
-    )
-    method: str = _option("rebalanced", "rebalanced (the paper), or baseline: plain cross-entropy on one view")
-    seed: int = _option(0, "of the weights, the order, the augmentation and the synthetic faces")
-    epochs: int = _option(60, "the paper: 60")
-    batch_size: int = _option(32, "images a step, each with its mirrored twin; the released recipes: 32")
-    learning_rate: float = _option(1e-4, "Adam's; the paper: 1e-4")
-    weight_decay: float = _option(1e-4, "Adam's; the paper: 1e-4")
-    decay: float = _option(0.9, "ExponentialLR factor per epoch; the paper: 0.9")
-    alpha: float = _option(0.1, "share of the label given to classes by their weight, Eq. 8; the paper: 0.1")
-    consistency_weight: float = _option(2.0, "lambda of Eq. 6; the paper: 2")
-    beta: float = _option(0.9999, "of the class weights, Eq. 4; the paper: 0.9999")
-    image_size: int = _option(224, "side in pixels; the paper: 224")
-    train_size: int = _option(12271, "synthetic training images; RAF-DB has 12271")
-    test_size: int = _option(3068, "synthetic test images; RAF-DB has 3068")
-    device: str = _option("auto", "auto, cpu or cuda")
-    amp: str = _option("off", "off, or bf16: the backbone in bfloat16 autocast")
-    channels_last: bool = _option(False, "keep images and weights in NHWC order; often faster")
-    backend: str | None = _option(None, "of the head, such as reference or cpu; chosen by itself if left out")
-    tensorboard: bool = _option(False, "also write TensorBoard events into runs/NAME")
+    method: Any = option(dataclasses.MISSING, "a file of trainer/methods")
+    data: Any = option(dataclasses.MISSING, "a file of trainer/data")
+    name: str = option("run", "results go to ROOT/NAME", changes=NOTHING)
+    epochs: int = option(60, "the paper: 60", changes=NOTHING)
+    batch_size: int = option(32, "images a step; the released recipes: 32")
+    learning_rate: float = option(1e-4, "the paper: 1e-4")
+    image_size: int = option(224, "side in pixels; the paper: 224")
+    seed: int = option(0, "of weights, order, augmentation and synthetic faces")
+    backbone: Backbone = field(default_factory=Backbone)
+    split: SplitOptions = field(default_factory=SplitOptions)
+    optim: Optim = field(default_factory=Optim)
+    compute: Compute = field(default_factory=Compute)
+    output: Output = field(default_factory=Output)
 
     def __post_init__(self) -> None:
-        for option, allowed in (
-            ("method", METHODS),
-            ("device", ("auto", "cpu", "cuda")),
-            ("amp", ("off", "bf16")),
-        ):
-            if getattr(self, option) not in allowed:
-                raise ValueError(f"{option}: got {getattr(self, option)!r}, expected one of {', '.join(allowed)}")
-        for option in ("epochs", "batch_size", "image_size", "train_size", "test_size"):
-            if getattr(self, option) < 1:
-                raise ValueError(f"{option}: got {getattr(self, option)}, expected a whole number >= 1")
-        for option in ("learning_rate", "decay"):
-            if not getattr(self, option) > 0:
-                raise ValueError(f"{option}: got {getattr(self, option)}, expected a number > 0")
-        if self.name in ("", ".", "..") or "/" in self.name or "\\" in self.name:
-            raise ValueError(f"name: got {self.name!r}, expected the name of one folder under runs/")
-
-    def differences(self, other: dict) -> dict:
-        """Fields whose value differs from the saved ``other``: name -> (saved, now)."""
-        now = dataclasses.asdict(self)
-        return {k: (other.get(k), v) for k, v in now.items() if other.get(k) != v}
+        for name in ("epochs", "batch_size", "image_size"):
+            expect_number(name, getattr(self, name), 1)
+        expect_number("learning_rate", self.learning_rate, 0, above=True)
+        expect_number("seed", self.seed, 0, 2**63 - 1)
+        bad = self.name in ("", ".", "..") or set(self.name) & set('/\\:*?"<>|\0\n') or len(self.name.encode()) > 200
+        expect(not bad, "name", self.name, "the name of one folder")
 
 
-#: Both methods within minutes on two CPU cores: a thin ResNet-10 from scratch, with an 8 x 8 map of a 64-pixel face.
-DEMO = Config(
-    name="demo",
-    backbone="resnet10t",
-    backbone_options={"channels": [16, 32, 64, 128], "stem_width": 8, "output_stride": 8},
-    epochs=16,
-    learning_rate=2e-3,
-    decay=0.85,
-    alpha=0.3,  # the share that the released program gives away
-    consistency_weight=0.5,  # from scratch, the paper's 2 holds so short a run back
-    batch_size=64,
-    image_size=64,
-    train_size=3000,
-    channels_last=True,
-)
+def as_dict(options: Any) -> dict:
+    """Nested plain values; a method's and data set's options carry their ``name``."""
+    values: dict[str, Any] = {"name": options.name} if isinstance(options, Named) else {}
+    for f in dataclasses.fields(options):
+        value = getattr(options, f.name)
+        values[f.name] = as_dict(value) if dataclasses.is_dataclass(value) else value
+    return values
+
+
+def from_dict(saved: Mapping, default: Any) -> Any:
+    """``default`` with what ``saved`` says; a field that it lacks, perhaps newer than the file, keeps its default.
+
+    Raises:
+        UserError: an unknown field, method or data set, or a value that the options refuse.
+    """
+    values = dict(saved)
+    if isinstance(default, Named):
+        values.pop("name", None)
+    known = {f.name for f in dataclasses.fields(default)}
+    if unknown := sorted(set(values) - known):
+        raise UserError(f"{unknown[0]}: got an unknown option, expected one of {', '.join(sorted(known))}")
+    for name, value in values.items():
+        if name in PACKAGES:
+            current = getattr(default, name)
+            chosen = value.get("name", current.name)
+            values[name] = from_dict(value, current if chosen == current.name else select(name, chosen)())
+        elif isinstance(value, Mapping) and dataclasses.is_dataclass(getattr(default, name)):
+            values[name] = from_dict(value, getattr(default, name))
+    return dataclasses.replace(default, **values)
+
+
+def restored(saved: Mapping) -> Config:
+    """The config that :func:`as_dict` made ``saved`` of, perhaps before some of today's fields existed."""
+    kinds = {kind: select(kind, saved[kind]["name"])() for kind in PACKAGES}
+    return from_dict(saved, Config(**kinds))
+
+
+def select(kind: str, name: str) -> type:
+    """The ``Options`` of the method or data set called ``name``."""
+    options = found(PACKAGES[kind])
+    if name not in options:
+        raise UserError(f"{kind}: got {name!r}, expected one of {', '.join(sorted(options))}")
+    return options[name]
+
+
+def differences(saved: Any, now: Any, *, prefix: str = "") -> dict[str, list[str]]:
+    """What changed between two configs: RESULTS, ROUNDING or NOTHING -> "field was -> is"."""
+    changed: dict[str, list[str]] = {RESULTS: [], ROUNDING: [], NOTHING: []}
+    if type(saved) is not type(now):
+        changed[RESULTS].append(f"{prefix.rstrip('.')} {saved.name!r} -> {now.name!r}")
+        return changed
+    for f in dataclasses.fields(now):
+        was, is_ = getattr(saved, f.name), getattr(now, f.name)
+        if dataclasses.is_dataclass(is_):
+            for kind, texts in differences(was, is_, prefix=f"{prefix}{f.name}.").items():
+                changed[kind] += texts
+        elif was != is_:
+            changed[f.metadata["changes"]].append(f"{prefix}{f.name} {was!r} -> {is_!r}")
+    return changed

@@ -1,4 +1,4 @@
-"""Overall, mean and per-class accuracy from a confusion matrix."""
+"""Overall, mean and per-class accuracy and macro-F1, from the confusion matrix of a whole split."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ def confusion(labels: Tensor, predictions: Tensor, num_classes: int) -> Tensor:
 
 
 def accuracies(matrix: Tensor) -> dict:
-    """In percent; a class without images is None and takes no part in the mean."""
-    total = matrix.sum(1).double()
-    per_class = 100 * matrix.diag() / total
+    """In percent; a class without images is None and takes no part in the means."""
+    matrix = matrix.double().cpu()
+    total, right, predicted = matrix.sum(1), matrix.diag(), matrix.sum(0)
+    seen = total > 0
+    per_class, f1 = 100 * right / total, 100 * 2 * right / (total + predicted)
     return {
-        "overall": (100 * matrix.diag().sum() / total.sum()).item(),
-        "mean": per_class[total > 0].mean().item(),
-        "per_class": [a if n else None for a, n in zip(per_class.tolist(), total.tolist(), strict=True)],
+        "overall": (100 * right.sum() / total.sum()).item(),
+        "mean": per_class[seen].mean().item(),
+        "f1": f1[seen].mean().item(),
+        "per_class": [a if n else None for a, n in zip(per_class.tolist(), seen.tolist(), strict=True)],
     }

@@ -21,7 +21,7 @@ GPU = {
 }  # fmt: skip
 STEP = {
     "kind": "cuda", "device": "NVIDIA H200", "date": "2027-01-02T00:00:00", "commit": None, "dirty": None,
-    "config": {"backbone": "resnet18", "image_size": 224, "batch_size": 32, "amp": "bf16"},
+    "config": {"backbone": {"name": "resnet18"}, "image_size": 224, "batch_size": 32, "compute": {"amp": "bf16"}},
     "rows": [{"contender": "ours", "ms": [1, 7.5, 9], "images_per_s": 4266.7}],
     "whole_run": {"whole_run_s": 172.6},
 }  # fmt: skip

@@ -26,13 +26,13 @@ def test_the_heads_of_a_step_are_proven_on_its_features(training, monkeypatch):
 
 def test_a_step_trains_with_every_head_alike(training):
     losses, _, _ = step.prove(training)
-    x, y = training.batch()
-    values = [f(x, y).item() for f in losses.values()]
+    batch = training.batch()
+    values = [f(batch).item() for f in losses.values()]
     assert values == pytest.approx([values[0]] * 3, rel=1e-4)
     moved = {"head.weight", "head.bias", "backbone.model.conv1.0.weight"}
-    before = {k: v.detach().clone() for k, v in training.model.named_parameters()}
+    before = {k: v.detach().clone() for k, v in training.method.named_parameters()}
     training.step(losses["ours"])
-    assert moved <= {k for k, v in training.model.named_parameters() if not torch.equal(v, before[k])}
+    assert moved <= {k for k, v in training.method.named_parameters() if not torch.equal(v, before[k])}
 
 
 def test_a_whole_run_is_extrapolated_from_images_per_second(training, monkeypatch):

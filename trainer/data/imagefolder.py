@@ -1,107 +1,100 @@
-"""PATH/train/<class>/*.jpg and PATH/val|test|valid/<class>/*.jpg, decoded once and held in memory as uint8."""
+"""PATH/train/CLASS/**/image and the same under val, valid, validation, dev or test."""
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-from tqdm import tqdm
 
-from . import EXPRESSIONS, Data, Split
-
-if TYPE_CHECKING:
-    from ..config import Config
-
-CANONICAL = (*EXPRESSIONS, "contempt")
-ALIASES = {name: name for name in CANONICAL} | {
-    "surprised": "surprise",
-    "fearful": "fear",
-    "disgusted": "disgust",
-    "happy": "happiness",
-    "sad": "sadness",
-    "angry": "anger",
-    "contemptuous": "contempt",
-}
-RAFDB = {str(i + 1): name for i, name in enumerate(EXPRESSIONS)}  # the files of RAF-DB count from 1
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+from ..config import NOTHING, UserError, option
+from . import TEST, TRAIN, VALIDATION, Data, DataOptions, Split, decode, labels, listed
 
 
-def class_names(folders: list[str]) -> dict[str, str]:
-    """Folder name to class name, in class order.
+@dataclass(frozen=True)
+class Options(DataOptions):
+    """PATH/train/CLASS/ and PATH/val|test/CLASS/ with images inside"""
 
-    RAF-DB's 1 to 7 and names of expressions (happy, Sad, anger, ...) come in the canonical order; anything else keeps
-    its name, in alphabetical order.
+    path: str = option("", "the folder that holds train and val or test", changes=NOTHING)
+    classes: dict = option({}, "class of a folder, such as '{suprise: surprise, unknown: null}'")
+
+    def read(self, image_size: int, seed: int) -> Data:
+        root = Path(self.path).expanduser()
+        folders = split_folders(root)
+        train = class_folders(folders["train"])
+        names, notes = labels.name_folders(train, {f: c for f, c in self.classes.items() if f in train})
+        said = set(self.classes) - {f for folder in folders.values() for f in class_folders(folder)}
+        if said:
+            raise UserError(f"data.classes: got {sorted(said)[0]!r}, expected one of the folders {', '.join(train)}")
+        classes = tuple(dict.fromkeys(names.values()))
+        splits = {}
+        for split, folder in folders.items():
+            mapped = names if split == "train" else self._evaluated(folder, names)
+            splits[split], skipped = _read(root, folder, mapped, classes, image_size, whole=split == "train")
+            notes += skipped
+        on_disk = tuple("+".join(f for f in names if names[f] == c) for c in classes)
+        return Data(classes, splits, on_disk, tuple(notes))
+
+    def _evaluated(self, folder: Path, names: dict[str, str]) -> dict[str, str]:
+        """Folder -> class, by the names in train where they are the same; a class may be missing."""
+        mapped: dict[str, str] = {}
+        for name in class_folders(folder):
+            meaning = self.classes.get(name, "") if name in self.classes else names.get(name) or labels.canonical(name)
+            if name in self.classes and not meaning:
+                continue
+            if not meaning or meaning not in names.values():
+                expected = ", ".join(dict.fromkeys(names.values()))
+                raise UserError(f"data: got the folder {folder / name}, expected the classes of train: {expected}")
+            mapped[name] = meaning
+        return mapped
+
+
+def split_folders(root: Path) -> dict[str, Path]:
+    """Split -> folder, "train" first, the others under their own names.
 
     Raises:
-        ValueError: two folders mean the same class.
+        UserError: no such folder, no train, or nothing to evaluate.
     """
-    names = RAFDB if sorted(folders) == sorted(RAFDB) else {f: ALIASES.get(f.lower(), "") for f in folders}
-    if not all(names.values()):
-        return {f: f for f in sorted(folders)}
-    for name in CANONICAL:
-        if len(same := sorted(f for f in folders if names[f] == name)) > 1:
-            raise ValueError(f"data: got the folders {' and '.join(same)}, expected one folder for {name}")
-    return {f: names[f] for f in sorted(folders, key=lambda f: CANONICAL.index(names[f]))}
-
-
-def load(path: str, config: Config) -> Data:
-    """Raises ValueError if a folder is missing, a class has no training image, or a file can't be read."""
-    root = Path(path)
-    train = root / "train"
-    test = next((root / part for part in ("val", "test", "valid") if (root / part).is_dir()), None)
-    if not train.is_dir() or test is None:
-        found = ", ".join(sorted(f.name for f in root.iterdir())[:8]) if root.is_dir() else "nothing"
-        raise ValueError(
-            f"data: got 'imagefolder:{path}', which holds {found or 'nothing'}; "
-            "expected the folders train and val (or test, or valid), each with a folder for every class"
+    if not root.is_dir():
+        raise UserError(f"data.path: got {str(root)!r}, which is no folder; expected one with train and val or test")
+    inside = {f.name.lower(): f for f in sorted(root.iterdir()) if f.is_dir() and not decode.hidden(f.name)}
+    train = next((inside[name] for name in TRAIN if name in inside), None)
+    evaluated = {name: inside[name] for name in (*VALIDATION, *TEST) if name in inside}
+    if train is None or not evaluated:
+        found = listed(sorted(f.name for f in inside.values()), 8) or "no folder"
+        raise UserError(
+            f"data.path: got {str(root)!r}, which holds {found}; expected the folders train and val or test, "
+            "each with a folder for every class"
         )
-    names = class_names(_folders(train))
-    classes = tuple(names.values())
-    tested = class_names(_folders(test))
-    if unknown := sorted(set(tested.values()) - set(classes)):
-        raise ValueError(f"data: got the classes {unknown} in {test}, expected those of {train}: {sorted(classes)}")
-    for folder in names:
-        if not _files(train / folder):
-            raise ValueError(f"data: got no image in {train / folder}, expected {', '.join(sorted(SUFFIXES))}")
-
-    def split(part: Path, folders: dict[str, str]) -> Split:
-        files = [(f, classes.index(name)) for folder, name in folders.items() for f in _files(part / folder)]
-        if not files:
-            raise ValueError(f"data: got no image in {part}, expected {', '.join(sorted(SUFFIXES))}")
-        return _read(files, config.image_size)
-
-    return Data(classes, split(train, names), split(test, tested), folders=tuple(names))
+    return {"train": train, **evaluated}
 
 
-def _folders(root: Path) -> list[str]:
-    folders = sorted(f.name for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
+def class_folders(root: Path) -> list[str]:
+    """Their names in natural order, system folders left out."""
+    folders = [f.name for f in root.iterdir() if f.is_dir() and not decode.hidden(f.name)]
     if len(folders) < 2:
-        raise ValueError(
-            f"data: got {len(folders)} class folders and {len(_files(root))} images in {root}, "
-            "expected at least two folders, one for each class, with its images inside"
+        raise UserError(
+            f"data: got {len(folders)} class folders in {root}, expected at least two, one for each class, "
+            "with its images inside"
         )
-    return folders
+    return sorted(folders, key=labels.natural)
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES)
-
-
-def _read(files: list[tuple[Path, int]], size: int) -> Split:
-    def pixels(file: Path) -> np.ndarray:
-        try:
-            with Image.open(file) as image:
-                return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
-        except (OSError, UnidentifiedImageError) as error:
-            raise ValueError(f"data: got {file}, which can't be read as an image: {error}") from error
-
-    images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
-    with ThreadPoolExecutor(4) as pool:
-        decoded = pool.map(pixels, (f for f, _ in files))
-        for i, array in enumerate(tqdm(decoded, total=len(files), desc="reading images", leave=False)):
-            images[i] = torch.from_numpy(array.copy()).movedim(-1, 0)
-    return Split(images, torch.tensor([label for _, label in files]))
+def _read(
+    root: Path, folder: Path, names: dict[str, str], classes: tuple[str, ...], size: int, *, whole: bool
+) -> tuple[Split, list[str]]:
+    files, targets, others = [], [], []
+    for name, meaning in names.items():
+        images, rest = decode.image_files(folder / name)
+        files += images
+        targets += [classes.index(meaning)] * len(images)
+        others += rest
+    if missing := [c for i, c in enumerate(classes) if i not in set(targets)] if whole else []:
+        raise UserError(f"data: got no image of {', '.join(missing)} in {folder}, expected some of every class")
+    if not files:
+        raise UserError(f"data: got no image in {folder}, expected some")
+    kinds = Counter(f.suffix or "no suffix" for f in others)
+    note = f"{len(others)} files in {folder} are no images ({', '.join(f'{n} {k}' for k, n in kinds.items())}): "
+    notes = [note + listed([f.relative_to(root).as_posix() for f in others], 3)] if others else []
+    return decode.read(root, files, torch.tensor(targets), size), notes

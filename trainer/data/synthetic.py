@@ -8,15 +8,14 @@ and right are drawn alike, so a mirror image keeps its expression.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from . import EXPRESSIONS, Data, Split
-
-if TYPE_CHECKING:
-    from ..config import Config
+from ..config import expect_number, option
+from . import Data, DataOptions, Split
+from .labels import EXPRESSIONS
 
 TRAIN_COUNTS = (1290, 281, 717, 4772, 1982, 705, 2524)  # RAF-DB basic, in the order of EXPRESSIONS
 TEST_COUNTS = (329, 74, 160, 1185, 478, 162, 680)
@@ -37,15 +36,26 @@ IDENTITY = 0.24  # standard deviation of a person's own features, in units of ME
 CHUNK = 128  # faces drawn at a time: a bound on memory
 
 
-def load(_path: str, config: Config) -> Data:
-    """Train and test splits of about ``config.train_size`` and ``test_size`` faces in RAF-DB's proportions."""
+@dataclass(frozen=True)
+class Options(DataOptions):
+    """synthetic faces in RAF-DB's proportions"""
 
-    def counts(sizes: tuple[int, ...], total: int) -> list[int]:
-        return [max(1, round(total * n / sum(sizes))) for n in sizes]
+    train_size: int = option(12271, "training images; RAF-DB has 12271")
+    test_size: int = option(3068, "test images; RAF-DB has 3068")
 
-    train = draw(counts(TRAIN_COUNTS, config.train_size), config.image_size, 2 * config.seed)
-    test = draw(counts(TEST_COUNTS, config.test_size), config.image_size, 2 * config.seed + 1)
-    return Data(EXPRESSIONS, train, test)
+    def __post_init__(self) -> None:
+        expect_number("data.train_size", self.train_size, 1)
+        expect_number("data.test_size", self.test_size, 1)
+
+    def read(self, image_size: int, seed: int) -> Data:
+        train = draw(in_proportion(TRAIN_COUNTS, self.train_size), image_size, 2 * seed)
+        test = draw(in_proportion(TEST_COUNTS, self.test_size), image_size, 2 * seed + 1)
+        return Data(EXPRESSIONS, {"train": train, "test": test})
+
+
+def in_proportion(sizes: tuple[int, ...], total: int) -> list[int]:
+    """About ``total`` in the proportions of ``sizes``, at least one each."""
+    return [max(1, round(total * n / sum(sizes))) for n in sizes]
 
 
 def draw(counts: list[int], size: int, seed: int) -> Split:

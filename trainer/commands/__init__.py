@@ -1,0 +1,81 @@
+"""The commands, one file each, found by its file's name.
+
+A new command is one file: a frozen dataclass ``Options``, whose docstring's first line is its help, whose fields become
+its flags, and whose ``run`` does the work and returns the exit status.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from .. import checkpoint, compute, data, loop
+from ..config import Config, UserError, restored
+from ..methods import Method
+
+
+class Trained(NamedTuple):
+    """A method with its weights, ready to classify."""
+
+    config: Config
+    classes: tuple[str, ...]
+    method: Method
+    about: str  #: the run, the epoch and how it was chosen
+    saved: dict
+
+
+def load(path: str, device: str) -> Trained:
+    """From ``best.pt`` or ``last.pt``; a folder stands for its ``best.pt``.
+
+    Raises:
+        UserError: no such file, a damaged or foreign one, or no such device.
+    """
+    file = Path(path).expanduser()
+    file = file / "best.pt" if file.is_dir() else file
+    saved = checkpoint.read(file)
+    if missing := sorted({"config", "identity", "model", "epoch"} - set(saved)):
+        raise UserError(f"{file}: not a checkpoint of this program: it has no {', '.join(missing)}")
+    config = restored(saved["config"])
+    options = dataclasses.replace(config.compute, device=device, backend=None)
+    backbone = dataclasses.replace(
+        config.backbone, options={k: v for k, v in config.backbone.options.items() if k != "pretrained"}
+    )
+    config = dataclasses.replace(config, compute=options, backbone=backbone)
+    identity = saved["identity"]
+    method = loop.build(config, tuple(identity["counts"]["train"]), compute.prepare(options))
+    method.load_state_dict(saved["model"])
+    best = (
+        f"epoch {saved['epoch'] + 1}, the best on {saved['chooser']}" if "score" in saved else f"epoch {saved['epoch']}"
+    )
+    return Trained(config, tuple(identity["classes"]), method, f"{config.name}, {best}", saved)
+
+
+def new_file(path: str, overwrite: bool) -> Path:
+    """Raises :class:`UserError` if ``path`` exists and is not to be replaced, or has no folder to be in."""
+    file = Path(path).expanduser()
+    if file.exists() and not overwrite:
+        raise UserError(f"out: got {file}, which exists: --overwrite replaces it")
+    if not file.parent.is_dir():
+        raise UserError(f"out: got {file}, expected a file in a folder that exists")
+    return file
+
+
+def scores(classes: tuple[str, ...], counts: dict[str, int] | None, columns: dict[str, dict]) -> str:
+    """Accuracies in percent, a column for each of ``columns``: title -> what ``metrics.accuracies`` returns."""
+    rows = [["accuracy in %", "images", *columns]]
+
+    def add(name: str, images: object, values: list) -> None:
+        rows.append([name, str(images), *("-" if v is None else f"{v:.2f}" for v in values)])
+
+    for i, name in enumerate(classes):
+        add(name, counts[name] if counts else "", [c["per_class"][i] for c in columns.values()])
+    for key, name in (("mean", "mean"), ("overall", "overall"), ("f1", "macro-F1")):
+        add(name, "", [c[key] for c in columns.values()])
+    return data.table(rows)
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, with its type."""
+    return re.sub(r"\s+", " ", f"{type(error).__name__}: {error}").strip()

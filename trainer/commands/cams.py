@@ -1,0 +1,39 @@
+"""Fig. 4: the class activation maps of an image of each class and of its mirror image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .. import data
+from ..config import UserError, option
+from . import load, new_file
+
+
+@dataclass(frozen=True)
+class Options:
+    """a picture of every class's activation map for images of a run's data (Fig. 4)"""
+
+    checkpoint: str = option("", "a run's folder, or its best.pt or last.pt", positional=True)
+    out: str = option("cam.png", "the picture", positional=True)
+    classes: list[str] = option((), "rows of the picture, such as '[fear, anger]'; every class if left out")
+    split: str = option("", "of which split; the one that chose the best epoch if left out")
+    device: str = option("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
+    overwrite: bool = option(False, "replace the picture")
+
+    def run(self) -> int:
+        from .. import figures
+
+        out = new_file(self.out, self.overwrite)
+        trained = load(self.checkpoint, self.device)
+        sets = data.prepare(trained.config)
+        name = self.split or sets.chooser
+        if name not in sets.splits:
+            raise UserError(f"split: got {name!r}, expected one of {', '.join(sets.splits)}")
+        if unknown := sorted(set(self.classes) - set(trained.classes)):
+            raise UserError(f"classes: got {', '.join(unknown)}, expected some of {', '.join(trained.classes)}")
+        only = [trained.classes.index(name) for name in self.classes] or None
+        images, labels = figures.one_of_each(sets.splits[name], only)
+        title = f"{trained.about}, {name} images"
+        figures.activation_maps(out, trained.method, images, labels, trained.classes, title)
+        print(out)
+        return 0

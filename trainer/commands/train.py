@@ -1,0 +1,115 @@
+"""One run: everything is checked before an image is read; then data, method, epochs, pictures, table."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from .. import backbones, compute, data, loop, presets
+from ..config import NOTHING, Config, UserError, as_dict, option
+from ..methods import Method
+from ..run import Run
+from . import one_line, scores
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Options:
+    """one run: train, evaluate after each epoch, write checkpoints, log and pictures"""
+
+    preset: str = option("paper", "where the options start from", choices=tuple(presets.found()))
+    config: Config = field(default_factory=presets.paper, metadata={"flat": True})
+    resume: bool = option(False, "continue from ROOT/NAME/last.pt, as if never interrupted", changes=NOTHING)
+    overwrite: bool = option(False, "replace the run that ROOT/NAME has", changes=NOTHING)
+
+    def run(self) -> int:
+        result = train(self.config, resume=self.resume, overwrite=self.overwrite)
+        print(result.table())
+        return 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run has to say."""
+
+    config: Config
+    classes: tuple[str, ...]
+    counts: tuple[int, ...]  #: training images per class
+    history: list[dict]  #: the rows of metrics.jsonl
+    chooser: str
+    folder: Path
+
+    @property
+    def best(self) -> dict:
+        """The row of the epoch with the highest mean on the split that chooses."""
+        return max(self.history, key=lambda row: row[self.chooser]["mean"])
+
+    def columns(self) -> dict[str, dict]:
+        """Title -> scores of the last and of the best epoch on each split."""
+        last = self.history[-1]
+        splits = [name for name, value in last.items() if isinstance(value, dict)]
+        return {f"{name}, last": last[name] for name in splits} | {f"{name}, best": self.best[name] for name in splits}
+
+    def table(self) -> str:
+        images = dict(zip(self.classes, self.counts, strict=True))
+        how = f"images: of train; best: epoch {self.best['epoch']}, chosen by the mean on {self.chooser}"
+        return f"{scores(self.classes, images, self.columns())}\n{how}\n{self.folder}"
+
+
+def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> Result:
+    """Run ``config`` into its folder, ``config.output.root/config.name``.
+
+    Raises:
+        UserError: what the user can mend, by the name of its option. Stopped: a signal came; the state is saved.
+    """
+    if config.output.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise UserError("output.tensorboard: got true, but the package tensorboard is not installed")
+    with Run(config, resume=resume, overwrite=overwrite) as run:
+        device = compute.prepare(config.compute)
+        for name, value in as_dict(config).items():
+            logger.info("%s: %s", name, json.dumps(value, ensure_ascii=False))
+        logger.info("on %s with %d threads; another number of them rounds differently", device, torch.get_num_threads())
+        backbone = backbones.create(config)
+        sets = data.prepare(config)
+        logger.info("%s", data.describe(sets))
+        run.about = {"identity": sets.identity(), "chooser": sets.chooser, "threads": torch.get_num_threads()}
+        if run.saved:
+            expect_same(run.saved, run.about)
+        method = loop.build(config, sets.counts, device, backbone)
+        state = loop.fit(config, method, sets, run, device)
+        if config.output.pictures:
+            draw(config, method, sets, run)
+    return Result(config, sets.classes, sets.counts, state.history, sets.chooser, run.folder)
+
+
+def expect_same(saved: dict, now: dict) -> None:
+    """Raises :class:`UserError` if the data is not what the checkpoint was made with; says if threads differ."""
+    if changed := data.changes(saved["identity"], now["identity"]):
+        raise UserError(f"resume: got other data than the checkpoint was made with: {'; '.join(changed)}")
+    if saved["threads"] != now["threads"]:
+        logger.info(
+            "note: %d threads, %d before: continues, but not bit for bit (--compute.threads sets them)",
+            now["threads"], saved["threads"],
+        )  # fmt: skip
+
+
+def draw(config: Config, method: Method, sets: data.Data, run: Run) -> None:
+    """The pictures of the last epoch; none of them may fail a run."""
+    try:
+        from .. import figures
+
+        name, title = "test" if "test" in sets.splits else sets.chooser, f"{config.name}, epoch {config.epochs}"
+        split = sets.splits[name]
+        matrix = loop.evaluate(method, split, len(sets.classes))
+        assert matrix is not None, "the last evaluation had finite logits"
+        figures.confusion_matrix(run.folder / "confusion.png", matrix, sets.classes, title, name)
+        images, labels = figures.one_of_each(split)
+        figures.activation_maps(run.folder / "cam.png", method, images, labels, sets.classes, f"{title}, {name} images")
+    except Exception as error:
+        logger.warning("note: no pictures: %s", one_line(error))

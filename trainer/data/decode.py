@@ -1,0 +1,176 @@
+"""Files to pixels: every decoder that Pillow has, one meaning of 16 bits, alpha and orientation, odd files named."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import compress
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+from ..config import UserError
+from . import Split, listed
+from .labels import natural
+
+SYSTEM = {"@eaDir", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db", "desktop.ini"}
+Image.init()
+SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+Box = tuple[float, float, float, float]  # left, upper, width and height in pixels
+SMALLEST, LONGEST, LARGEST = 8, 8, 100_000_000  # pixels of the short side; long side over short; pixels in all
+
+
+def image_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Files below ``folder`` that are or should be images, and the rest; dot files and system files are in neither.
+
+    A file is one by its suffix, or because Pillow knows how it begins.
+    """
+    files = sorted(_walk(folder, set()), key=lambda f: [natural(part) for part in f.relative_to(folder).parts])
+    is_image = [f.suffix.lower() in SUFFIXES or _opens(f) for f in files]
+    return list(compress(files, is_image)), [f for f, yes in zip(files, is_image, strict=True) if not yes]
+
+
+def hidden(name: str) -> bool:
+    """Whether a file or folder belongs to the system and not to the data."""
+    return name.startswith(".") or name in SYSTEM
+
+
+def _walk(folder: Path, seen: set[str]) -> list[Path]:
+    """Through links too, but into no folder twice."""
+    if (real := os.path.realpath(folder)) in seen:
+        return []
+    seen.add(real)
+    inside = [f for f in folder.iterdir() if not hidden(f.name)]
+    return [f for f in inside if not f.is_dir()] + [g for f in inside if f.is_dir() for g in _walk(f, seen)]
+
+
+def _opens(file: Path) -> bool:
+    try:
+        with Image.open(file):
+            return True
+    except Exception:  # whatever a decoder makes of a file that is no image
+        return False
+
+
+def decode(content: bytes, size: int, box: Box | None = None) -> np.ndarray:
+    """(3, size, size) uint8 RGB of a file's content, upright by its EXIF orientation, or of its part in ``box``.
+
+    16 bits become the upper 8; transparent pixels show mid-grey, which is 0 to the network; of an animation the first
+    picture counts.
+
+    Raises:
+        ValueError: an image too small, too long or too large, or of floating-point pixels. Whatever Pillow raises for
+        content that it can't decode.
+    """
+    with Image.open(io.BytesIO(content)) as image:
+        short, long = sorted(image.size)
+        if short < SMALLEST or long > LONGEST * short or short * long > LARGEST:
+            raise ValueError(
+                f"{image.width} x {image.height} pixels, expected a side of at least {SMALLEST}, "
+                f"sides within 1 to {LONGEST} and at most {LARGEST // 1_000_000} million pixels"
+            )
+        image.load()
+        upright = _eight_bits(ImageOps.exif_transpose(image))
+    if box:
+        upright = upright.crop(_inside(box, upright))
+    if "A" in upright.getbands() or "transparency" in upright.info:
+        rgba = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", rgba.size, (128, 128, 128, 255)), rgba)
+    return _resized(upright.convert("RGB"), size)
+
+
+def _resized(image: Image.Image, size: int) -> np.ndarray:
+    pixels = np.array(image.resize((size, size), Image.Resampling.BILINEAR))
+    return np.ascontiguousarray(np.atleast_3d(pixels).transpose(2, 0, 1))
+
+
+def _inside(box: Box, image: Image.Image) -> tuple[float, float, float, float]:
+    """Left, upper, right and lower end of ``box`` in the image, most of which must be inside."""
+    left, upper, width, height = box
+    ends = max(left, 0), max(upper, 0), min(left + width, image.width), min(upper + height, image.height)
+    seen = max(ends[2] - ends[0], 0) * max(ends[3] - ends[1], 0)
+    if min(ends[2] - ends[0], ends[3] - ends[1]) < SMALLEST or 2 * seen < width * height:
+        raise ValueError(
+            f"the face box at ({left:g}, {upper:g}) of {width:g} x {height:g} pixels, expected one inside the image's "
+            f"{image.width} x {image.height}; is the image cropped already?"
+        )
+    return ends
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("floating-point pixels, expected whole numbers of 8 or 16 bits")
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError("pixels of 32 bits, expected 8 or 16")
+    return Image.fromarray((values >> 8).astype(np.uint8))
+
+
+def digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def read(root: Path, files: Sequence[Path], labels: Tensor, size: int, boxes: Sequence[Box | None] = ()) -> Split:
+    """The split of ``files`` under ``root``, each image cropped to its box if there are ``boxes``.
+
+    Raises:
+        UserError: too little memory; or files that can't be read, all of them counted and the first 20 named.
+    """
+
+    def decoded(i: int) -> tuple[np.ndarray, str]:
+        content = files[i].read_bytes()
+        return decode(content, size, boxes[i] if boxes else None), digest(content)
+
+    images, digests = _collect([str(f) for f in files], decoded, 3, size)
+    return Split(images, labels, tuple(f.relative_to(root).as_posix() for f in files), digests)
+
+
+def read_grey(names: Sequence[str], pixels: Sequence[bytes], side: int, labels: Tensor, size: int) -> Split:
+    """The split of grey images that are no files: ``side`` x ``side`` bytes each."""
+
+    def resized(i: int) -> tuple[np.ndarray, str]:
+        return _resized(Image.frombytes("L", (side, side), pixels[i]), size), digest(pixels[i])
+
+    images, digests = _collect(names, resized, 1, size)
+    return Split(images, labels, tuple(names), digests)
+
+
+def _collect(
+    names: Sequence[str], one: Callable[[int], tuple[np.ndarray, str]], channels: int, size: int
+) -> tuple[Tensor, tuple[str, ...]]:
+    """Images (K, channels, size, size) uint8 and digests: what ``one`` returns for each index."""
+    try:
+        images = torch.empty(len(names), channels, size, size, dtype=torch.uint8)
+    except RuntimeError as error:
+        gigabytes = len(names) * channels * size * size / 1e9
+        raise UserError(f"image_size: got {size}, for which {len(names)} images need {gigabytes:.1f} GB") from error
+
+    def attempt(i: int) -> tuple[np.ndarray | None, str]:
+        try:
+            return one(i)
+        except Exception as error:  # whatever a decoder makes of a bad file
+            return None, str(error).replace(names[i], "").strip() or type(error).__name__
+
+    digests, bad = [], []
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        results = tqdm(pool.map(attempt, range(len(names))), total=len(names), desc="reading images", leave=False)
+        for i, (pixels, text) in enumerate(results):
+            if pixels is None:
+                bad.append(f"{names[i]}: {text}")
+            else:
+                images[i] = torch.from_numpy(pixels)
+            digests.append(text)
+    if bad:
+        raise UserError(
+            f"data: got {len(bad)} files that can't be read as images:\n  " + listed(bad, 20).replace(", /", "\n  /")
+        )
+    return images, tuple(digests)

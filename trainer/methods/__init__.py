@@ -1,0 +1,74 @@
+"""The methods, one file each. A method is a module with a backbone, a head, its losses and its inference.
+
+A new method is one file: a frozen dataclass ``Options`` with :class:`MethodOptions` as its base, whose fields become
+``--method.FIELD`` and whose ``build`` returns a :class:`Method`. It imports neither the loop nor the data: what it may
+know of the images comes with each batch (see ``trainer.data.batches.Batch``). ``baseline.py`` is the shortest.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..config import Named
+
+if TYPE_CHECKING:
+    from ..backbones import Backbone
+    from ..data.batches import Batch
+
+
+class Task(NamedTuple):
+    """What a method is built for."""
+
+    counts: tuple[int, ...]  #: training images of each of the L classes
+    backend: str | None = None  #: of the fused operators; None chooses
+
+
+class MethodOptions(Named):
+    """Base of each method's ``Options``."""
+
+    def build(self, backbone: Backbone, task: Task) -> Method:
+        """The method with its head on ``backbone``, random by PyTorch's global generator."""
+        raise NotImplementedError
+
+
+class Method(nn.Module):
+    """A backbone and a head that trains on batches and classifies images.
+
+    Everything that must survive an interruption is a parameter or a buffer of it: a checkpoint holds its state dict
+    and that of the optimiser.
+    """
+
+    #: Whether its losses follow ``Batch.progress``, so that a run with another number of epochs is another run.
+    follows_progress = False
+
+    backbone: Backbone
+    head: Any  #: a module that turns features into logits, with ``maps``
+
+    def __init__(self, backbone: Backbone, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Scalars to be logged by name, means over the batch; the one called "loss" is minimised."""
+        raise NotImplementedError
+
+    def after_step(self, batch: Batch) -> None:
+        """Called after each optimiser step, for methods that keep a teacher or correct labels."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (M, L) float32 of normalised images (M, 1 or 3, h, w)."""
+        return self.head(self.backbone(images))
+
+    def maps(self, images: Tensor) -> Tensor:
+        """Class activation maps (M, L, H, W), Eq. 2, of normalised images (M, 1 or 3, h, w)."""
+        return self.head.maps(self.backbone(images))
+
+
+def prior(counts: tuple[int, ...]) -> Tensor:
+    """(L,) share of each class among the training images."""
+    n = torch.tensor(counts, dtype=torch.float64)
+    return (n / n.sum()).float()

@@ -1,0 +1,254 @@
+"""The folder of a run: its lock, checkpoints, log, and what a signal does to it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import math
+import os
+import signal
+import threading
+import time
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from . import checkpoint
+from .config import NOTHING, RESULTS, ROUNDING, Config, UserError, as_dict, differences, restored
+from .state import State
+
+logger = logging.getLogger(__name__)
+
+#: What a run writes into its folder.
+FILES = ("config.json", "metrics.jsonl", "last.pt", "previous.pt", "best.pt", "confusion.png", "cam.png")
+LOCK = ".lock"
+
+
+class Diverged(UserError):
+    """A loss that is no finite number: where, and what is still good."""
+
+    status = 3
+
+    def __init__(self, where: str, good: str) -> None:
+        super().__init__(f"loss: got a number that is not finite {where}; {good}; a lower --learning-rate may help")
+
+
+class Stopped(Exception):
+    """A signal ended the run after its state was saved."""
+
+    def __init__(self, signum: int, position: str) -> None:
+        super().__init__(f"stopped in {position}; the same command with --resume continues")
+        self.status = 128 + signum
+
+
+class Run(AbstractContextManager):
+    """``ROOT/NAME``, held by one process at a time.
+
+    ``last.pt`` is the whole state, replaced atomically; what it replaces becomes ``previous.pt``. All other files can
+    be made from it: ``best.pt`` has the weights of the best epoch, which the state holds too, and ``metrics.jsonl``
+    its history. ``saved`` is the state to resume from, or None.
+
+    Raises:
+        UserError: a folder that can't be written, is in use, or has a run already that is neither to be resumed nor
+        overwritten; a checkpoint that is damaged or was made with other options.
+    """
+
+    def __init__(self, config: Config, *, resume: bool = False, overwrite: bool = False) -> None:
+        if resume and overwrite:
+            raise UserError("resume: got both --resume and --overwrite, expected one of them")
+        self.config = config
+        self.folder = Path(config.output.root).expanduser() / config.name
+        self.about: dict = {}  #: what else the checkpoints hold: the identity of the data
+        self.board: Any = None
+        self.saved: dict | None = None
+        if resume and not (self.folder / "last.pt").is_file():
+            raise UserError(f"resume: got no file {self.folder / 'last.pt'}, expected the checkpoint of an earlier run")
+        self.lock = _lock(self.folder)
+        try:
+            if resume:
+                self.saved = self._resumed()
+            elif not overwrite and (found := [name for name in FILES if (self.folder / name).exists()]):
+                raise UserError(
+                    f"name: got {config.name!r}, but {self.folder} has a run already ({', '.join(found)}): "
+                    "--resume continues it, --overwrite replaces it, or choose another --name"
+                )
+        except UserError:
+            self.close()
+            raise
+
+    def _resumed(self) -> dict:
+        path = self.folder / "last.pt"
+        try:
+            saved = checkpoint.read(path)
+        except UserError as error:
+            raise UserError(f"resume: {error}{self._offer_previous()}") from None
+        check_config(path, saved, self.config)
+        return saved
+
+    def _offer_previous(self) -> str:
+        previous = self.folder / "previous.pt"
+        try:
+            saved = checkpoint.read(previous)
+        except UserError:
+            return ""
+        where = position(saved["epoch"], saved["step"])
+        return f"; {previous} is whole and stands in {where}: rename it to last.pt to resume from there"
+
+    def begin(self, state: State) -> None:
+        """The first save of this process; what an overwritten run left is deleted."""
+        if self.saved is None:
+            for name in (*FILES, *(f.name for f in self.folder.glob("events.out.tfevents.*"))):
+                (self.folder / name).unlink(missing_ok=True)
+        for stale in self.folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+            stale.unlink()
+        text = json.dumps(as_dict(self.config), indent=2, ensure_ascii=False)
+        self._write("config.json", text + "\n")
+        if self.config.output.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
+
+            self.board = SummaryWriter(str(self.folder), purge_step=len(state.history) + 1)
+        self.save(state)
+        self._publish(state)
+
+    def save(self, state: State) -> None:
+        """The whole state, atomically, into ``last.pt``."""
+        last, previous = self.folder / "last.pt", self.folder / "previous.pt"
+        if last.exists():
+            spare = self.folder / ".previous.tmp"
+            spare.unlink(missing_ok=True)
+            os.link(last, spare)  # so that last.pt exists at every moment
+            os.replace(spare, previous)
+        checkpoint.save(last, {**state.as_dict(), **self.about, "config": as_dict(self.config)})
+        self.saved_at, self.position = time.monotonic(), position(state.epoch, state.step)
+
+    def good(self) -> str:
+        """What stands on the disk, for a message."""
+        return f"{self.folder / 'last.pt'} is good and stands in {self.position}"
+
+    def due(self) -> bool:
+        """Whether the last save is longer ago than wanted."""
+        return time.monotonic() - self.saved_at > 60 * self.config.output.save_minutes
+
+    def finish_epoch(self, state: State) -> None:
+        """Saves, then rewrites what is made from the state."""
+        self.save(state)
+        self._publish(state)
+        if self.board:
+            row = state.history[-1]
+            for name, value in _scalars(row):
+                self.board.add_scalar(name, value, row["epoch"])
+
+    def _publish(self, state: State) -> None:
+        rows = (json.dumps(_finite(row), allow_nan=False, ensure_ascii=False) for row in state.history)
+        self._write("metrics.jsonl", "".join(row + "\n" for row in rows))
+        if state.best:
+            row = state.history[state.best["epoch"]]
+            best = {**self.about, **state.best, "row": row, "config": as_dict(self.config)}
+            checkpoint.save(self.folder / "best.pt", best)
+
+    def _write(self, name: str, text: str) -> None:
+        with checkpoint.replacing(self.folder / name) as file:
+            file.write(text.encode())
+
+    def close(self) -> None:
+        if self.board:
+            self.board.close()
+        if os.listdir(self.folder) == [LOCK]:  # nothing was begun
+            (self.folder / LOCK).unlink()
+            self.folder.rmdir()
+        os.close(self.lock)
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def position(epoch: int, step: int) -> str:
+    """In words, epochs from 1.
+
+    >>> position(0, 3)
+    'epoch 1 after 3 steps'
+    """
+    return f"epoch {epoch + 1} after {step} steps"
+
+
+def _lock(folder: Path) -> int:
+    """An open, locked file in ``folder``, which is made if need be; the lock ends with the process."""
+    path = folder / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise UserError(f"output.root: {folder} can't be written: {error.strerror}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not path.exists() or not os.path.samestat(path.stat(), os.fstat(lock)):  # deleted by its last holder
+            os.close(lock)
+            return _lock(folder)
+    except BlockingIOError:
+        os.close(lock)
+        raise UserError(f"name: got {folder.name!r}, but another process is writing to {folder}") from None
+    except OSError as error:
+        logger.warning("note: %s can't be locked (%s): start no second run of this name", folder, error.strerror)
+    return lock
+
+
+def check_config(path: Path, saved: dict, config: Config) -> None:
+    """Raises :class:`UserError` if an option differs that changes the results; says which change their rounding."""
+    changed = differences(restored(saved["config"]), config)
+    if saved["epoch_bound"] and saved["config"]["epochs"] != config.epochs:
+        changed[RESULTS].append(f"epochs {saved['config']['epochs']} -> {config.epochs}, which its schedule follows")
+    if changed[RESULTS]:
+        raise UserError(f"resume: got other options than {path} was made with: {', '.join(changed[RESULTS])}")
+    if changed[ROUNDING]:
+        logger.info("note: %s: continues, but not bit for bit", ", ".join(changed[ROUNDING]))
+    if changed[NOTHING]:
+        logger.debug("changed: %s", ", ".join(changed[NOTHING]))
+
+
+def _finite(value: Any) -> Any:
+    """With None for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _scalars(row: dict, prefix: str = "") -> list[tuple[str, float]]:
+    """The numbers of a row of the log, by path."""
+    found = []
+    for name, value in row.items():
+        if isinstance(value, dict):
+            found += _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, float):
+            found.append((prefix + name, value))
+    return found
+
+
+class Signals:
+    """Set by SIGINT, SIGTERM or SIGHUP, so that the step in progress ends; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.asked: int | None = None
+
+    def ask(self, signum: int, _frame: object) -> None:
+        if self.asked == signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = signum
+        logger.info("%s: stopping after this step", signal.Signals(signum).name)
+
+
+@contextmanager
+def signals():
+    """Signals are noted instead of ending the process; only the main thread can do so."""
+    noted = Signals()
+    if threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    before = {s: signal.signal(s, noted.ask) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield noted
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
