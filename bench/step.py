@@ -50,7 +50,7 @@ class Training:
         self.config, self.steps = config, 0
         self.method: Any = loop.build(config, TRAIN_COUNTS, device)
         self.method.train()
-        self.optimizer = optim.create(config, self.method.parameters())
+        self.optimizer = optim.create(config, self.method, device)
         side = config.image_size
         images = torch.randint(0, 256, (pool, 1, side, side), dtype=torch.uint8, device=device)
         self.split = Split(images, torch.randint(0, len(TRAIN_COUNTS), (pool,), device=device))
@@ -60,7 +60,7 @@ class Training:
         self.steps += 1
         random = torch.Generator().manual_seed(self.steps)
         rows = torch.randint(len(self.split.labels), (self.config.batch_size,), generator=random)
-        return Batch(self.split, rows, progress=0.0, seed=0, epoch=self.steps)
+        return Batch(self.split, rows, whole=len(rows), progress=0.0, seed=0, epoch=self.steps)
 
     def problem(self, features: Tensor, y: Tensor) -> Problem:
         """The head's arguments with these features."""
@@ -76,7 +76,9 @@ class Training:
         return lambda batch: formulation(self.problem(self.method.backbone(batch.pair()), batch.labels))
 
     def step(self, loss: Loss) -> None:
-        optim.step(self.optimizer, loss(self.batch()), self.config.learning_rate, self.config.optim.clip)
+        self.optimizer.zero_grad()
+        loss(self.batch()).backward()
+        self.optimizer.step()
 
 
 def in_features_dtype(formulation: Formulation) -> Formulation:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
+import os
 import re
 import sys
 import tomllib
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import presets
+from . import distributed, presets
 from .config import PACKAGES, Config, Named, UserError, found, from_dict, select
 from .run import Stopped
 
@@ -30,12 +31,12 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status: 2 for what the user can mend, 3 for a loss that is not finite, 128 + n
     after signal n."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("trainer").setLevel(logging.INFO)
+    logging.getLogger("trainer").setLevel(logging.INFO if distributed.speaks() else logging.WARNING)
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
         return 0 if options is None else options.run()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:" if distributed.speaks() else f"rank {os.environ['RANK']}: error:", error, file=sys.stderr)
         return error.status
     except torch.OutOfMemoryError as error:
         print(

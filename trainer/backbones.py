@@ -27,13 +27,30 @@ class Backbone(nn.Module):
         self.model = model
         self.nhwc = str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC")
         self.layout = torch.channels_last if config.compute.channels_last else torch.contiguous_format
-        self.bf16 = config.compute.amp == "bf16"
+        self.amp = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.compute.amp)
+        self.frozen_batchnorm, self.separate_views = config.backbone.frozen_batchnorm, config.backbone.separate_views
         self.channels: int = model.num_features
 
     def forward(self, images: Tensor) -> Tensor:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            features = self.model.forward_features(images.expand(-1, 3, -1, -1).contiguous(memory_format=self.layout))
+        with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
+            return self.maps(images)
+
+    def maps(self, images: Tensor) -> Tensor:
+        """The features, in the precision of the weights."""
+        features = self.model.forward_features(images.expand(-1, 3, -1, -1).contiguous(memory_format=self.layout))
         return features.permute(0, 3, 1, 2) if self.nhwc else features
+
+    def pair(self, images: Tensor) -> Tensor:
+        """Of both views (2N, 3, h, w), in one pass, or in one for each so that BatchNorm does not mix them."""
+        return torch.cat([self(view) for view in images.chunk(2)]) if self.separate_views else self(images)
+
+    def train(self, mode: bool = True) -> Backbone:
+        super().train(mode)
+        if self.frozen_batchnorm:
+            for module in self.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
 
 
 def create(config: Config) -> Backbone:
@@ -82,7 +99,7 @@ def _create(config: Config) -> Backbone:
             classifier.bias.copy_(bias)
         images = torch.randn(2, 3, image_size, image_size, generator=random)
         try:
-            features, logits = backbone(images).float(), model(images)
+            features, logits = backbone.maps(images), model(images)
         except (AssertionError, RuntimeError) as error:
             raise UserError(f"image_size: got {image_size}, which {name!r} refuses: {_line(error)}") from error
     if features.dim() != 4:

@@ -105,15 +105,3 @@ def damage(path: Path) -> str:
     if left < 0 or not tail.startswith(MARK):
         return "it does not end with a checksum, so it was cut off or another program wrote it"
     return "" if tail == MARK + sha.hexdigest().encode() else "its checksum differs, so bytes of it have changed"
-
-
-def random_state() -> dict:
-    """Of the generators that layers such as dropout draw from."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def set_random_state(state: dict) -> None:
-    torch.set_rng_state(state["cpu"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

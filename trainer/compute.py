@@ -9,22 +9,36 @@ import torch
 
 import rebalfer_kernels as rk
 
+from . import distributed
 from .config import Compute, UserError
 
 logger = logging.getLogger(__name__)
 
 
-def prepare(compute: Compute) -> torch.device:
-    """The device, with the backend of the head tried on it, which compiles kernels on the first use.
+def device_of(compute: Compute) -> torch.device:
+    """The device of this process.
 
     Raises:
-        UserError: no such device, or a backend that is unknown or can't serve it.
+        UserError: there is no such device, or an option needs another.
     """
     if compute.device == "cuda" and not torch.cuda.is_available():
         raise UserError("compute.device: got 'cuda', expected 'cpu' or 'auto': PyTorch sees no CUDA device")
-    device = torch.device("cuda" if compute.device != "cpu" and torch.cuda.is_available() else "cpu")
+    on_gpu = compute.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda", distributed.local_rank()) if on_gpu else torch.device("cpu")
+    for name in ("cuda_graph", "sync_batchnorm"):
+        if getattr(compute, name) and not on_gpu:
+            raise UserError(f"compute.{name}: got true on a CPU, expected a GPU")
     if compute.threads:
         torch.set_num_threads(compute.threads)
+    return device
+
+
+def try_backend(compute: Compute, device: torch.device) -> None:
+    """Runs the head once, which compiles kernels on their first use.
+
+    Raises:
+        UserError: a backend that is unknown or can't serve the device.
+    """
     text = "compiling the kernels for this machine, which takes about a minute and happens once"
     notice = threading.Timer(2.0, logger.info, (text,))
     notice.daemon = True
@@ -40,4 +54,3 @@ def prepare(compute: Compute) -> torch.device:
         raise UserError(f"compute.{error}") from error
     finally:
         notice.cancel()
-    return device

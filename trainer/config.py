@@ -74,6 +74,8 @@ class Backbone:
 
     name: str = option("resnet18", "a timm model; the paper's is resnet18")
     options: dict = option({}, "for timm.create_model, such as '{img_size: 112}'")
+    frozen_batchnorm: bool = option(False, "BatchNorm keeps the statistics it starts with")
+    separate_views: bool = option(False, "BatchNorm statistics of each view for itself, as with two forward passes")
 
 
 @dataclass(frozen=True)
@@ -94,22 +96,27 @@ class SplitOptions:
 class Optim:
     """optimiser and its schedule"""
 
-    optimizer: str = option("adam", "adam, adamw or sgd (momentum 0.9)", choices=("adam", "adamw", "sgd"))
+    optimizer: str = option("adam", "adam, adamw, sgd (Nesterov, 0.9) or another of timm's")
+    options: dict = option({}, "for the optimiser, such as '{betas: [0.9, 0.95]}'")
     weight_decay: float = option(1e-4, "the paper: 1e-4")
+    decay_all: bool = option(True, "weight decay of biases and normalisation layers too, as PyTorch does")
     schedule: str = option(
-        "exponential",
-        "exponential by epochs, or cosine by steps, or constant",
-        choices=("exponential", "cosine", "constant"),
+        "exponential", "exponential, cosine or constant", choices=("exponential", "cosine", "constant")
     )
+    schedule_by: str = option("epoch", "epoch, or step: how often the schedule changes", choices=("epoch", "step"))
     decay: float = option(0.9, "factor per epoch of the exponential schedule; the paper: 0.9")
     warmup_steps: int = option(0, "steps of linear warm-up")
     clip: float = option(0.0, "largest norm of the gradient; 0: not clipped")
+    accumulate: int = option(1, "parts in which a batch is computed, one after the other, to save memory")
+    average: float = option(0.0, "decay of the moving average of the weights, such as 0.9998; 0: none")
 
     def __post_init__(self) -> None:
         expect_number("optim.weight_decay", self.weight_decay, 0)
         expect_number("optim.decay", self.decay, 0, 1, above=True)
         expect_number("optim.warmup_steps", self.warmup_steps, 0)
         expect_number("optim.clip", self.clip, 0)
+        expect_number("optim.accumulate", self.accumulate, 1)
+        expect_number("optim.average", self.average, 0, 1 - 1e-9)
 
 
 @dataclass(frozen=True)
@@ -117,10 +124,13 @@ class Compute:
     """device and precision"""
 
     device: str = option("auto", "auto, cpu or cuda", changes=ROUNDING, choices=("auto", "cpu", "cuda"))
-    amp: str = option("off", "bf16: the backbone in bfloat16 autocast", choices=("off", "bf16"))
+    amp: str = option("off", "bf16 or fp16: autocast of the backbone", choices=("off", "bf16", "fp16"))
     channels_last: bool = option(False, "images and weights in NHWC order; often faster", changes=ROUNDING)
     backend: str | None = option(None, "of the head, such as cpu or reference; chosen if left out", changes=ROUNDING)
     threads: int = option(0, "of the CPU; 0: as PyTorch chooses", changes=ROUNDING)
+    compile: bool = option(False, "the backbone through torch.compile", changes=ROUNDING)
+    cuda_graph: bool = option(False, "the whole step as a CUDA graph", changes=ROUNDING)
+    sync_batchnorm: bool = option(False, "BatchNorm statistics over the images of all GPUs")
 
     def __post_init__(self) -> None:
         expect_number("compute.threads", self.threads, 0)

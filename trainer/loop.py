@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
+import zlib
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import backbones, metrics, optim
+from . import backbones, distributed, metrics, optim
 from .config import Config
 from .data import Data, Split, views
 from .data.batches import Batch, order
 from .methods import Method, Task
-from .run import Diverged, Run, Stopped, signals
+from .run import Diverged, Run, Signals, Stopped, signals
 from .state import State
 
 logger = logging.getLogger(__name__)
@@ -29,8 +30,12 @@ def build(
     """The method of ``config`` on ``device``, random by its seed."""
     backbone = backbone or backbones.create(config)
     torch.manual_seed(config.seed)
-    method = config.method.build(backbone, Task(counts, config.compute.backend))
-    return method.to(device, memory_format=backbone.layout)
+    method = config.method.build(backbone, Task(counts, config.compute.backend)).to(device)
+    if config.compute.sync_batchnorm:
+        method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
+    if config.compute.compile:
+        backbone.compile()
+    return method.to(memory_format=backbone.layout)
 
 
 def fit(config: Config, method: Method, data: Data, run: Run, device: torch.device) -> State:
@@ -46,39 +51,45 @@ def fit(config: Config, method: Method, data: Data, run: Run, device: torch.devi
     run.begin(state)
     with signals() as noted:
         while state.epoch < config.epochs:
-            started = time.perf_counter()
-            _train_epoch(config, train, state, run, noted)
+            started, first = time.perf_counter(), state.step
+            steps = _train_epoch(config, train, state, run, noted)
+            trained = time.perf_counter() - started
             scores = {name: metrics.accuracies(_evaluate(state, name, data, run)) for name in data.evaluated}
             seconds = time.perf_counter() - started
-            row = {"epoch": state.epoch + 1, **state.means(len(train.labels)), **scores, "seconds": seconds}
-            state.finish_epoch(row, scores[data.chooser]["mean"])
+            speed = len(train.labels) * (steps - first) / steps / trained
+            row = {"epoch": state.epoch + 1, **state.means(len(train.labels)), **scores}
+            state.finish_epoch(row | {"seconds": seconds, "images_per_s": speed}, scores[data.chooser]["mean"])
             run.finish_epoch(state)
-            logger.info("%s %d/%d: %s", config.name, state.epoch, config.epochs, _summary(row, data))
+            logger.info("%s %d/%d: %s", config.name, state.epoch, config.epochs, _summary(config, state, data))
             if noted.asked is not None:
                 raise Stopped(noted.asked, run.position)
     return state
 
 
-def _train_epoch(config: Config, train: Split, state: State, run: Run, noted) -> None:
-    groups, first = order(len(train.labels), config.batch_size, config.seed, state.epoch), state.step
+def _train_epoch(config: Config, train: Split, state: State, run: Run, noted: Signals) -> int:
+    """The rest of an epoch; how many steps it has."""
+    n = len(train.labels)
+    groups, first = order(n, config.batch_size, config.seed, state.epoch, least=optim.fewest(config)), state.step
     title = f"{config.name} {state.epoch + 1}/{config.epochs}"
     state.method.train()
-    for rows in tqdm(groups[first:], initial=first, total=len(groups), desc=title, unit="step", leave=False):
+    bar = tqdm(groups[first:], initial=first, total=len(groups), desc=title, unit="step", leave=False, disable=None)
+    for rows in bar:
+        # Dropout and the like: by position and process, so that nothing but the position needs to be saved.
+        torch.manual_seed(zlib.crc32(f"{config.seed} {state.epoch} {state.step} {distributed.rank()}".encode()))
         progress = (state.epoch + state.step / len(groups)) / config.epochs
-        batch = Batch(train, rows, progress, config.seed, state.epoch)
-        losses = state.method.losses(batch)
-        rate = optim.learning_rate(config, state.epoch, state.step, len(groups))
-        optim.step(state.optimizer, losses["loss"], rate, config.optim.clip)
-        state.method.after_step(batch)
-        state.count(losses, len(rows))
+        batch = Batch(train, rows[distributed.share(len(rows))], len(rows), progress, config.seed, state.epoch)
+        state.count(state.take(batch, optim.learning_rate(config, state.epoch, state.step, len(groups))))
 
-        last, stop = state.step == len(groups), noted.asked is not None
-        if last or stop or run.due() or state.step % CHECK_EVERY == 0:
+        last = state.step == len(groups)
+        check = last or state.step % CHECK_EVERY == 0
+        stop = distributed.agreed(noted.asked, check)
+        if check or stop or run.due():
             _expect_finite(state, groups, run)
         if not last and (stop or run.due()):
             run.save(state)
         if stop and not last:  # after the last step, the evaluation belongs to the epoch
-            raise Stopped(noted.asked, run.position)
+            raise Stopped(stop, run.position)
+    return len(groups)
 
 
 def _expect_finite(state: State, groups: tuple[Tensor, ...], run: Run) -> None:
@@ -88,15 +99,18 @@ def _expect_finite(state: State, groups: tuple[Tensor, ...], run: Run) -> None:
 
 
 def _evaluate(state: State, name: str, data: Data, run: Run) -> Tensor:
-    matrix = evaluate(state.method, data.splits[name], len(data.classes))
+    matrix = evaluate(state.take.evaluated, data.splits[name], len(data.classes))
     if matrix is None:
         raise Diverged(f"in the evaluation on {name} after epoch {state.epoch + 1}", run.good())
     return matrix
 
 
-def _summary(row: dict, data: Data) -> str:
+def _summary(config: Config, state: State, data: Data) -> str:
+    row = state.history[-1]
     scores = (f"{name} overall {row[name]['overall']:.2f} %, mean {row[name]['mean']:.2f} %" for name in data.evaluated)
-    return f"loss {row.get('loss', float('nan')):.4f}, {', '.join(scores)}, {row['seconds']:.1f} s"
+    left = (config.epochs - state.epoch) * row["seconds"]
+    pace = f"{row['seconds']:.1f} s, {row['images_per_s']:.0f} images/s, {left / 60:.0f} min left"
+    return f"loss {row.get('loss', float('nan')):.4f}, {', '.join(scores)}, {pace}"
 
 
 @torch.no_grad()
@@ -112,8 +126,9 @@ def logits(method: Method, images: Tensor, *, flip: bool = False) -> Tensor:
 
 
 def evaluate(method: Method, split: Split, num_classes: int, *, flip: bool = False) -> Tensor | None:
-    """(L, L) confusion matrix, each image counted once; None if a logit is not finite."""
-    found = logits(method, split.images, flip=flip)
-    if not found.isfinite().all():
-        return None
-    return metrics.confusion(split.hard.cpu(), found.argmax(1), num_classes)
+    """(L, L) confusion matrix, each image counted once by one process; None if a logit is not finite."""
+    mine = distributed.share(len(split.labels))
+    found = logits(method, split.images[mine], flip=flip)
+    matrix = metrics.confusion(split.hard[mine].cpu(), found.argmax(1), num_classes)
+    counted = distributed.total(torch.cat([matrix.flatten(), (~found.isfinite()).sum()[None]]))
+    return None if counted[-1] else counted[:-1].view_as(matrix)

@@ -1,42 +1,91 @@
-"""Optimisers and the learning rate of each step, a function of where the run stands and so without a state."""
+"""timm's optimisers and moving average, and the learning rate of each step.
+
+The rate is a function of where the run stands: it has no state that a checkpoint would have to hold.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
+import timm.optim
 import torch
-from torch import Tensor, nn
+from timm.utils import ModelEmaV3
 
-from .config import Config
+from . import distributed
+from .config import Config, UserError
+from .methods import Method
+
+FUSED = ("adam", "adamw", "sgd", "momentum", "nesterov")  #: PyTorch's own, which have one kernel for all weights
 
 
-def create(config: Config, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimiser that ``config.optim`` names, at the run's learning rate."""
-    options, rate = config.optim, config.learning_rate
-    if options.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=rate, momentum=0.9, weight_decay=options.weight_decay)
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[options.optimizer]
-    return kind(parameters, lr=rate, weight_decay=options.weight_decay)
+def create(config: Config, method: Method, device: torch.device) -> torch.optim.Optimizer:
+    """The optimiser that ``config.optim`` names, at the run's learning rate.
+
+    Raises:
+        UserError: timm knows no such optimiser, or refuses its options.
+    """
+    options = config.optim
+    if options.optimizer not in timm.optim.list_optimizers():
+        raise UserError(
+            f"optim.optimizer: got {options.optimizer!r}, expected adam, adamw, sgd or another one of timm "
+            "(see timm.optim.list_optimizers())"
+        )
+    extra = dict(options.options)
+    if device.type == "cuda" and options.optimizer in FUSED:
+        extra |= {"fused": True}
+    graph = config.compute.cuda_graph
+    if graph and options.optimizer in FUSED[:2]:
+        extra |= {"capturable": True}
+    try:
+        return timm.optim.create_optimizer_v2(
+            method,
+            options.optimizer,
+            lr=torch.tensor(config.learning_rate, device=device) if graph else config.learning_rate,  # type: ignore
+            weight_decay=options.weight_decay,
+            filter_bias_and_bn=not options.decay_all,
+            **extra,
+        )
+    except Exception as error:  # a package that is missing, an option that the optimiser doesn't have
+        raise UserError(f"optim.options: got {options.options} for {options.optimizer!r}: {error}") from error
+
+
+def fewest(config: Config) -> int:
+    """Images that a step has at least: two, as BatchNorm needs, for each part of it in each process.
+
+    Raises:
+        UserError: the batch is smaller.
+    """
+    parts = config.optim.accumulate * distributed.size()
+    if config.batch_size == parts == 1:
+        return 1
+    if config.batch_size < 2 * parts:
+        what = f"{config.optim.accumulate} parts in {distributed.size()} processes" if parts > 1 else "BatchNorm"
+        raise UserError(f"batch_size: got {config.batch_size}, expected at least {2 * parts}: two for {what}")
+    return 2 * parts
+
+
+def average(config: Config, method: Method) -> ModelEmaV3 | None:
+    """The moving average of the weights, from their start; None if there is to be none."""
+    decay = config.optim.average
+    return ModelEmaV3(method, decay=decay, use_warmup=True) if decay else None
 
 
 def learning_rate(config: Config, epoch: int, step: int, steps: int) -> float:
     """Of step ``step`` of ``steps`` in ``epoch``, both from 0."""
-    options, done = config.optim, epoch * steps + step
-    rate = config.learning_rate * min(1.0, (done + 1) / max(1, options.warmup_steps))
+    options, done = config.optim, epoch + step / steps
+    position = done if options.schedule_by == "step" else epoch
+    rate = config.learning_rate * min(1.0, (epoch * steps + step + 1) / max(1, options.warmup_steps))
     if options.schedule == "exponential":
-        return rate * options.decay**epoch
+        return rate * options.decay**position
     if options.schedule == "cosine":
-        return rate * 0.5 * (1 + math.cos(math.pi * done / (config.epochs * steps)))
+        return rate * 0.5 * (1 + math.cos(math.pi * position / config.epochs))
     return rate
 
 
-def step(optimizer: torch.optim.Optimizer, loss: Tensor, rate: float, clip: float) -> None:
-    """Zero, backward, clip, step."""
-    optimizer.zero_grad()
-    loss.backward()
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Of all parameters; a tensor, as a CUDA graph reads it, is filled in place."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
-        if clip:
-            nn.utils.clip_grad_norm_(group["params"], clip)
-    optimizer.step()
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

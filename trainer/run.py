@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
 import logging
 import math
@@ -14,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint
+from . import checkpoint, distributed
 from .config import NOTHING, RESULTS, ROUNDING, Config, UserError, as_dict, differences, restored
 from .state import State
 
@@ -43,7 +44,7 @@ class Stopped(Exception):
 
 
 class Run(AbstractContextManager):
-    """``ROOT/NAME``, held by one process at a time.
+    """``ROOT/NAME``, held by one process at a time; of those that torchrun starts, only rank 0 holds it and writes.
 
     ``last.pt`` is the whole state, replaced atomically; what it replaces becomes ``previous.pt``. All other files can
     be made from it: ``best.pt`` has the weights of the best epoch, which the state holds too, and ``metrics.jsonl``
@@ -62,6 +63,15 @@ class Run(AbstractContextManager):
         self.about: dict = {}  #: what else the checkpoints hold: the identity of the data
         self.board: Any = None
         self.saved: dict | None = None
+        self.lock = -1
+        self.saved_at, self.position = math.inf, ""
+        distributed.first(functools.partial(self._open, resume, overwrite))
+        self.saved = distributed.same(self.saved)
+
+    def _open(self, resume: bool, overwrite: bool) -> None:
+        config = self.config
+        if distributed.rank():
+            return
         if resume and not (self.folder / "last.pt").is_file():
             raise UserError(f"resume: got no file {self.folder / 'last.pt'}, expected the checkpoint of an earlier run")
         self.lock = _lock(self.folder)
@@ -97,6 +107,8 @@ class Run(AbstractContextManager):
 
     def begin(self, state: State) -> None:
         """The first save of this process; what an overwritten run left is deleted."""
+        if distributed.rank():
+            return
         if self.saved is None:
             for name in (*FILES, *(f.name for f in self.folder.glob("events.out.tfevents.*"))):
                 (self.folder / name).unlink(missing_ok=True)
@@ -113,6 +125,9 @@ class Run(AbstractContextManager):
 
     def save(self, state: State) -> None:
         """The whole state, atomically, into ``last.pt``."""
+        self.saved_at, self.position = time.monotonic(), position(state.epoch, state.step)
+        if distributed.rank():
+            return
         last, previous = self.folder / "last.pt", self.folder / "previous.pt"
         if last.exists():
             spare = self.folder / ".previous.tmp"
@@ -120,7 +135,6 @@ class Run(AbstractContextManager):
             os.link(last, spare)  # so that last.pt exists at every moment
             os.replace(spare, previous)
         checkpoint.save(last, {**state.as_dict(), **self.about, "config": as_dict(self.config)})
-        self.saved_at, self.position = time.monotonic(), position(state.epoch, state.step)
 
     def good(self) -> str:
         """What stands on the disk, for a message."""
@@ -140,6 +154,8 @@ class Run(AbstractContextManager):
                 self.board.add_scalar(name, value, row["epoch"])
 
     def _publish(self, state: State) -> None:
+        if distributed.rank():
+            return
         rows = (json.dumps(_finite(row), allow_nan=False, ensure_ascii=False) for row in state.history)
         self._write("metrics.jsonl", "".join(row + "\n" for row in rows))
         if state.best:
@@ -152,6 +168,8 @@ class Run(AbstractContextManager):
             file.write(text.encode())
 
     def close(self) -> None:
+        if self.lock < 0:
+            return
         if self.board:
             self.board.close()
         if os.listdir(self.folder) == [LOCK]:  # nothing was begun

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checkpoint, optim
 from .config import Config
 from .methods import Method
+from .step import Step
 
 #: Attributes that a checkpoint holds as they are.
 PLAIN = ("epoch", "step", "names", "history", "best", "epoch_bound")
@@ -18,12 +18,14 @@ PLAIN = ("epoch", "step", "names", "history", "best", "epoch_bound")
 class State:
     """The method, its optimiser, the position, the losses of this epoch so far, the history and the best epoch.
 
-    ``sums`` (k,) are the losses, times the images of their steps, by ``names``. ``bad`` is the first step of this
-    epoch with a loss that is not finite, -1 if there was none; it stays on the device until it is asked for.
+    ``sums`` (k,) are the losses, summed over images, by ``names``. ``bad`` is the first step of this epoch with a loss
+    that is not finite, -1 if there was none; it stays on the device until it is asked for. No random state is kept:
+    what a step draws follows from its position.
     """
 
     def __init__(self, config: Config, method: Method, device: torch.device) -> None:
-        self.method, self.optimizer, self.device = method, optim.create(config, method.parameters()), device
+        self.take = Step(config, method, device)
+        self.method, self.device = method, device
         #: Whether what a step does depends on how many epochs the run has.
         self.epoch_bound = config.optim.schedule == "cosine" or method.follows_progress
         self.names: list[str] = []
@@ -36,12 +38,11 @@ class State:
         self.sums: Tensor | None = None
         self.bad = torch.full((), -1, device=self.device)
 
-    def count(self, losses: dict[str, Tensor], images: int) -> None:
-        """A step is done; nothing here waits for the device."""
-        values = torch.stack(list(losses.values())).detach()
-        self.names = list(losses)
-        self.sums = values * images if self.sums is None else self.sums + values * images
-        self.bad = torch.where((self.bad < 0) & ~values.isfinite().all(), self.step, self.bad)
+    def count(self, sums: Tensor) -> None:
+        """A step is done, with these losses summed over its images; nothing here waits for the device."""
+        self.names = self.take.names
+        self.sums = sums if self.sums is None else self.sums + sums
+        self.bad = torch.where((self.bad < 0) & ~sums.isfinite().all(), self.step, self.bad)
         self.step += 1
 
     def means(self, images: int) -> dict[str, float]:
@@ -51,20 +52,32 @@ class State:
     def finish_epoch(self, row: dict, score: float) -> None:
         """``row`` is what the log says of the epoch, ``score`` what the best epoch has the most of."""
         if not self.best or score > self.best["score"]:
-            weights = {k: v.detach().to("cpu", copy=True) for k, v in self.method.state_dict().items()}
+            weights = {k: v.detach().to("cpu", copy=True) for k, v in self.take.evaluated.state_dict().items()}
             self.best = {"epoch": self.epoch, "score": score, "model": weights}
         self.history.append(row)
         self.begin_epoch(self.epoch + 1)
 
     def as_dict(self) -> dict:
-        parts = {"model": self.method.state_dict(), "optimizer": self.optimizer.state_dict(), "sums": self.sums}
-        return {**parts, **{key: getattr(self, key) for key in PLAIN}, "random": checkpoint.random_state()}
+        step = self.take
+        return {
+            "model": self.method.state_dict(),
+            "average": None if step.average is None else step.average.module.state_dict(),
+            "optimizer": step.optimizer.state_dict(),
+            "scaler": step.scaler.state_dict(),
+            "taken": step.taken,
+            "sums": self.sums,
+            **{key: getattr(self, key) for key in PLAIN},
+        }
 
     def restore(self, saved: dict) -> None:
         """From what :meth:`as_dict` made, to continue bit for bit."""
+        step = self.take
         self.method.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        if step.average is not None:
+            step.average.module.load_state_dict(saved["average"])
+        step.optimizer.load_state_dict(saved["optimizer"])
+        step.scaler.load_state_dict(saved["scaler"])
+        step.taken = saved["taken"]
         for key in PLAIN:
             setattr(self, key, saved[key])
         self.sums = None if saved["sums"] is None else saved["sums"].to(self.device)
-        checkpoint.set_random_state(saved["random"])

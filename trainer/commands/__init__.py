@@ -44,8 +44,10 @@ def load(path: str, device: str) -> Trained:
     )
     config = dataclasses.replace(config, compute=options, backbone=backbone)
     identity = saved["identity"]
-    method = loop.build(config, tuple(identity["counts"]["train"]), compute.prepare(options))
-    method.load_state_dict(saved["model"])
+    target = compute.device_of(options)
+    compute.try_backend(options, target)
+    method = loop.build(config, tuple(identity["counts"]["train"]), target)
+    method.load_state_dict(saved.get("average") or saved["model"])
     best = (
         f"epoch {saved['epoch'] + 1}, the best on {saved['chooser']}" if "score" in saved else f"epoch {saved['epoch']}"
     )

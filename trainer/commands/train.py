@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .. import backbones, compute, data, loop, presets
+from .. import backbones, compute, data, distributed, loop, optim, presets
 from ..config import NOTHING, Config, UserError, as_dict, option
 from ..methods import Method
 from ..run import Run
@@ -30,7 +30,8 @@ class Options:
 
     def run(self) -> int:
         result = train(self.config, resume=self.resume, overwrite=self.overwrite)
-        print(result.table())
+        if distributed.speaks():
+            print(result.table())
         return 0
 
 
@@ -70,21 +71,25 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> R
     """
     if config.output.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise UserError("output.tensorboard: got true, but the package tensorboard is not installed")
-    with Run(config, resume=resume, overwrite=overwrite) as run:
-        device = compute.prepare(config.compute)
+    device = compute.device_of(config.compute)
+    with distributed.processes(device), Run(config, resume=resume, overwrite=overwrite) as run:
+        optim.fewest(config)
+        compute.try_backend(config.compute, device)
         for name, value in as_dict(config).items():
             logger.info("%s: %s", name, json.dumps(value, ensure_ascii=False))
-        logger.info("on %s with %d threads; another number of them rounds differently", device, torch.get_num_threads())
+        threads = f"{torch.get_num_threads()} threads; another number of them rounds differently"
+        logger.info("on %s in %d processes with %s", device, distributed.size(), threads)
         backbone = backbones.create(config)
-        sets = data.prepare(config)
+        sets = distributed.first(lambda: data.prepare(config))
         logger.info("%s", data.describe(sets))
-        run.about = {"identity": sets.identity(), "chooser": sets.chooser, "threads": torch.get_num_threads()}
+        rounding = {"threads": torch.get_num_threads(), "processes": distributed.size()}
+        run.about = {"identity": sets.identity(), "chooser": sets.chooser, **rounding}
         if run.saved:
             expect_same(run.saved, run.about)
         method = loop.build(config, sets.counts, device, backbone)
         state = loop.fit(config, method, sets, run, device)
         if config.output.pictures:
-            draw(config, method, sets, run)
+            draw(config, state.take.evaluated, sets, run)
     return Result(config, sets.classes, sets.counts, state.history, sets.chooser, run.folder)
 
 
@@ -92,22 +97,22 @@ def expect_same(saved: dict, now: dict) -> None:
     """Raises :class:`UserError` if the data is not what the checkpoint was made with; says if threads differ."""
     if changed := data.changes(saved["identity"], now["identity"]):
         raise UserError(f"resume: got other data than the checkpoint was made with: {'; '.join(changed)}")
-    if saved["threads"] != now["threads"]:
-        logger.info(
-            "note: %d threads, %d before: continues, but not bit for bit (--compute.threads sets them)",
-            now["threads"], saved["threads"],
-        )  # fmt: skip
+    for name in ("threads", "processes"):
+        if saved[name] != now[name]:
+            logger.info("note: %d %s, %d before: continues, but not bit for bit", now[name], name, saved[name])
 
 
 def draw(config: Config, method: Method, sets: data.Data, run: Run) -> None:
     """The pictures of the last epoch; none of them may fail a run."""
+    name, title = "test" if "test" in sets.splits else sets.chooser, f"{config.name}, epoch {config.epochs}"
+    split = sets.splits[name]
+    matrix = loop.evaluate(method, split, len(sets.classes))
+    assert matrix is not None, "the last evaluation had finite logits"
+    if distributed.rank():
+        return
     try:
         from .. import figures
 
-        name, title = "test" if "test" in sets.splits else sets.chooser, f"{config.name}, epoch {config.epochs}"
-        split = sets.splits[name]
-        matrix = loop.evaluate(method, split, len(sets.classes))
-        assert matrix is not None, "the last evaluation had finite logits"
         figures.confusion_matrix(run.folder / "confusion.png", matrix, sets.classes, title, name)
         images, labels = figures.one_of_each(split)
         figures.activation_maps(run.folder / "cam.png", method, images, labels, sets.classes, f"{title}, {name} images")

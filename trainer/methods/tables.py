@@ -82,7 +82,7 @@ class TableMethod(Method):
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         if not self.consistency_weight:
             return {"loss": self.head.classification(self.backbone(batch.view()), batch.labels)}
-        out = self.loss_of(self.backbone(batch.pair()), batch.labels)
+        out = self.loss_of(self.backbone.pair(batch.pair()), batch.labels)
         return {"loss": out.loss, "classification": out.classification, "consistency": out.consistency}
 
     def loss_of(self, features: Tensor, labels: Tensor) -> rk.HeadLoss:

@@ -1,0 +1,109 @@
+"""Several processes that train one model, as torchrun starts them; with one process all of this does nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .config import UserError
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """Of this process; the one of rank 0 writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def speaks() -> bool:
+    """Whether this process is the one that prints, also before it joins the others."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def local_rank() -> int:
+    """Number of this process on its machine, which is the number of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+@contextmanager
+def processes(device: torch.device) -> Iterator[None]:
+    """Joins the processes that torchrun started, over NCCL on GPUs and Gloo on CPUs."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def first(work: Callable[[], T]) -> T:
+    """What ``work`` returns: rank 0 does it first, so that the others find what it leaves on the disk.
+
+    Raises:
+        UserError: as rank 0 did, in every process.
+    """
+    result, error = None, None
+    if not rank():
+        try:
+            result = work()
+        except UserError as refused:
+            error = refused
+    if error := same(error):
+        raise error
+    return work() if rank() else cast(T, result)
+
+
+def share(n: int) -> slice:
+    """Which of ``n`` images are this process's; no process has two more than another.
+
+    >>> share(5)
+    slice(0, 5, None)
+    """
+    return slice(n * rank() // size(), n * (rank() + 1) // size())
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum of ``values`` over all processes, which each of them gets."""
+    if size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def agreed(signum: int | None, check: bool) -> int | None:
+    """The signal that a process has got, if any; several processes compare only at a ``check``."""
+    if size() == 1:
+        return signum
+    if not check:
+        return None
+    highest = torch.tensor(signum or 0)
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    return int(highest) or None
+
+
+def same(value: Any) -> Any:
+    """The value that rank 0 has."""
+    box = [value]
+    if size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def parallel(module: nn.Module) -> nn.Module:
+    """``module``, whose backward averages the gradients of all processes."""
+    return DistributedDataParallel(module) if size() > 1 else module
