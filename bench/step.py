@@ -52,7 +52,7 @@ class Training:
         self.method.train()
         self.optimizer = optim.create(config, self.method, device)
         side = config.image_size
-        images = torch.randint(0, 256, (pool, 1, side, side), dtype=torch.uint8, device=device)
+        images = torch.randint(0, 256, (pool, side, side, 1), dtype=torch.uint8, device=device)
         self.split = Split(images, torch.randint(0, len(TRAIN_COUNTS), (pool,), device=device))
 
     def batch(self) -> Batch:

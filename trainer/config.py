@@ -93,6 +93,28 @@ class SplitOptions:
 
 
 @dataclass(frozen=True)
+class Augment:
+    """what is done to a training image before its views are made"""
+
+    flip: float = option(0.5, "probability of a mirrored image")
+    shift: float = option(1 / 16, "largest shift, as a part of the side; the border is repeated")
+    crop: float = option(0.0, "smallest area of a random crop, such as 0.5, in place of the shift; 0: none")
+    brightness: float = option(0.0, "largest change of a random factor, such as 0.2")
+    contrast: float = option(0.0, "largest change of a random factor, such as 0.2")
+    noise: float = option(0.0, "standard deviation of Gaussian noise, of 255 grey levels")
+    noise_probability: float = option(0.5, "of an image with noise")
+    erase: float = option(0.0, "probability of a rectangle that is erased in both views")
+    erase_largest: float = option(0.25, "largest area of that rectangle; the smallest is 0.02")
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "crop", "brightness", "contrast", "noise_probability", "erase"):
+            expect_number(f"augment.{name}", getattr(self, name), 0, 1)
+        expect_number("augment.shift", self.shift, 0, 0.5)
+        expect_number("augment.noise", self.noise, 0, 255)
+        expect_number("augment.erase_largest", self.erase_largest, 0.02, 1)
+
+
+@dataclass(frozen=True)
 class Optim:
     """optimiser and its schedule"""
 
@@ -162,6 +184,7 @@ class Config:
     image_size: int = option(224, "side in pixels; the paper: 224")
     seed: int = option(0, "of weights, order, augmentation and synthetic faces")
     backbone: Backbone = field(default_factory=Backbone)
+    augment: Augment = field(default_factory=Augment)
     split: SplitOptions = field(default_factory=SplitOptions)
     optim: Optim = field(default_factory=Optim)
     compute: Compute = field(default_factory=Compute)
@@ -174,6 +197,25 @@ class Config:
         expect_number("seed", self.seed, 0, 2**63 - 1)
         bad = self.name in ("", ".", "..") or set(self.name) & set('/\\:*?"<>|\0\n') or len(self.name.encode()) > 200
         expect(not bad, "name", self.name, "the name of one folder")
+
+
+def without_effect(config: Config) -> list[str]:
+    """A line for each option that was changed from its default and does nothing in this run."""
+    optim, augment = config.optim, config.augment
+    rules = {
+        "optim.decay": optim.schedule != "exponential" and f"with optim.schedule {optim.schedule}",
+        "optim.schedule_by": optim.schedule == "constant" and "with optim.schedule constant",
+        "augment.shift": augment.crop > 0 and "with augment.crop",
+        "augment.noise_probability": not augment.noise and "without augment.noise",
+        "augment.erase_largest": not augment.erase and "without augment.erase",
+    }
+    lines = []
+    for name, reason in rules.items():
+        group, _, key = name.partition(".")
+        options = getattr(config, group)
+        if reason and (value := getattr(options, key)) != getattr(type(options)(), key):
+            lines.append(f"{name} {value} has no effect {reason}")
+    return lines
 
 
 def as_dict(options: Any) -> dict:

@@ -46,7 +46,7 @@ def confusion_matrix(path: Path, matrix: Tensor, classes: tuple[str, ...], title
 def activation_maps(
     path: Path, method: Method, images: Tensor, labels: list[int] | None, classes: tuple[str, ...], title: str
 ) -> None:
-    """``images`` (K, 1 or 3, H, W) uint8; ``labels`` of them, if known.
+    """``images`` (K, H, W, 1 or 3) uint8; ``labels`` of them, if known.
 
     A row for each image: itself and the maps of all classes over its grey copy, then the same of its mirror image, all
     on one scale. The true class is framed; over an image stands what it is classified as, in red if that is wrong.
@@ -69,7 +69,7 @@ def _draw_maps(
 ) -> None:
     k, columns = len(images), 2 * (1 + len(classes))
     pair = torch.cat([images, views.twin(images)])
-    large = torch.nn.functional.interpolate(maps.float(), images.shape[-2:], mode="bilinear", align_corners=False)
+    large = torch.nn.functional.interpolate(maps.float(), images.shape[1:3], mode="bilinear", align_corners=False)
     limit = large.abs().amax().item() or 1.0
     figure = Figure(figsize=(0.95 * columns + 0.8, 1.12 * k + 0.9), layout="constrained")
     grid = figure.subplots(k, columns, squeeze=False)
@@ -79,13 +79,13 @@ def _draw_maps(
     for i in range(2 * k):
         label = None if labels is None else labels[i % k]
         first, *rest = grid[i % k][: columns // 2] if i < k else grid[i % k][columns // 2 :]
-        first.imshow(pair[i].movedim(0, -1).expand(-1, -1, 3).numpy())
+        first.imshow(pair[i].expand(-1, -1, 3).numpy())
         tone = "black" if label is None else RIGHT if label == predicted[i] else WRONG
         first.set_title(f"→ {classes[predicted[i]]}", fontsize=8, color=tone)
         if i < k and label is not None:
             first.set_ylabel(classes[label], fontsize=8)
         for c, axis in enumerate(rest):
-            axis.imshow(pair[i].float().mean(0).numpy(), cmap="gray", vmin=0, vmax=255)
+            axis.imshow(pair[i].float().mean(-1).numpy(), cmap="gray", vmin=0, vmax=255)
             shown = axis.imshow(large[i, c].numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, alpha=0.6)
             if i % k == 0:
                 axis.set_title(classes[c], fontsize=8)

@@ -115,13 +115,14 @@ def _summary(config: Config, state: State, data: Data) -> str:
 
 @torch.no_grad()
 def logits(method: Method, images: Tensor, *, flip: bool = False) -> Tensor:
-    """(M, L) float32 on the CPU of uint8 images (M, 1 or 3, H, W), in eval mode; ``flip``: averaged with the twins'."""
+    """(M, L) float32 on the CPU of uint8 images (M, H, W, 1 or 3), in eval mode; ``flip``: averaged with the twins'."""
     method.eval()
     device = next(method.parameters()).device
     found = []
     for chunk in images.split(EVALUATED_AT_ONCE):
-        x = views.normalise(chunk.to(device))
-        found.append((method(x) + method(views.twin(x))).div(2) if flip else method(x))
+        images = chunk.to(device)
+        plain = method(views.normalise(images))
+        found.append((plain + method(views.normalise(views.twin(images)))).div(2) if flip else plain)
     return torch.cat(found).float().cpu()
 
 

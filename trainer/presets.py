@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Callable
 
-from .config import Backbone, Compute, Config, Optim, SplitOptions
+from .config import Augment, Backbone, Compute, Config, Optim, SplitOptions
 from .data import synthetic
 from .methods import baseline as plain
 from .methods import cb as class_balanced
@@ -20,7 +20,7 @@ def paper() -> Config:
 
 
 def released() -> Config:
-    """the authors' program: Swin-T at 112 pixels; without its RandAugment, erasing and fp16 (here bf16)"""
+    """the authors' program: Swin-T at 112 pixels; brightness and contrast in place of its RandAugment"""
     return Config(
         rebalanced.Options(convention="released"),
         synthetic.Options(),
@@ -29,14 +29,16 @@ def released() -> Config:
         image_size=112,
         backbone=Backbone("swin_tiny_patch4_window7_224", {"img_size": 112, "patch_size": 2}),
         split=SplitOptions(choose_on="test"),
-        optim=Optim("adamw", weight_decay=0.05, schedule="cosine", warmup_steps=2000, clip=5.0),
-        compute=Compute(amp="bf16"),
+        augment=Augment(shift=0.0, brightness=0.4, contrast=0.4, erase=0.25, erase_largest=1 / 3),
+        optim=Optim("adamw", weight_decay=0.05, schedule="cosine", schedule_by="step", warmup_steps=2000, clip=5.0),
+        compute=Compute(amp="fp16"),
     )
 
 
 def eac() -> Config:
-    """Erasing Attention Consistency with ResNet-18; without its erasing and noise"""
-    return dataclasses.replace(paper(), method=erasing.Options(), learning_rate=2e-4)
+    """Erasing Attention Consistency with ResNet-18"""
+    augment = Augment(noise=30**0.5, noise_probability=0.5, erase=0.5, erase_largest=0.25)
+    return dataclasses.replace(paper(), method=erasing.Options(), learning_rate=2e-4, augment=augment)
 
 
 def cb() -> Config:

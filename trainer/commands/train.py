@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from .. import backbones, compute, data, distributed, loop, optim, presets
-from ..config import NOTHING, Config, UserError, as_dict, option
+from ..config import NOTHING, Config, UserError, as_dict, option, without_effect
 from ..methods import Method
 from ..run import Run
 from . import one_line, scores
@@ -77,6 +77,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> R
         compute.try_backend(config.compute, device)
         for name, value in as_dict(config).items():
             logger.info("%s: %s", name, json.dumps(value, ensure_ascii=False))
+        for line in without_effect(config):
+            logger.info("note: %s", line)
         threads = f"{torch.get_num_threads()} threads; another number of them rounds differently"
         logger.info("on %s in %d processes with %s", device, distributed.size(), threads)
         backbone = backbones.create(config)

@@ -27,7 +27,7 @@ HELD_OUT = "held-out"
 class Split(NamedTuple):
     """Images of one purpose."""
 
-    images: Tensor  #: (K, 1 or 3, H, W) uint8
+    images: Tensor  #: (K, H, W, 1 or 3) uint8
     labels: Tensor  #: (K,) int64 classes, or (K, L) float32 label distributions
     names: tuple[str, ...] = ()  #: of the K files, relative to the data's folder; () if the images come from none
     digests: tuple[str, ...] = ()  #: of the content of each file

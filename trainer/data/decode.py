@@ -60,7 +60,7 @@ def _opens(file: Path) -> bool:
 
 
 def decode(content: bytes, size: int, box: Box | None = None) -> np.ndarray:
-    """(3, size, size) uint8 RGB of a file's content, upright by its EXIF orientation, or of its part in ``box``.
+    """(size, size, 3) uint8 RGB of a file's content, upright by its EXIF orientation, or of its part in ``box``.
 
     16 bits become the upper 8; transparent pixels show mid-grey, which is 0 to the network; of an animation the first
     picture counts.
@@ -87,8 +87,7 @@ def decode(content: bytes, size: int, box: Box | None = None) -> np.ndarray:
 
 
 def _resized(image: Image.Image, size: int) -> np.ndarray:
-    pixels = np.array(image.resize((size, size), Image.Resampling.BILINEAR))
-    return np.ascontiguousarray(np.atleast_3d(pixels).transpose(2, 0, 1))
+    return np.atleast_3d(np.array(image.resize((size, size), Image.Resampling.BILINEAR)))
 
 
 def _inside(box: Box, image: Image.Image) -> tuple[float, float, float, float]:
@@ -147,9 +146,9 @@ def read_grey(names: Sequence[str], pixels: Sequence[bytes], side: int, labels: 
 def _collect(
     names: Sequence[str], one: Callable[[int], tuple[np.ndarray, str]], channels: int, size: int
 ) -> tuple[Tensor, tuple[str, ...]]:
-    """Images (K, channels, size, size) uint8 and digests: what ``one`` returns for each index."""
+    """Images (K, size, size, channels) uint8 and digests: what ``one`` returns for each index."""
     try:
-        images = torch.empty(len(names), channels, size, size, dtype=torch.uint8)
+        images = torch.empty(len(names), size, size, channels, dtype=torch.uint8)
     except RuntimeError as error:
         gigabytes = len(names) * channels * size * size / 1e9
         raise UserError(f"image_size: got {size}, for which {len(names)} images need {gigabytes:.1f} GB") from error

@@ -68,7 +68,7 @@ def draw(counts: list[int], size: int, seed: int) -> Split:
 
 
 def _faces(labels: Tensor, size: int, random: torch.Generator) -> Tensor:
-    """(n, 1, size, size) uint8, painted from back to front; lengths are in half image sides."""
+    """(n, size, size, 1) uint8, painted from back to front; lengths are in half image sides."""
     n = len(labels)
 
     def normal(scale: float) -> Tensor:
@@ -136,4 +136,4 @@ def _faces(labels: Tensor, size: int, random: torch.Generator) -> Tensor:
     paint(covered, uniform(0.1, 0.9))
     image = image * (1 + uniform(-0.3, 0.3) * columns + uniform(-0.2, 0.2) * rows)
     image = image + 0.06 * torch.randn(n, size, size, generator=random)
-    return (image.clamp(0, 1) * 255).round().to(torch.uint8)[:, None]
+    return (image.clamp(0, 1) * 255).round().to(torch.uint8)[..., None]

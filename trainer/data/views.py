@@ -45,7 +45,7 @@ class Draws:
 
 def augment(images: Tensor, random: Draws) -> Tensor:
     """Each image mirrored or not and shifted by up to 1/16 of its side, the border repeated; uint8 in and out."""
-    n, _, height, width = images.shape
+    n, height, width, _ = images.shape
     reach = max(height, width) // 16
     u = random.uniform(0)
     shift_y, shift_x = ((u[:, i, None] * (2 * reach + 1)).long() - reach for i in range(2))
@@ -54,14 +54,14 @@ def augment(images: Tensor, random: Draws) -> Tensor:
     x = (torch.arange(width) + shift_x).clamp(0, width - 1)
     x = torch.where(mirrored, width - 1 - x, x)
     y, x, i = (t.to(images.device) for t in (y[:, :, None], x[:, None, :], torch.arange(n)[:, None, None]))
-    return images.movedim(1, -1)[i, y, x].movedim(-1, 1)
+    return images[i, y, x]
 
 
 def twin(images: Tensor) -> Tensor:
-    """The mirror images of (M, C, H, W)."""
-    return images.flip(-1)
+    """The mirror images of (M, H, W, C)."""
+    return images.flip(2)
 
 
 def normalise(images: Tensor) -> Tensor:
-    """uint8 to float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
+    """uint8 (M, H, W, C) to float32 (M, C, H, W) in [-1, 1]."""
+    return images.movedim(-1, 1).float() / 127.5 - 1
