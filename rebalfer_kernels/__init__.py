@@ -1,6 +1,7 @@
 """Fused class-activation-map consistency and re-balanced classification losses for PyTorch."""
 
 from . import reference
+from .augment import Augment
 from .class_balance import effective_number_weights, inverse_frequency_weights, target_table
 from .dispatch import backends
 from .explanation import explain
@@ -13,8 +14,10 @@ from .functional import (
 from .modules import RebalancedHead
 from .reference import HeadLoss
 from .version import __version__
+from .views import paired_views
 
 __all__ = [
+    "Augment",
     "HeadLoss",
     "RebalancedHead",
     "__version__",
@@ -24,6 +27,7 @@ __all__ = [
     "effective_number_weights",
     "explain",
     "inverse_frequency_weights",
+    "paired_views",
     "rebalanced_cross_entropy",
     "rebalanced_head_loss",
     "reference",

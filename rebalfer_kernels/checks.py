@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import numbers
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +23,20 @@ def whole_number(name: str, value: object, least: int) -> int:
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}: got {value!r}, expected a whole number >= {least}")
     return int(value)
+
+
+def number_within(name: str, value: object, low: float, high: float) -> None:
+    if not is_number(value):
+        raise TypeError(f"{name}: got {value!r}, expected a number")
+    if not low <= value <= high:  # type: ignore[operator]
+        raise ValueError(f"{name}: got {value!r}, expected a number from {low} to {high}")
+
+
+def interval_within(name: str, value: object, low: float, high: float) -> None:
+    if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(map(is_number, value)):
+        raise TypeError(f"{name}: got {value!r}, expected two numbers")
+    if not low <= value[0] <= value[1] <= high:
+        raise ValueError(f"{name}: got {value!r}, expected {low} <= smallest <= largest <= {high}")
 
 
 def _known(condition: bool) -> bool:
@@ -194,3 +210,61 @@ def _constant(name: str, value: Tensor, features: Tensor) -> None:
         raise TypeError(f"{name}: got dtype {value.dtype}, expected a floating dtype")
     no_gradient(name, value)
     same_device(name, value, features)
+
+
+def views(
+    images: Tensor,
+    indices: Tensor,
+    samples: Tensor | None,
+    size: tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    seed: int,
+    epoch: int | Tensor,
+    transform: str,
+    views_: str,
+    dtype: torch.dtype,
+) -> None:
+    """The arguments of paired_views, those of the augmentation excepted."""
+    tensor("images", images, "(K, h, w, 1 or 3) of uint8")
+    if images.dim() != 4 or images.shape[3] not in (1, 3) or images.shape[1] < 1 or images.shape[2] < 1:
+        raise ValueError(f"images: got shape {tuple(images.shape)}, expected (K, h, w, 1 or 3)")
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images: got dtype {images.dtype}, expected uint8")
+    if not images.is_contiguous():
+        raise ValueError(f"images: got strides {images.stride()}, expected a contiguous tensor, which is not copied")
+    for name, rows in (("indices", indices), ("samples", samples)):
+        if rows is None:
+            continue
+        tensor(name, rows, "(N,) of int64")
+        if rows.dim() != 1 or _known(rows.shape[0] != indices.shape[0]):
+            raise ValueError(f"{name}: got shape {tuple(rows.shape)}, expected (N,) with the N of the indices")
+        if rows.dtype != torch.int64:
+            raise TypeError(f"{name}: got dtype {rows.dtype}, expected int64")
+        if rows.device != images.device:
+            raise ValueError(f"{name}: got device {rows.device}, expected {images.device}, as the images")
+    for side in size:
+        whole_number("out_size", side, 1)
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) not in (1, images.shape[3]) or not all(map(is_number, values)):
+            raise ValueError(
+                f"{name}: got {values!r}, expected a number, or one for each of {images.shape[3]} channels"
+            )
+        if not all(map(math.isfinite, values)) or name == "std" and not all(value > 0 for value in values):
+            raise ValueError(f"{name}: got {values!r}, expected finite numbers" + (" > 0" if name == "std" else ""))
+    if not isinstance(seed, numbers.Integral) or not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed: got {seed!r}, expected a whole number of 64 bits")
+    if isinstance(epoch, Tensor):
+        if epoch.dim() != 0 or epoch.dtype != torch.int64 or epoch.device != images.device:
+            what = f"{epoch.dtype} of shape {tuple(epoch.shape)} on {epoch.device}"
+            raise ValueError(f"epoch: got {what}, expected a number or an int64 of shape () on {images.device}")
+    else:
+        whole_number("epoch", epoch, 0)
+        if epoch >= 2**32:
+            raise ValueError(f"epoch: got {epoch}, expected a number below 2^32")
+    option("transform", transform, transforms.NAMES)
+    if transform in transforms.SQUARE_ONLY and size[0] != size[1]:
+        raise ValueError(f"transform: got {transform!r} with {size[0]} x {size[1]} pixels, expected a square out_size")
+    option("views", views_, ("both", "original"))
+    if dtype not in FEATURE_DTYPES[:3]:
+        raise TypeError(f"dtype: got {dtype}, expected float32, bfloat16 or float16")

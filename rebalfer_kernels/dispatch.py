@@ -56,6 +56,12 @@ def request_of_rows(logits: Tensor) -> Request:
     return Request("cross_entropy", device.type, device.index, dtype, dtype, "rows", context=_context())
 
 
+def request_of_views(images: Tensor, dtype: torch.dtype) -> Request:
+    """Views of uint8 images (K, h, w, C) in ``dtype``."""
+    device = images.device
+    return Request("views", device.type, device.index, dtype, dtype, "rows", context=_context())
+
+
 def _stand_in(size: int, limits: tuple[int, ...]) -> int:
     """A constant on the same side of each limit: torch.compile then makes one graph for all sizes between them."""
     for limit in limits:

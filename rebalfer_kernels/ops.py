@@ -68,6 +68,12 @@ _SCHEMAS = {
         "(Tensor d_maps, Tensor features, Tensor weight, ScalarType dtype, bool channels_last, bool need_features, "
         "bool need_weight) -> (Tensor d_features, Tensor d_weight)"
     ),
+    # size ... erase are a ViewPlan of reference.py
+    "paired_views": (
+        "(Tensor images, Tensor indices, Tensor samples, Tensor? epoch_tensor, int epoch, int seed, int[] size, "
+        "float[] mean, float[] std, int[] chances, int[] reach, float[] crop, float brightness, float contrast, "
+        "float noise, float[] erase, int[] twin_map, bool both, ScalarType dtype) -> Tensor"
+    ),
     "cross_entropy_forward": "(Tensor logits, Tensor targets, Tensor target_table, bool mean) -> Tensor",
     "cross_entropy_backward": (
         "(Tensor d_loss, Tensor logits, Tensor targets, Tensor target_table, bool mean) -> Tensor"
@@ -144,7 +150,33 @@ def _cross_entropy_backward_fake(d_loss, logits, targets, target_table, mean):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
+def _paired_views_fake(
+    images,
+    indices,
+    samples,
+    epoch_tensor,
+    epoch,
+    seed,
+    size,
+    mean,
+    std,
+    chances,
+    reach,
+    crop,
+    brightness,
+    contrast,
+    noise,
+    erase,
+    twin_map,
+    both,
+    dtype,
+):
+    shape = (indices.shape[0] * (2 if both else 1), images.shape[3], *size)
+    return torch.empty(shape, dtype=dtype, device=images.device, memory_format=torch.channels_last)
+
+
 _FAKES: dict[str, Any] = {
+    "paired_views": _paired_views_fake,
     "head_forward": _head_forward_fake,
     "head_backward": _head_backward_fake,
     "cam_forward": _cam_forward_fake,

@@ -25,8 +25,9 @@ dF has rank L in the channels, which is why nothing of its size ever needs to be
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -174,3 +175,189 @@ def target_distribution(targets: Tensor, table: Tensor) -> Tensor:
 
 def _reduce(per_sample: Tensor, reduction: str) -> Tensor:
     return per_sample.mean() if reduction == "mean" else per_sample
+
+
+_LOW = 0xFFFFFFFF
+_FIRST_NOISE = 4  #: draws 0 to 3 are the image's own numbers, each later one is a pixel's noise
+
+
+class ViewPlan(NamedTuple):
+    """What is done to every image alike, in the numbers that the kernels read."""
+
+    size: tuple[int, int]  #: H, W of the views
+    mean: tuple[float, ...]  #: of each channel
+    std: tuple[float, ...]
+    chances: tuple[int, int, int]  #: an image is flipped, noisy, erased if a random 32-bit word is below
+    reach: tuple[int, int]  #: largest shift in pixels of the image, down and right
+    crop: tuple[float, float, float]  #: smallest area, its range, the range of the ratio
+    brightness: float
+    contrast: float
+    noise: float
+    erase: tuple[float, float, float]  #: as of the crop
+
+
+def sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    """H and W."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def numbers(values: float | Sequence[float]) -> list[float]:
+    """One number or several, as a list."""
+    return list(values) if isinstance(values, Sequence) else [values]
+
+
+def view_plan(
+    augment: Any, shape: tuple[int, ...], size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
+) -> ViewPlan:
+    """For images of ``shape`` (h, w, channels); ``augment`` is an ``Augment`` or None."""
+    h, w, channels = shape
+    centre, spread = (tuple(map(float, values)) * (channels // len(values)) for values in (mean, std))
+    if augment is None:
+        return ViewPlan(size, centre, spread, (0, 0, 0), (0, 0), (1.0, 0.0, 0.0), 0.0, 0.0, 0.0, (0.0, 0.0, 0.0))
+    (smallest, largest), (erase_smallest, erase_largest) = augment.crop_scale, augment.erase_scale
+    noisy = augment.noise_probability if augment.noise else 0.0
+    return ViewPlan(
+        size,
+        centre,
+        spread,
+        chances=(round(augment.flip * 2**32), round(noisy * 2**32), round(augment.erase_probability * 2**32)),
+        reach=(int(augment.shift * h), int(augment.shift * w)),
+        crop=(smallest, largest - smallest, augment.crop_ratio - 1 if smallest < 1 else 0.0),
+        brightness=augment.brightness,
+        contrast=augment.contrast,
+        noise=augment.noise,
+        erase=(erase_smallest, erase_largest - erase_smallest, augment.erase_ratio - 1),
+    )
+
+
+def philox(seed: int, counter: tuple[Any, Any, Any, Any]) -> tuple[Tensor, ...]:
+    """Philox4x32-10 (Salmon et al., 2011): four random words in [0, 2^32) of a 64-bit seed and four counter words.
+
+    Counters are int64 tensors that broadcast, or numbers, in [0, 2^32); words are int64.
+
+    >>> [hex(word) for word in philox(0, (0, 0, 0, torch.tensor(0)))]
+    ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & _LOW, seed >> 32 & _LOW
+    for _ in range(10):
+        # Signed 64-bit products wrap, which leaves their bits as they are; the shift's copies of the sign are masked.
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = b >> 32 & _LOW ^ c1 ^ k0, b & _LOW, a >> 32 & _LOW ^ c3 ^ k1, a & _LOW
+        k0, k1 = k0 + 0x9E3779B9 & _LOW, k1 + 0xBB67AE85 & _LOW
+    return c0, c1, c2, c3
+
+
+def _uniform(word: Tensor) -> Tensor:
+    """[0, 1) in float32, by the upper 24 bits."""
+    return (word >> 8).float() * 2.0**-24
+
+
+def _ratio(word: Tensor, spread: float) -> Tensor:
+    """From [1, 1 + spread), or the inverse of such a number, by the uppermost bit."""
+    ratio = 1 + spread * _uniform(word * 2 & _LOW)
+    return torch.where(word >> 31 == 1, 1 / ratio, ratio)
+
+
+def paired_views(
+    images: Tensor,
+    indices: Tensor,
+    *,
+    out_size: int | tuple[int, int],
+    mean: float | Sequence[float],
+    std: float | Sequence[float],
+    seed: int,
+    epoch: int | Tensor,
+    samples: Tensor | None = None,
+    augment: Any = None,
+    transform: str = "hflip",
+    views: str = "both",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Views of images and their twins, (2N, C, H, W), or (N, C, H, W) for "original"; see the public function.
+
+    Float32 arithmetic. What decides which pixels are read or erased is computed in single operations, each rounded
+    correctly, in the order that is written here, so that no backend decides otherwise; the rest agrees to rounding.
+    """
+    size = sides(out_size)
+    plan = view_plan(augment, images.shape[1:], size, numbers(mean), numbers(std))
+    samples = indices if samples is None else samples
+    key = (samples & _LOW, samples >> 32 & _LOW, epoch)
+    draws = [philox(seed, (*key, draw)) for draw in range(_FIRST_NOISE)]
+    value = _cropped(images, indices, plan, draws)
+    _, (_, _, bright, contrasting), (_, _, _, noisy), _ = draws
+    contrast = 1 + plan.contrast * (2 * _uniform(contrasting) - 1)
+    gain = (1 + plan.brightness * (2 * _uniform(bright) - 1)) * contrast
+    value = value * gain[:, None, None, None] + (0.5 - 0.5 * contrast)[:, None, None, None]
+    if plan.noise:
+        noise = plan.noise * _noise(seed, key, size)[..., : images.shape[3]]
+        value = torch.where((noisy < plan.chances[1])[:, None, None, None], value + noise, value)
+    centre, spread = (torch.tensor(x, dtype=torch.float32, device=images.device) for x in (plan.mean, plan.std))
+    view = (value.clamp(0, 1) - centre) / spread
+    view = torch.where(_erased(plan, draws)[..., None], 0.0, view)
+    known = (indices >= 0) & (indices < len(images))
+    view = torch.where(known[:, None, None, None], view, math.nan).to(dtype).permute(0, 3, 1, 2)
+    pair = [view, TRANSFORMS[transform][0](view)] if views == "both" else [view]
+    return torch.cat(pair).contiguous(memory_format=torch.channels_last)
+
+
+def _cropped(images: Tensor, indices: Tensor, plan: ViewPlan, draws: list[tuple[Tensor, ...]]) -> Tensor:
+    """(N, H, W, C) in [0, 1]: of each image the box that its numbers choose, mirrored or not."""
+    (area_or_down, ratio_or_right, flip, _), (down, right, _, _) = draws[:2]
+    (h, w), (height, width), device = images.shape[1:3], plan.size, images.device
+    box_h: Any = float(h)
+    box_w: Any = float(w)
+    if plan.reach != (0, 0):
+        top = (area_or_down * (2 * plan.reach[0] + 1) >> 32).float() - plan.reach[0]
+        left = (ratio_or_right * (2 * plan.reach[1] + 1) >> 32).float() - plan.reach[1]
+    else:
+        area, ratio = plan.crop[0] + plan.crop[1] * _uniform(area_or_down), _ratio(ratio_or_right, plan.crop[2])
+        box_h, box_w = (area / ratio).sqrt().clamp(max=1) * h, (area * ratio).sqrt().clamp(max=1) * w
+        top, left = _uniform(down) * (h - box_h), _uniform(right) * (w - box_w)
+
+    def taps(place: Tensor, start: Tensor, scale: Any, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The two pixels between whose centres that of an output pixel is, and the second's share."""
+        at = (place + 0.5) * torch.as_tensor(scale).view(-1, 1).to(device) + (start - 0.5)[:, None]
+        first = at.floor()
+        return first.clamp(0, count - 1).long(), (first + 1).clamp(0, count - 1).long(), at - first
+
+    y, x = torch.arange(height, device=device)[None], torch.arange(width, device=device)[None]
+    x = torch.where((flip < plan.chances[0])[:, None], width - 1 - x, x)
+    (y0, y1, dy), (x0, x1, dx) = taps(y, top, box_h / height, h), taps(x, left, box_w / width, w)
+    dy, dx = dy[:, :, None, None], dx[:, None, :, None]
+    # An index that is none reads the first image; without images there is nothing to read.
+    row = torch.where((indices >= 0) & (indices < len(images)), indices, 0)[:, None, None]
+    images = images if len(images) else images.new_zeros(1, *images.shape[1:])
+
+    def between(y: Tensor) -> Tensor:
+        first, second = (images[row, y[:, :, None], x[:, None, :]].float() for x in (x0, x1))
+        return first + dx * (second - first)
+
+    upper = between(y0)
+    return (upper + dy * (between(y1) - upper)) * (1 / 255)
+
+
+def _noise(seed: int, key: tuple[Any, ...], size: tuple[int, int]) -> Tensor:
+    """(N, H, W, 3) standard normal numbers of each pixel, by Box and Muller's method."""
+    samples = key[0]
+    pixel = torch.arange(size[0] * size[1], device=samples.device)[None] + _FIRST_NOISE
+    low, high, epoch = (x[:, None] if isinstance(x, Tensor) and x.dim() else x for x in key)
+    a, b, c, d = philox(seed, (low, high, epoch, pixel))
+    near, far = ((-2 * (_uniform(word) + 2.0**-24).log()).sqrt() for word in (a, c))
+    turn, other = (2 * math.pi * _uniform(word) for word in (b, d))
+    return torch.stack([near * turn.cos(), near * turn.sin(), far * other.cos()], -1).unflatten(1, size)
+
+
+def _erased(plan: ViewPlan, draws: list[tuple[Tensor, ...]]) -> Tensor:
+    """(N, H, W) which pixels are in the rectangle of an image that has one."""
+    (erases, area_word, ratio_word, _), (down, right, _, _) = draws[2:4]
+    (height, width), device = plan.size, erases.device
+    area = (plan.erase[0] + plan.erase[1] * _uniform(area_word)) * (height * width)
+    ratio = _ratio(ratio_word, plan.erase[2])
+    tall = ((area / ratio).sqrt() + 0.5).floor().clamp(1, height).long()
+    wide = ((area * ratio).sqrt() + 0.5).floor().clamp(1, width).long()
+    top, left = down * (height - tall + 1) >> 32, right * (width - wide + 1) >> 32
+    y, x = torch.arange(height, device=device)[None], torch.arange(width, device=device)[None]
+    inside_y = (y >= top[:, None]) & (y < (top + tall)[:, None])
+    inside_x = (x >= left[:, None]) & (x < (left + wide)[:, None])
+    return (erases < plan.chances[2])[:, None, None] & inside_y[:, :, None] & inside_x[:, None, :]

@@ -441,5 +441,5 @@ print(torch.ops.rebalfer_kernels.cuda_problem())
 """
     out, errors = start(native.cache_directory(), "-c", served, CUDA_VISIBLE_DEVICES="").communicate(timeout=100)
     operators, problem = out.splitlines()
-    assert operators.split() == list(ops._SCHEMAS), errors
+    assert operators.split() == [name for name in ops._SCHEMAS if name != "paired_views"], errors
     assert problem.startswith("tickets: ")  # and CUDA's reason: no driver, or no device

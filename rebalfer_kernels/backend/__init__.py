@@ -16,7 +16,7 @@ import torch
 class Request(NamedTuple):
     """What a backend may look at. The batch size is no part of it, so it changes neither the choice nor the graph."""
 
-    op: str  #: "head", "cam" or "cross_entropy"
+    op: str  #: "head", "cam", "cross_entropy" or "views"
     device: str  #: device type
     device_index: int | None
     dtype: torch.dtype  #: of the features (or logits)
@@ -44,6 +44,7 @@ class Backend:
     name: str
     preference: int  #: the backend with the lowest that serves a call is chosen
     fused = True  #: whether it implements the operators of ``ops.py``
+    lacks: tuple[str, ...] = ()  #: the requests, by ``op``, that it has no kernel for
     limits: dict[str, int] = {}  #: the largest "classes", "positions" or "elements" it serves
 
     def devices(self) -> tuple[str, ...]:
@@ -72,6 +73,8 @@ class Backend:
             return Verdict(False, f"the fused backends do not serve {request.context}")
         if request.device not in self.devices():
             return Verdict(False, f"serves {' and '.join(self.devices())} tensors, got {request.device}")
+        if request.op in self.lacks:
+            return Verdict(False, f"has no kernel for {request.op}")
         for name, limit in self.limits.items():
             if (size := getattr(request, name)) > limit:
                 return Verdict(False, f"serves at most {limit} {name}, got {size if request.exact else 'more'}")

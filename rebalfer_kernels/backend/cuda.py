@@ -22,6 +22,7 @@ _NOT_MEASURED = "by design, not yet measured"
 class Cuda(Backend):
     name = "cuda"
     preference = 10
+    lacks = ("views",)
     limits = {"classes": 16, "positions": 64}  # kMaxClasses and kMaxPositions of csrc/cuda/kernels.cuh
 
     def devices(self) -> tuple[str, ...]:

@@ -84,7 +84,11 @@ class Recipe(NamedTuple):
 
 def cpu_recipe() -> Recipe:
     flags = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -Wno-ignored-attributes -Wno-psabi"
-    objects = {"ops.o": ("ops.cpp", f"{_STABLE_ABI} -Itorch/include")}
+    torch_headers = f"{_STABLE_ABI} -Itorch/include"
+    objects = {
+        "ops.o": ("ops.cpp", torch_headers),
+        "views.o": ("views.cpp", f"{torch_headers} -ffp-contract=off"),
+    }
     for isa, own in ISAS.items():
         objects[f"{isa}.o"] = ("kernels.cpp", f"{own} -DREBALFER_ISA=kernels_{isa}")
     return Recipe("cpu", flags, objects, "-ltorch_cpu -lc10", "cpu")
