@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import logging
 import os
 import re
 import sys
+import textwrap
 import tomllib
 import types
 import typing
@@ -60,8 +62,10 @@ def parse(arguments: list[str]) -> Any:
     if command not in commands:
         raise UserError(f"command: got {command!r}, expected one of {', '.join(commands)}{_near(command, commands)}")
     rest, wanted = _help_wanted(rest)
-    rest, files = _take_files([_spelt(a) for a in rest])
-    default = _default(commands[command](), rest, files)
+    default, rest, files = commands[command](), [_spelt(a) for a in rest], []
+    if _flat(default):
+        rest, files = _take_files(rest)
+        default = _default(default, rest, files)
     if wanted is not None:
         print(help_text(command, default, wanted))
         return None
@@ -95,8 +99,11 @@ def flags(options: Any, group: str = "", title: str = "") -> Iterator[Flag]:
 
 
 def _parsed(command: str, default: Any, arguments: list[str], files: list[dict]) -> Any:
-    parser = _parser(command, default)
-    keys = [flag.key for flag in flags(default)]
+    parser, known = _parser(command, default), {flag.key: flag for flag in flags(default)}
+    arguments = [_switched(argument, known) for argument in arguments]
+    for key in [*(key for file in files for key in _keys(file, known)), *_given(arguments)]:
+        if key not in known and known.get(key.removeprefix("no_"), FREE).kind is not bool:
+            raise _unknown(key, known, default)
     try:
         for file in files:
             parser.set_defaults(dict(parser.parse_object(file).items()))
@@ -104,15 +111,80 @@ def _parsed(command: str, default: Any, arguments: list[str], files: list[dict])
     except Exception as error:
         if type(error).__name__ not in ("ArgumentError", "ParserError"):
             raise
-        text = re.sub(r"\s+", " ", str(error)).removeprefix("Parser key ")
-        words = re.findall(r"(?:--|Option ')([\w.]+)", text)
-        raise UserError(text + (_near(words[0], keys) if words else "")) from None
+        raise _refused(str(error), known, arguments, files) from None
     return _filled(default, values)
+
+
+FREE = Flag("", "", "", str, "", {})  #: one that stands for no field
+
+
+def _switched(argument: str, known: dict[str, Flag]) -> str:
+    """--pictures=false as --no_pictures, --pictures=true as --pictures; others as they are."""
+    option, equals, value = argument.partition("=")
+    key, value = option.removeprefix("--"), value.lower()
+    if equals and known.get(key, FREE).kind is bool and value in ("true", "false"):
+        return f"--{key}" if value == "true" else f"--no_{key}"
+    return argument
+
+
+def _given(arguments: list[str]) -> list[str]:
+    """The keys of the options among ``arguments``."""
+    before = itertools.takewhile(lambda argument: argument != "--", arguments)
+    return [argument[2:].partition("=")[0] for argument in before if argument.startswith("--")]
+
+
+def _keys(file: dict, known: dict[str, Flag], group: str = "") -> Iterator[str]:
+    """The keys in a file's groups."""
+    for name, value in file.items():
+        key = f"{group}{name}"
+        if isinstance(value, dict) and key not in known:
+            yield from _keys(value, known, f"{key}.")
+        elif value is not None or key in known:  # an empty group says nothing
+            yield key
+
+
+def _unknown(key: str, known: dict[str, Flag], default: Any) -> UserError:
+    """What is wrong with an option that the command, its method or its data set does not have."""
+    group, _, name = key.rpartition(".")
+    inside = [k for k in known if group and k.startswith(f"{group}.")]
+    # Suggestions by the last part: in the group that was named if it has one like it.
+    of_name = {k.rpartition(".")[2]: k for k in [*known, *inside]}
+    close = difflib.get_close_matches(name, of_name, n=1, cutoff=0.7)
+    whose = f"{group} {known[f'{group}.name'].value}" if group in PACKAGES and inside else "this command"
+    said = f"{key}: got an option that {whose} does not have"
+    if close:
+        return UserError(f"{said}; did you mean {of_name[close[0]]}?")
+    return UserError(f"{said}, expected one of {', '.join(inside)}" if inside else said)
+
+
+def _refused(text: str, known: dict[str, Flag], arguments: list[str], files: list[dict]) -> UserError:
+    """The parser's error, by the option's name, what came and what was expected."""
+    text = re.sub(r"\s+", " ", text)
+    key = next((word for word in re.findall(r"[\w.]+", text) if word in known), "")
+    if not key or text.startswith(("unrecognized", "the following")):
+        return UserError(text)
+    kind, choices = known[key].kind, known[key].metadata.get("choices")
+    kinds = [EXPECTED.get(k, k.__name__) for k in typing.get_args(kind) or [kind]]
+    if typing.get_origin(kind) is list:
+        kinds = ["a list, such as '[a, b]'"]
+    value = _asked(key, arguments, files, "")
+    return UserError(f"{key}: got {value!r}, expected {' or '.join(kinds if not choices else choices)}")
+
+
+#: What is expected of an option by its type, in words.
+EXPECTED: dict[Any, str] = {
+    int: "a whole number",
+    float: "a finite number",
+    bool: "true or false",
+    str: "text",
+    dict: "values by name, such as '{a: 1}'",
+    types.NoneType: "null",
+}
 
 
 def _filled(default: Any, values: dict) -> Any:
     """``default`` with the parsed ``values``; those of a flat field stand beside its own."""
-    flat = {f.name: getattr(default, f.name) for f in dataclasses.fields(default) if f.metadata.get("flat")}
+    flat = {name: getattr(default, name) for name in _flat(default)}
     own = {f.name for f in dataclasses.fields(default)} - set(flat)
     inner = {
         name: from_dict({k: v for k, v in values.items() if k not in own}, options) for name, options in flat.items()
@@ -130,7 +202,7 @@ def _parser(command: str, default: Any):
     )
     for flag in flags(default):
         if flag.metadata.get("positional"):
-            parser.add_argument(flag.key, type=flag.kind, nargs="+" if flag.kind is not str else None)
+            parser.add_argument(flag.key, type=str, nargs=None if flag.kind is str else "+")
         elif flag.kind is bool:
             parser.add_argument(f"--{flag.key}", action=ActionYesNo, default=flag.value)
         else:
@@ -141,9 +213,6 @@ def _parser(command: str, default: Any):
 
 def _default(default: Any, arguments: list[str], files: list[dict]) -> Any:
     """The command's options with the preset, the method and the data set that were asked for."""
-    flat = [f.name for f in dataclasses.fields(default) if f.metadata.get("flat")]
-    if not flat:
-        return default
     preset = _asked("preset", arguments, files, default.preset)
     if preset not in presets.found():
         raise UserError(f"preset: got {preset!r}, expected one of {', '.join(presets.found())}")
@@ -153,7 +222,12 @@ def _default(default: Any, arguments: list[str], files: list[dict]) -> Any:
         name = _asked(f"{kind}.name", arguments, files, current.name)
         if name != current.name:
             config = dataclasses.replace(config, **{kind: select(kind, name)()})
-    return dataclasses.replace(default, preset=preset, **{flat[0]: config})
+    return dataclasses.replace(default, preset=preset, **{_flat(default)[0]: config})
+
+
+def _flat(options: Any) -> list[str]:
+    """The fields whose own fields are options of the command, without a group."""
+    return [f.name for f in dataclasses.fields(options) if f.metadata.get("flat")]
 
 
 def _asked(key: str, arguments: list[str], files: list[dict], default: str) -> str:
@@ -204,7 +278,13 @@ def _read(path: Path) -> dict:
         ) from error
     if not isinstance(values, dict):
         raise UserError(f"config: got {path}, expected a file of options, such as 'epochs: 10'")
-    return {k: {"name": v} if k in BY_NAME and isinstance(v, str) else v for k, v in values.items()}
+    values = {k: {"name": v} if k in BY_NAME and isinstance(v, str) else v for k, v in values.items() if v is not None}
+    groups = {
+        f.name for f in dataclasses.fields(Config) if f.name in BY_NAME or f.default_factory is not dataclasses.MISSING
+    }
+    if bad := [k for k in groups & set(values) if not isinstance(values[k], dict)]:
+        raise UserError(f"{bad[0]}: got {values[bad[0]]!r} in {path}, expected options by name")
+    return values
 
 
 def _near(word: str, known) -> str:
@@ -235,7 +315,7 @@ def help_text(command: str, default: Any, wanted: str) -> str:
         groups.setdefault(flag.group, []).append(flag)
     wanted = "" if wanted == "main" else wanted
     if wanted and wanted != "all" and wanted not in groups:
-        raise UserError(f"help: got {wanted!r}, expected all or one of {', '.join(g for g in groups if g)}")
+        raise UserError(f"help: got {wanted!r}, expected one of {', '.join(['all', *(g for g in groups if g)])}")
     shown = [g for g in groups if wanted in (g, "all") or not wanted and g in FIRST]
     places = " ".join(flag.key.upper() for flag in groups[""] if flag.metadata.get("positional"))
     lines = [f"python -m trainer {command} {places} [--OPTION VALUE ...]".replace("  ", " ")]
@@ -247,7 +327,7 @@ def help_text(command: str, default: Any, wanted: str) -> str:
         lines += ["", "more, each with --help GROUP, or --help all:"]
         for group in rest:
             names = ", ".join(flag.key.removeprefix(f"{group}.") for flag in groups[group])
-            lines.append(f"  {group or 'main'}: {names}")
+            lines += textwrap.wrap(f"{group or 'main'}: {names}", 110, initial_indent="  ", subsequent_indent="    ")
     if "preset" in {flag.key for flag in groups[""]}:
         lines += ["", "--config FILE reads options from YAML, JSON or TOML, such as a run's config.json"]
     return "\n".join(lines)
@@ -260,12 +340,9 @@ def _help_line(flag: Flag) -> str:
     text = flag.metadata.get("help", f"one of {', '.join(flag.metadata.get('choices', ()))}")
     if flag.key == "preset":
         text += f": {', '.join(flag.metadata['choices'])}"
-    value = (
-        ""
-        if flag.kind is bool and not flag.value or str(flag.value) in ("None", "", "()", "{}")
-        else f" [{flag.value}]"
-    )
-    name = key.upper() if flag.metadata.get("positional") else f"--{key}{what}"
+    value = "" if flag.kind is bool or str(flag.value) in ("None", "", "()", "{}") else f" [{flag.value}]"
+    switch = "[no-]" if flag.kind is bool and flag.value else ""
+    name = key.upper() if flag.metadata.get("positional") else f"--{switch}{key}{what}"
     return f"  {name:<34}{text}{value}"
 
 

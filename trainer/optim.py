@@ -10,6 +10,7 @@ import math
 import timm.optim
 import torch
 from timm.utils import ModelEmaV3
+from torch import nn
 
 from . import distributed
 from .config import Config, UserError
@@ -18,7 +19,7 @@ from .methods import Method
 FUSED = ("adam", "adamw", "sgd", "momentum", "nesterov")  #: PyTorch's own, which have one kernel for all weights
 
 
-def create(config: Config, method: Method, device: torch.device) -> torch.optim.Optimizer:
+def create(config: Config, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
     """The optimiser that ``config.optim`` names, at the run's learning rate.
 
     Raises:
@@ -38,7 +39,7 @@ def create(config: Config, method: Method, device: torch.device) -> torch.optim.
         extra |= {"capturable": True}
     try:
         return timm.optim.create_optimizer_v2(
-            method,
+            model,
             options.optimizer,
             lr=torch.tensor(config.learning_rate, device=device) if graph else config.learning_rate,  # type: ignore
             weight_decay=options.weight_decay,

@@ -82,6 +82,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> R
         threads = f"{torch.get_num_threads()} threads; another number of them rounds differently"
         logger.info("on %s in %d processes with %s", device, distributed.size(), threads)
         backbone = backbones.create(config)
+        optim.create(config, backbone, device)  # refuses its options while no image is read yet
         sets = distributed.first(lambda: data.prepare(config))
         logger.info("%s", data.describe(sets))
         rounding = {"threads": torch.get_num_threads(), "processes": distributed.size()}

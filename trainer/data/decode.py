@@ -161,7 +161,8 @@ def _collect(
 
     digests, bad = [], []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        results = tqdm(pool.map(attempt, range(len(names))), total=len(names), desc="reading images", leave=False)
+        found = pool.map(attempt, range(len(names)))
+        results = tqdm(found, total=len(names), desc="reading images", leave=False, disable=None)
         for i, (pixels, text) in enumerate(results):
             if pixels is None:
                 bad.append(f"{names[i]}: {text}")

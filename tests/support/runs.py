@@ -1,0 +1,41 @@
+"""Tiny runs of the trainer through its command line: a few tenths of a second each, on the CPU.
+
+runs.train(root, "--name=a", "--epochs=2")    the exit status
+"""
+
+import json
+from pathlib import Path
+
+from trainer import checkpoint
+from trainer.__main__ import main
+
+TINY = {"channels": [8, 8, 8, 16], "stem_width": 8}
+#: A thin ResNet on 40 faces of 32 pixels, in 5 steps an epoch; without pictures, which take most of the time.
+FLAGS = [
+    "--preset=demo", f"--backbone.options={json.dumps(TINY)}", "--image-size=32", "--batch-size=8", "--epochs=1",
+    "--data.train-size=40", "--data.test-size=14", "--no-output.pictures", "--compute.device=cpu",
+    "--compute.backend=reference",
+]  # fmt: skip
+
+
+def train(root: Path, *options: str) -> int:
+    """The exit status of a run in ``root``."""
+    return main(["train", *FLAGS, f"--output.root={root}", *options])
+
+
+def rows(run: Path) -> list[dict]:
+    """The log of a run without what differs from one machine to another."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_s")} for line in lines]
+
+
+def state(run: Path, name: str = "last.pt") -> dict:
+    """What a checkpoint of a run holds, without what differs from one machine to another."""
+    saved = checkpoint.read(run / name)
+    if "history" in saved:
+        saved["history"] = [
+            {k: v for k, v in r.items() if k not in ("seconds", "images_per_s")} for r in saved["history"]
+        ]
+    for key in ("row", "config"):
+        saved.pop(key, None)
+    return saved
