@@ -19,7 +19,7 @@ from torch import Tensor
 from trainer import loop, optim, presets
 from trainer.config import Backbone, Compute, Config, as_dict
 from trainer.data import Split
-from trainer.data.batches import Batch
+from trainer.data.batches import Batch, Source
 from trainer.data.synthetic import TRAIN_COUNTS
 
 from . import baselines, goals, results
@@ -53,14 +53,15 @@ class Training:
         self.optimizer = optim.create(config, self.method, device)
         side = config.image_size
         images = torch.randint(0, 256, (pool, side, side, 1), dtype=torch.uint8, device=device)
-        self.split = Split(images, torch.randint(0, len(TRAIN_COUNTS), (pool,), device=device))
+        labels = torch.randint(0, len(TRAIN_COUNTS), (pool,), device=device)
+        self.source = Source(Split(images, labels), config, self.method.backbone, device)
 
     def batch(self) -> Batch:
         """The next images, as the trainer's loop makes them."""
         self.steps += 1
         random = torch.Generator().manual_seed(self.steps)
-        rows = torch.randint(len(self.split.labels), (self.config.batch_size,), generator=random)
-        return Batch(self.split, rows, whole=len(rows), progress=0.0, seed=0, epoch=self.steps)
+        rows = torch.randint(len(self.source), (self.config.batch_size,), generator=random).to(self.source.device)
+        return Batch(self.source, rows, epoch=self.steps, whole=len(rows), progress=0.0)
 
     def problem(self, features: Tensor, y: Tensor) -> Problem:
         """The head's arguments with these features."""

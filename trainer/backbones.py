@@ -8,6 +8,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
+import rebalfer_kernels as rk
+
 from .config import Config, UserError
 
 #: Options of timm.create_model that the classifier's replacement makes meaningless.
@@ -20,13 +22,17 @@ class Backbone(nn.Module):
     A grey image (M, 1, h, w) is repeated for the three colours.
     """
 
-    def __init__(
-        self, model: Any, config: Config
-    ) -> None:  # timm's: nn.Module does not declare what all its models have
+    #: What the weights expect, for each colour or one for all: (pixel / 255 - mean) / std.
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[float, ...] = (0.5,)
+
+    # timm's model is Any: nn.Module does not declare what all of its models have.
+    def __init__(self, model: Any, config: Config) -> None:
         super().__init__()
         self.model = model
         self.nhwc = str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC")
         self.layout = torch.channels_last if config.compute.channels_last else torch.contiguous_format
+        self.image_size = config.image_size
         self.amp = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.compute.amp)
         self.frozen_batchnorm, self.separate_views = config.backbone.frozen_batchnorm, config.backbone.separate_views
         self.channels: int = model.num_features
@@ -39,6 +45,37 @@ class Backbone(nn.Module):
         """The features, in the precision of the weights."""
         features = self.model.forward_features(images.expand(-1, 3, -1, -1).contiguous(memory_format=self.layout))
         return features.permute(0, 3, 1, 2) if self.nhwc else features
+
+    def coloured(self, images: Tensor) -> Tensor:
+        """Grey images (K, h, w, 1) with three channels if their colours are normalised differently."""
+        differ = len(set(self.mean)) > 1 or len(set(self.std)) > 1
+        return images.expand(-1, -1, -1, 3).contiguous() if images.shape[-1] == 1 and differ else images
+
+    def views(
+        self,
+        images: Tensor,
+        *,
+        both: bool,
+        indices: Tensor | None = None,
+        samples: Tensor | None = None,
+        seed: int = 0,
+        epoch: int | Tensor = 0,
+        augment: rk.Augment | None = None,
+    ) -> Tensor:
+        """(N or 2N, C, H, W) as it expects them, of :meth:`coloured` uint8 images (K, h, w, C): ``rk.paired_views``."""
+        return rk.paired_views(
+            images,
+            torch.arange(len(images), device=images.device) if indices is None else indices,
+            samples=samples,
+            out_size=self.image_size,
+            mean=self.mean,
+            std=self.std,
+            seed=seed,
+            epoch=epoch,
+            augment=augment,
+            views="both" if both else "original",
+            dtype=self.amp or torch.float32,
+        )
 
     def pair(self, images: Tensor) -> Tensor:
         """Of both views (2N, 3, h, w), in one pass, or in one for each so that BatchNorm does not mix them."""

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from . import checkpoint, metrics
-from .data import Split, views
+from .data import Split
 from .methods import Method
 
 RIGHT, WRONG = "tab:green", "tab:red"
@@ -52,8 +52,8 @@ def activation_maps(
     on one scale. The true class is framed; over an image stands what it is classified as, in red if that is wrong.
     """
     method.eval()
-    pair = views.normalise(torch.cat([images, views.twin(images)])).to(next(method.parameters()).device)
-    features = method.backbone(pair).float()
+    backbone, device = method.backbone, next(method.parameters()).device
+    features = backbone(backbone.views(backbone.coloured(images.to(device)), both=True)).float()
     maps, predicted = method.head.maps(features).cpu(), method.head(features).argmax(1).tolist()
     _draw_maps(images, maps, labels, predicted, legible(classes), title, path)
 
@@ -68,7 +68,7 @@ def _draw_maps(
     path: Path,
 ) -> None:
     k, columns = len(images), 2 * (1 + len(classes))
-    pair = torch.cat([images, views.twin(images)])
+    pair = torch.cat([images, images.flip(2)])
     large = torch.nn.functional.interpolate(maps.float(), images.shape[1:3], mode="bilinear", align_corners=False)
     limit = large.abs().amax().item() or 1.0
     figure = Figure(figsize=(0.95 * columns + 0.8, 1.12 * k + 0.9), layout="constrained")

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from . import backbones, distributed, metrics, optim
 from .config import Config
-from .data import Data, Split, views
-from .data.batches import Batch, order
+from .data import Data, Split
+from .data.batches import Batch, Source, order
 from .methods import Method, Task
 from .run import Diverged, Run, Signals, Stopped, signals
 from .state import State
@@ -44,7 +44,8 @@ def fit(config: Config, method: Method, data: Data, run: Run, device: torch.devi
     Raises:
         Diverged: a loss or a logit that is not finite. Stopped: a signal came, and the state is saved.
     """
-    train = data.train.to(device)
+    train = Source(data.train, config, method.backbone, device)
+    logger.info("%s", train.describe())
     state = State(config, method, device)
     if run.saved:
         state.restore(run.saved)
@@ -56,8 +57,8 @@ def fit(config: Config, method: Method, data: Data, run: Run, device: torch.devi
             trained = time.perf_counter() - started
             scores = {name: metrics.accuracies(_evaluate(state, name, data, run)) for name in data.evaluated}
             seconds = time.perf_counter() - started
-            speed = len(train.labels) * (steps - first) / steps / trained
-            row = {"epoch": state.epoch + 1, **state.means(len(train.labels)), **scores}
+            speed = len(train) * (steps - first) / steps / trained
+            row = {"epoch": state.epoch + 1, **state.means(len(train)), **scores}
             state.finish_epoch(row | {"seconds": seconds, "images_per_s": speed}, scores[data.chooser]["mean"])
             run.finish_epoch(state)
             logger.info("%s %d/%d: %s", config.name, state.epoch, config.epochs, _summary(config, state, data))
@@ -66,10 +67,10 @@ def fit(config: Config, method: Method, data: Data, run: Run, device: torch.devi
     return state
 
 
-def _train_epoch(config: Config, train: Split, state: State, run: Run, noted: Signals) -> int:
+def _train_epoch(config: Config, train: Source, state: State, run: Run, noted: Signals) -> int:
     """The rest of an epoch; how many steps it has."""
-    n = len(train.labels)
-    groups, first = order(n, config.batch_size, config.seed, state.epoch, least=optim.fewest(config)), state.step
+    least, first = optim.fewest(config), state.step
+    groups = order(len(train), config.batch_size, config.seed, state.epoch, least=least)
     title = f"{config.name} {state.epoch + 1}/{config.epochs}"
     state.method.train()
     bar = tqdm(groups[first:], initial=first, total=len(groups), desc=title, unit="step", leave=False, disable=None)
@@ -77,7 +78,8 @@ def _train_epoch(config: Config, train: Split, state: State, run: Run, noted: Si
         # Dropout and the like: by position and process, so that nothing but the position needs to be saved.
         torch.manual_seed(zlib.crc32(f"{config.seed} {state.epoch} {state.step} {distributed.rank()}".encode()))
         progress = (state.epoch + state.step / len(groups)) / config.epochs
-        batch = Batch(train, rows[distributed.share(len(rows))], len(rows), progress, config.seed, state.epoch)
+        mine = rows[distributed.share(len(rows))].to(train.device)
+        batch = Batch(train, mine, state.epoch, len(rows), progress)
         state.count(state.take(batch, optim.learning_rate(config, state.epoch, state.step, len(groups))))
 
         last = state.step == len(groups)
@@ -115,15 +117,14 @@ def _summary(config: Config, state: State, data: Data) -> str:
 
 @torch.no_grad()
 def logits(method: Method, images: Tensor, *, flip: bool = False) -> Tensor:
-    """(M, L) float32 on the CPU of uint8 images (M, H, W, 1 or 3), in eval mode; ``flip``: averaged with the twins'."""
+    """(M, L) float32 on the CPU of uint8 images (M, h, w, 1 or 3), in eval mode; ``flip``: averaged with the twins'."""
     method.eval()
     device = next(method.parameters()).device
     found = []
     for chunk in images.split(EVALUATED_AT_ONCE):
-        images = chunk.to(device)
-        plain = method(views.normalise(images))
-        found.append((plain + method(views.normalise(views.twin(images)))).div(2) if flip else plain)
-    return torch.cat(found).float().cpu()
+        z = method(method.backbone.views(method.backbone.coloured(chunk.to(device)), both=flip)).float()
+        found.append(torch.stack(z.chunk(2)).mean(0) if flip else z)
+    return torch.cat(found).cpu()
 
 
 def evaluate(method: Method, split: Split, num_classes: int, *, flip: bool = False) -> Tensor | None:

@@ -13,7 +13,7 @@ from trainer import backbones, checkpoint, loop, optim, presets
 from trainer.__main__ import main
 from trainer.config import Backbone, Compute, Optim, UserError
 from trainer.data import Split, synthetic
-from trainer.data.batches import Batch, order
+from trainer.data.batches import Batch, Source, order
 from trainer.methods import baseline
 from trainer.step import Step
 
@@ -32,9 +32,10 @@ def faces():
     return synthetic.draw([3] * 7, 32, seed=0)
 
 
-def batch_of(faces: Split, rows=range(8)):
-    rows = torch.tensor(list(rows))
-    return Batch(faces, rows, whole=len(rows), progress=0.0, seed=0, epoch=0)
+def batch_of(faces: Split, rows=range(8), device=CPU):
+    rows = torch.tensor(list(rows), device=device)
+    source = Source(faces, config(), backbones.create(config()), device)
+    return Batch(source, rows, epoch=0, whole=len(rows), progress=0.0)
 
 
 def gradients(method):
@@ -238,9 +239,9 @@ def test_a_step_captured_on_cuda_trains_as_an_eager_step_does(method):
         c = config(compute=Compute(cuda_graph=graph), optim=Optim(clip=1.0))
         c = c if method == "rebalanced" else dataclasses.replace(c, method=baseline.Options())
         device = torch.device("cuda")
-        faces = synthetic.draw([3] * 7, 32, seed=0).to(device)
+        faces = synthetic.draw([3] * 7, 32, seed=0)
         step = Step(c, loop.build(c, COUNTS, device).train(), device)
         for i in range(8):
-            sums = step(batch_of(faces, range(i, i + 7 + i % 2)), 1e-3 * (i + 1))
+            sums = step(batch_of(faces, range(i, i + 7 + i % 2), device), 1e-3 * (i + 1))
         found.append((sums, [p.detach().clone() for p in step.method.parameters()]))
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-4)

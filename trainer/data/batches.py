@@ -1,4 +1,4 @@
-"""The order of an epoch, and what a method gets of each step."""
+"""The training images as a step reads them: the order of an epoch, and the views that a method gets."""
 
 from __future__ import annotations
 
@@ -6,33 +6,94 @@ import dataclasses
 import math
 import zlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from . import Split, views
+import rebalfer_kernels as rk
+
+from ..config import Config
+from . import Split
+
+if TYPE_CHECKING:
+    from ..backbones import Backbone
+
+RESIDENT = 0.5  #: of a GPU's free memory, at most, for the images
+
+
+class Source:
+    """Training images, and how views are made of them.
+
+    The images stay on the device if it has room, else in host memory, from which each step copies its own.
+    """
+
+    def __init__(self, split: Split, config: Config, backbone: Backbone, device: torch.device) -> None:
+        images = backbone.coloured(split.images)
+        self.resident = device.type == "cpu" or images.nbytes < RESIDENT * torch.cuda.mem_get_info(device)[0]
+        self.images = images.to(device) if self.resident else images
+        self.labels = split.labels.to(device)
+        self.backbone, self.seed, self.augment, self.device = backbone, config.seed, augmentation(config), device
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def describe(self) -> str:
+        """Where the images are."""
+        size = f"{len(self):,} training images, {self.images.nbytes / 2**20:,.0f} MiB,"
+        if self.resident:
+            return f"{size} stay on {self.device}"
+        return f"{size} are more than {RESIDENT:.0%} of the free memory of {self.device}: each step copies its own"
+
+    def views(self, rows: Tensor, epoch: int | Tensor, *, both: bool) -> Tensor:
+        """(N or 2N, 1 or 3, H, W) channels_last: augmented, mirrored and normalised."""
+        images, indices = self.images, rows
+        if not self.resident:
+            images = images[rows.cpu()].pin_memory().to(self.device, non_blocking=True)
+            indices = torch.arange(len(rows), device=self.device)
+        return self.backbone.views(
+            images, both=both, indices=indices, samples=rows, seed=self.seed, epoch=epoch, augment=self.augment
+        )
+
+
+def augmentation(config: Config) -> rk.Augment:
+    """The operator's options for those of the run."""
+    options = config.augment
+    place = {"crop_scale": (options.crop, 1.0)} if options.crop else {"shift": options.shift}
+    return rk.Augment(
+        **place,
+        flip=options.flip,
+        brightness=options.brightness,
+        contrast=options.contrast,
+        noise=options.noise / 255,
+        noise_probability=options.noise_probability if options.noise else 0.0,
+        erase_probability=options.erase,
+        erase_scale=(0.02, options.erase_largest),
+    )
 
 
 @dataclass(frozen=True)
 class Batch:
     """The images of a step, as the views that the method asks for."""
 
-    split: Split  #: all training images, on the device
-    rows: Tensor  #: (N,) int64 on the CPU: which of them
+    source: Source  #: all training images
+    rows: Tensor  #: (N,) int64 on the device: which of them
+    epoch: int | Tensor  #: from 0; a CUDA graph reads it from a tensor () int64
     whole: int  #: images of the step, of all its parts in all processes
     progress: float  #: share of the run that is done, in [0, 1)
-    seed: int
-    epoch: int
 
     @property
     def labels(self) -> Tensor:
         """(N,) int64, or (N, L) float32 distributions, on the device."""
-        return self.split.labels[self.rows.to(self.split.labels.device)]
+        return self.source.labels[self.rows]
 
-    @property
-    def random(self) -> views.Draws:
-        """Random numbers keyed by (seed, epoch, sample); draw 0 is the augmentation's."""
-        return views.Draws(self.seed, self.epoch, self.rows)
+    def view(self) -> Tensor:
+        """(N, 1 or 3, H, W) augmented and normalised."""
+        return self.source.views(self.rows, self.epoch, both=False)
+
+    def pair(self) -> Tensor:
+        """(2N, 1 or 3, H, W): each view, then each view's mirror image."""
+        return self.source.views(self.rows, self.epoch, both=True)
 
     def at(self, rows: Tensor) -> Batch:
         """Other training images at the same time, for methods that sample by their own rule."""
@@ -44,26 +105,18 @@ class Batch:
 
     def clone(self) -> Batch:
         """With memory of its own for what changes from step to step."""
-        return self.at(self.rows.clone())
+        return dataclasses.replace(
+            self, rows=self.rows.clone(), epoch=torch.as_tensor(self.epoch, device=self.rows.device).clone()
+        )
 
     def copy_(self, other: Batch) -> None:
         """Takes the place of ``other``, in its own memory."""
         self.rows.copy_(other.rows)
+        assert isinstance(self.epoch, Tensor), "a clone"
+        self.epoch.fill_(other.epoch)
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    def view(self) -> Tensor:
-        """(N, 1 or 3, H, W) float32, augmented and normalised."""
-        return views.normalise(self._augmented())
-
-    def pair(self) -> Tensor:
-        """(2N, 1 or 3, H, W) float32: each view, then each view's mirror image."""
-        images = self._augmented()
-        return views.normalise(torch.cat([images, views.twin(images)]))
-
-    def _augmented(self) -> Tensor:
-        return views.augment(self.split.images[self.rows.to(self.split.images.device)], self.random)
 
 
 def order(n: int, batch_size: int, seed: int, epoch: int, *, least: int = 1) -> tuple[Tensor, ...]:
