@@ -62,7 +62,8 @@ def parse(arguments: list[str]) -> Any:
     if command not in commands:
         raise UserError(f"command: got {command!r}, expected one of {', '.join(commands)}{_near(command, commands)}")
     rest, wanted = _help_wanted(rest)
-    default, rest, files = commands[command](), [_spelt(a) for a in rest], []
+    default, rest = commands[command](), [_spelt(a) for a in rest]
+    files: list[dict] = []
     if _flat(default):
         rest, files = _take_files(rest)
         default = _default(default, rest, files)
