@@ -12,8 +12,8 @@ import torch
 
 from .. import backbones, compute, data, distributed, loop, optim, presets
 from ..config import NOTHING, Config, UserError, as_dict, option, without_effect
-from ..methods import Method
 from ..run import Run
+from ..state import State
 from . import one_line, scores
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> R
         method = loop.build(config, sets.counts, device, backbone)
         state = loop.fit(config, method, sets, run, device)
         if config.output.pictures:
-            draw(config, state.take.evaluated, sets, run)
+            draw(config, state, sets, run)
     return Result(config, sets.classes, sets.counts, state.history, sets.chooser, run.folder)
 
 
@@ -105,10 +105,10 @@ def expect_same(saved: dict, now: dict) -> None:
             logger.info("note: %d %s, %d before: continues, but not bit for bit", now[name], name, saved[name])
 
 
-def draw(config: Config, method: Method, sets: data.Data, run: Run) -> None:
+def draw(config: Config, state: State, sets: data.Data, run: Run) -> None:
     """The pictures of the last epoch; none of them may fail a run."""
-    name, title = "test" if "test" in sets.splits else sets.chooser, f"{config.name}, epoch {config.epochs}"
-    split = sets.splits[name]
+    name, title = "test" if "test" in sets.splits else sets.chooser, f"{config.name}, epoch {state.epoch}"
+    method, split = state.take.evaluated, sets.splits[name]
     matrix = loop.evaluate(method, split, len(sets.classes))
     assert matrix is not None, "the last evaluation had finite logits"
     if distributed.rank():
