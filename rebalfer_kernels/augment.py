@@ -17,14 +17,15 @@ class Augment:
         flip: probability that the image is mirrored before its views are made.
         shift: largest shift, as a part of each side, in whole pixels; the border is repeated. Not with ``crop_scale``.
         crop_scale: smallest and largest area of a random crop, as parts of the image; (1, 1) is the whole image.
-        crop_ratio: largest ratio of the sides of that crop, relative to the image's; its inverse is as likely.
+        crop_ratio: largest ratio of the sides of that crop, relative to the image's; its inverse is as likely. A crop
+            that would be too wide or too high gets the nearest ratio with which it fits: its area stays as drawn.
         brightness: b; pixel values are multiplied by a number from [1 - b, 1 + b].
         contrast: c; then their distance from 0.5 is multiplied by a number from [1 - c, 1 + c].
         noise: standard deviation of Gaussian noise that is added then, where white is 1; values stay in [0, 1].
         noise_probability: of an image with noise.
         erase_probability: of an image with a rectangle of zeros, which is the mean, after normalisation.
         erase_scale: smallest and largest area of that rectangle, as parts of the output.
-        erase_ratio: largest ratio of its sides; its inverse is as likely.
+        erase_ratio: largest ratio of its sides in pixels, as ``crop_ratio``.
 
     Raises:
         TypeError, ValueError: a value that is no number or out of its range; a shift and a crop together.

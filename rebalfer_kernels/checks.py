@@ -212,6 +212,14 @@ def _constant(name: str, value: Tensor, features: Tensor) -> None:
     same_device(name, value, features)
 
 
+def view_size(value: object) -> tuple[int, int]:
+    """H and W of ``out_size``."""
+    sides = (value, value) if isinstance(value, numbers.Integral) else value
+    if not isinstance(sides, (tuple, list)) or len(sides) != 2:
+        raise TypeError(f"out_size: got {value!r}, expected a whole number or two, (H, W)")
+    return whole_number("out_size", sides[0], 1), whole_number("out_size", sides[1], 1)
+
+
 def views(
     images: Tensor,
     indices: Tensor,
@@ -243,8 +251,6 @@ def views(
             raise TypeError(f"{name}: got dtype {rows.dtype}, expected int64")
         if rows.device != images.device:
             raise ValueError(f"{name}: got device {rows.device}, expected {images.device}, as the images")
-    for side in size:
-        whole_number("out_size", side, 1)
     for name, values in (("mean", mean), ("std", std)):
         if len(values) not in (1, images.shape[3]) or not all(map(is_number, values)):
             raise ValueError(
@@ -252,7 +258,7 @@ def views(
             )
         if not all(map(math.isfinite, values)) or name == "std" and not all(value > 0 for value in values):
             raise ValueError(f"{name}: got {values!r}, expected finite numbers" + (" > 0" if name == "std" else ""))
-    if not isinstance(seed, numbers.Integral) or not -(2**63) <= seed < 2**64:
+    if not isinstance(seed, numbers.Integral) or isinstance(seed, bool) or not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed: got {seed!r}, expected a whole number of 64 bits")
     if isinstance(epoch, Tensor):
         if epoch.dim() != 0 or epoch.dtype != torch.int64 or epoch.device != images.device:

@@ -70,7 +70,7 @@ _SCHEMAS = {
     ),
     # size ... erase are a ViewPlan of reference.py
     "paired_views": (
-        "(Tensor images, Tensor indices, Tensor samples, Tensor? epoch_tensor, int epoch, int seed, int[] size, "
+        "(Tensor images, Tensor indices, Tensor samples, Tensor? epoch_tensor, SymInt epoch, int seed, SymInt[] size, "
         "float[] mean, float[] std, int[] chances, int[] reach, float[] crop, float brightness, float contrast, "
         "float noise, float[] erase, int[] twin_map, bool both, ScalarType dtype) -> Tensor"
     ),

@@ -259,6 +259,11 @@ def _ratio(word: Tensor, spread: float) -> Tensor:
     return torch.where(word >> 31 == 1, 1 / ratio, ratio)
 
 
+def _root(x: Tensor) -> Tensor:
+    """Square root in float32, rounded correctly, which PyTorch's own on a CPU is not; by float64 it always is."""
+    return x.double().sqrt().float()
+
+
 def paired_views(
     images: Tensor,
     indices: Tensor,
@@ -312,7 +317,8 @@ def _cropped(images: Tensor, indices: Tensor, plan: ViewPlan, draws: list[tuple[
         left = (ratio_or_right * (2 * plan.reach[1] + 1) >> 32).float() - plan.reach[1]
     else:
         area, ratio = plan.crop[0] + plan.crop[1] * _uniform(area_or_down), _ratio(ratio_or_right, plan.crop[2])
-        box_h, box_w = (area / ratio).sqrt().clamp(max=1) * h, (area * ratio).sqrt().clamp(max=1) * w
+        wide = _root(area * ratio).clamp(max=1).maximum(area)  # the nearest ratio with which the box fits
+        box_h, box_w = area / wide * h, wide * w
         top, left = _uniform(down) * (h - box_h), _uniform(right) * (w - box_w)
 
     def taps(place: Tensor, start: Tensor, scale: Any, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -354,8 +360,10 @@ def _erased(plan: ViewPlan, draws: list[tuple[Tensor, ...]]) -> Tensor:
     (height, width), device = plan.size, erases.device
     area = (plan.erase[0] + plan.erase[1] * _uniform(area_word)) * (height * width)
     ratio = _ratio(ratio_word, plan.erase[2])
-    tall = ((area / ratio).sqrt() + 0.5).floor().clamp(1, height).long()
-    wide = ((area * ratio).sqrt() + 0.5).floor().clamp(1, width).long()
+    across = _root(area * ratio).clamp(max=width).maximum(area / height)  # as of the crop
+    tall, wide = (
+        (side + 0.5).floor().clamp(1, most).long() for side, most in ((area / across, height), (across, width))
+    )
     top, left = down * (height - tall + 1) >> 32, right * (width - wide + 1) >> 32
     y, x = torch.arange(height, device=device)[None], torch.arange(width, device=device)[None]
     inside_y = (y >= top[:, None]) & (y < (top + tall)[:, None])

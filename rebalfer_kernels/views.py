@@ -61,7 +61,7 @@ def paired_views(
     tensor([[-1.,  1.],
             [ 1., -1.]])
     """
-    size = reference.sides(out_size)
+    size = checks.view_size(out_size)
     means, stds = reference.numbers(mean), reference.numbers(std)
     checks.views(images, indices, samples, size, means, stds, seed, epoch, transform, views, dtype)
     if augment is not None and not isinstance(augment, Augment):
@@ -84,7 +84,7 @@ def paired_views(
         (indices if samples is None else samples).contiguous(),
         tensor,
         number,
-        (seed + 2**63) % 2**64 - 2**63,  # as a signed number
+        (int(seed) + 2**63) % 2**64 - 2**63,  # as a signed number
         *plan,
         TWIN_MAPS[transform],
         views == "both",

@@ -17,6 +17,9 @@ import torch
         "transforms",
         "dispatch",
         "functional",
+        "augment",
+        "reference",
+        "views",
         "modules",
     ],
 )

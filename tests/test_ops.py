@@ -10,6 +10,7 @@ from support.cases import case
 
 import rebalfer_kernels as rk
 from rebalfer_kernels import ops
+from rebalfer_kernels.backend import BACKENDS as OF_PACKAGE
 from rebalfer_kernels.transforms import TWIN_MAPS
 
 
@@ -59,11 +60,21 @@ def cross_entropy_backward(dtype, layout, *, soft=False, mean=True, **_):
     return d_loss, logits, targets, table, mean
 
 
+def paired_views(dtype, layout, *, soft=False, mean=True, **_):
+    images = torch.randint(0, 256, (3, 5, 4, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    augment = rk.Augment(crop_scale=(0.5, 1.0), flip=0.5, noise=0.1, erase_probability=0.5)
+    plan = rk.reference.view_plan(augment, (5, 4, 3), (6, 4), (0.5,), (0.25,))
+    epoch = (torch.tensor(3), 0) if soft else (None, 3)
+    of_views = dtype if dtype != torch.float64 else torch.float16
+    return images, torch.tensor([2, 0]), torch.tensor([7, 1]), *epoch, 5, *plan, TWIN_MAPS["hflip"], mean, of_views
+
+
 #: operator -> its arguments, on detached tensors
 SAMPLES = {
     "head_forward": head_forward,
     "head_backward": head_backward,
     "cam_forward": cam_forward,
+    "paired_views": paired_views,
     "cam_backward": cam_backward,
     "cross_entropy_forward": cross_entropy_forward,
     "cross_entropy_backward": cross_entropy_backward,
@@ -76,6 +87,8 @@ VARIANTS = [{}, {"soft": True, "mean": False}, {"cam_grad": True, "mean": False}
 @pytest.mark.parametrize("name", SAMPLES)
 def test_opcheck(backend, name, variant):
     """Schema (nothing mutated or aliased), fakes (shapes, dtypes and strides of every output), dynamic shapes."""
+    if name == "paired_views" and "views" in OF_PACKAGE[backend.name].lacks:
+        pytest.skip(f"{backend.name} has no kernel for views")
     for dtype in backend.dtypes[:2]:
         for layout in ("nchw", "channels_last"):
             arguments = SAMPLES[name](dtype, layout, **variant)
@@ -247,7 +260,7 @@ def test_torch_func_is_served_by_the_reference_compiled_or_not():
 def test_everything_public_that_takes_a_backend_is_compiled():
     public = {name: getattr(rk, name) for name in rk.__all__ if callable(getattr(rk, name))}
     served = {name for name, f in public.items() if "backend" in inspect.signature(f).parameters}
-    assert served == {*CALLS, "explain"}
+    assert served == {*CALLS, "explain", "paired_views"}  # the last, of images, by test_views.py
 
 
 def test_a_reload_finds_the_operators_defined():

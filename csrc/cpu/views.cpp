@@ -96,8 +96,9 @@ class View {
     } else {
       const float area = p.crop.area + p.crop.area_range * uniform(place[0]);
       const float ratio = ratio_of(place[1], p.crop.ratio_range);
-      box_h = std::min(std::sqrt(area / ratio), 1.0f) * float(p.h);
-      box_w = std::min(std::sqrt(area * ratio), 1.0f) * float(p.w);
+      const float wide = std::max(std::min(std::sqrt(area * ratio), 1.0f), area);  // the nearest ratio that fits
+      box_h = area / wide * float(p.h);
+      box_w = wide * float(p.w);
       top = uniform(tone[0]) * (float(p.h) - box_h);
       left = uniform(tone[1]) * (float(p.w) - box_w);
     }
@@ -136,8 +137,9 @@ class View {
   void choose_rectangle(const Words& rectangle, const Words& corner) {
     const float area = (p.erase.area + p.erase.area_range * uniform(rectangle[1])) * float(p.H * p.W);
     const float ratio = ratio_of(rectangle[2], p.erase.ratio_range);
-    erase_h = int64_t(std::clamp(std::floor(std::sqrt(area / ratio) + 0.5f), 1.0f, float(p.H)));
-    erase_w = int64_t(std::clamp(std::floor(std::sqrt(area * ratio) + 0.5f), 1.0f, float(p.W)));
+    const float wide = std::max(std::min(std::sqrt(area * ratio), float(p.W)), area / float(p.H));  // as of the crop
+    erase_h = int64_t(std::clamp(std::floor(area / wide + 0.5f), 1.0f, float(p.H)));
+    erase_w = int64_t(std::clamp(std::floor(wide + 0.5f), 1.0f, float(p.W)));
     erase_y = below(corner[0], p.H - erase_h + 1);
     erase_x = below(corner[1], p.W - erase_w + 1);
   }
