@@ -21,7 +21,6 @@ Not measured: bytes moved by compiled contenders, and on a GPU by any.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import sys
 import time
@@ -61,6 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
     step = commands.add_parser("step", help="time a whole training step")
     step.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     step.add_argument("--seconds", type=float, default=60.0, help="of timing in all")
+    step.add_argument("--backbone", default="resnet18", help="a timm model")
+    step.add_argument("--amp", choices=("off", "bf16", "fp16"), help="bf16 on a GPU, else off")
     step.add_argument("--image-size", type=int, default=224)
     step.add_argument("--batch-size", type=int, default=32, help="images; each comes with its twin")
     for command in (op, step):
@@ -123,7 +124,7 @@ def _step(options: argparse.Namespace) -> int:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() and not options.rehearse else "cpu"
     kind = "rehearsal" if options.rehearse else device
-    config = dataclasses.replace(step.MEASURED, image_size=options.image_size, batch_size=options.batch_size)
+    config = step.measured(options.backbone, options.image_size, options.batch_size, options.amp, device)
     if options.rehearse:
         config = step.REHEARSAL
     clock, out = _clock(kind), options.out

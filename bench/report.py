@@ -48,20 +48,28 @@ NO_GPU = """## On a GPU
 The kernels, tests and benchmarks for GPUs are not yet run on a GPU: `python -m bench gpu-check --out bench/results/gpu`
 runs all of them within 8 minutes."""
 
+STEP = """## A whole training step
+
+The trainer's step on uint8 images in memory, with its head and with other formulations of it; and a step as the
+authors' programs take it: JPEG files decoded and transformed on the CPU whenever they are used, a forward pass for
+each view, the whole product of features and weight."""
+NO_STEP = "## A whole training step\n\nNo result is committed yet; `python -m bench step` measures."
+
 Result = dict[str, Any]
 
 
-def page(cpus: list[Result], gpus: list[tuple[Result, Result | None]]) -> str:
+def page(cpus: list[Result], gpus: list[Result], steps: list[Result]) -> str:
     """docs/benchmark.md: what the figures are; of each result where it was measured, a row per case and per goal."""
     on_cpu = [CPU, *map(_cpu_section, cpus)] if cpus else [NO_CPU]
-    on_gpu = [GPU, *(_gpu_section(op, step) for op, step in gpus)] if gpus else [NO_GPU]
-    return "\n\n".join([INTRODUCTION, *on_cpu, *on_gpu]) + "\n"
+    on_gpu = [GPU, *map(_gpu_section, gpus)] if gpus else [NO_GPU]
+    whole = [STEP, *map(_step_section, steps)] if steps else [NO_STEP]
+    return "\n\n".join([INTRODUCTION, *on_cpu, *on_gpu, *whole]) + "\n"
 
 
-def speed_line(cpus: list[Result], gpus: list[tuple[Result, Result | None]]) -> str:
+def speed_line(cpus: list[Result], gpus: list[Result]) -> str:
     """The README's sentence: the range of our speed-ups over the cases of the dtype that the goals judge."""
     faster: dict[str, list[str]] = {}
-    for result in [*(op for op, _ in gpus), *cpus]:
+    for result in [*gpus, *cpus]:
         where, dtype, memory = f"bfloat16, {result['device']}", "bfloat16", ""
         if result["kind"] == "cpu":
             where = f"float32, {result['device']}, {result['capability']}, {result['threads']} threads"
@@ -95,8 +103,7 @@ def _cpu_section(result: Result) -> str:
     return "\n\n".join([title, where, _times(result, 1.0), _goals(goals.judged("op", result))])
 
 
-def _gpu_section(result: Result, step: Result | None) -> str:
-    judged = goals.judged("op", result)
+def _gpu_section(result: Result) -> str:
     parts = [
         f"### {result['device']}",
         f"Driver {result['driver']}, CUDA {result['cuda']}, torch {result['torch']}, Triton {result['triton']}, "
@@ -108,18 +115,31 @@ def _gpu_section(result: Result, step: Result | None) -> str:
     ]
     if result["left_out"]:
         parts.append(f"Left out for want of time: {', '.join(result['left_out'])}.")
-    if step:
-        config = step["config"]
-        judged += goals.judged("step", step)
-        parts += [
-            f"A training step, {config['backbone']['name']} at {config['image_size']} pixels, "
-            f"N = {config['batch_size']}, both views, {config['compute']['amp']} autocast ({_origin(step)}):",
-            _table(
-                ["head", "ms a step", "images/s"],
-                [[r["contender"], f"{r['ms'][1]:.2f}", f"{r['images_per_s']:.0f}"] for r in step["rows"]],
-            ),
+    return "\n\n".join([*parts, _goals(goals.judged("op", result))])
+
+
+def _step_section(step: Result) -> str:
+    config, ours = step["config"], step["rows"][0]["ms"][1]
+    lines = [
+        [r["contender"], f"{r['ms'][1]:.2f} ({r['ms'][1] / ours:.2f}×)", f"{r['images_per_s']:.1f}"]
+        for r in step["rows"]
+    ]
+    whole = sum(step["parts_ms"].values())
+    parts = ", ".join(f"{name} {ms / whole:.1%}" for name, ms in step["parts_ms"].items())
+    where = (
+        f"{step['device']}, {config['image_size']} pixels, N = {config['batch_size']} and as many twins, autocast "
+        f"{config['compute']['amp']}, {step['threads']} threads, torch {step['torch']}, {_origin(step)}."
+    )
+    judged = goals.judged("step", step)
+    return "\n\n".join(
+        [
+            f"### {config['backbone']['name']}",
+            where,
+            _table(["step", "ms", "images/s"], lines),
+            f"The trainer's step taken apart: {parts}.",
+            *([_goals(judged)] if judged else []),
         ]
-    return "\n\n".join([*parts, _goals(judged)])
+    )
 
 
 def _origin(result: Result) -> str:
@@ -192,4 +212,4 @@ def insert(readme: str, section: str) -> str:
 def generated() -> dict[Path, str]:
     """What the README and the page must be."""
     found = results.newest_cpu(), results.newest_gpu()
-    return {README: insert(README.read_text(), speed_line(*found)), PAGE: page(*found)}
+    return {README: insert(README.read_text(), speed_line(*found)), PAGE: page(*found, results.newest_steps())}

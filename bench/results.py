@@ -87,10 +87,15 @@ def newest_cpu(directory: Path = RESULTS) -> list[dict[str, Any]]:
     return [latest[memory] for memory in sorted(latest)]
 
 
-def newest_gpu(directory: Path = RESULTS) -> list[tuple[dict[str, Any], dict[str, Any] | None]]:
-    """For each GPU the latest result of the loss, and that of the training step where one was written."""
-    ops, steps = ({r["device"]: r for r in _read(directory, program, "cuda")} for program in ("op", "step"))
-    return [(op, steps.get(device)) for device, op in ops.items()]
+def newest_gpu(directory: Path = RESULTS) -> list[dict[str, Any]]:
+    """For each GPU the latest result of the loss."""
+    return list({r["device"]: r for r in _read(directory, "op", "cuda")}.values())
+
+
+def newest_steps(directory: Path = RESULTS) -> list[dict[str, Any]]:
+    """For each device and backbone the latest result of the training step."""
+    steps = [*_read(directory, "step", "cpu"), *_read(directory, "step", "cuda")]
+    return list({(r["device"], r["config"]["backbone"]["name"]): r for r in steps}.values())
 
 
 def _read(directory: Path, program: str, kind: str) -> list[dict[str, Any]]:

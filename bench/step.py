@@ -1,7 +1,8 @@
-"""A whole training step of the first trainer with our head, plain eager and the released formulation in its place.
+"""A whole training step: the trainer's, with other formulations of the head, and as the authors' programs take it.
 
-A step begins with uint8 images stored on the device: augmentation, both views through the backbone, the head's loss,
-backward, Adam. From the trainer's own step comes the time that a whole run would take: extrapolated, and called so.
+The trainer's step begins with uint8 images stored on the device: augmentation, both views through the backbone, the
+head's loss, backward, Adam. That of the authors begins with JPEG files (see authors.py). From the trainer's own step
+comes the time that a whole run would take: extrapolated, and called so.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,13 @@ from trainer.data import Split
 from trainer.data.batches import Batch, Source
 from trainer.data.synthetic import TRAIN_COUNTS
 
-from . import baselines, goals, results
+from . import authors, baselines, goals, results
 from .baselines import Formulation
 from .cases import Problem
-from .clocks import Clock
+from .clocks import Clock, Mark
 from .measure import interleave, quartiles
 
-#: What is measured on a GPU, and the small one that tries the program out.
-MEASURED = dataclasses.replace(presets.paper(), compute=Compute(amp="bf16", channels_last=True))
+#: What tries the program out.
 REHEARSAL = dataclasses.replace(
     presets.paper(),
     backbone=Backbone("resnet10t", {"channels": [8, 8, 8, 16], "stem_width": 8}),
@@ -37,8 +38,25 @@ REHEARSAL = dataclasses.replace(
     batch_size=4,
     compute=Compute(channels_last=True),
 )
+
+
+def measured(backbone: str, image_size: int, batch_size: int, amp: str | None, device: str) -> Config:
+    """The paper's recipe on this backbone."""
+    return dataclasses.replace(
+        presets.paper(),
+        backbone=Backbone(backbone),
+        image_size=image_size,
+        batch_size=batch_size,
+        compute=Compute(amp=amp or ("bf16" if device == "cuda" else "off"), channels_last=True),
+    )
+
+
 WARM_UP = 10  # steps
+AUTHORS = "as the authors"
 CONTENDERS: dict[str, Formulation] = {"plain eager": baselines.plain_eager, "released": baselines.released}
+
+#: Of the trainer's step, in its order.
+PARTS = ("views", "backbone forward", "head", "backbone backward", "optimiser")
 
 Loss = Callable[[Batch], Tensor]
 
@@ -81,6 +99,31 @@ class Training:
         loss(self.batch()).backward()
         self.optimizer.step()
 
+    @functools.cached_property
+    def files(self) -> authors.Files:
+        return authors.Files(self.source.images, self.config.image_size)
+
+    def as_authors(self, batch: Batch, workers: ThreadPoolExecutor) -> Tensor:
+        """The loss with images from files, a forward pass for each view and the released formulation of the head."""
+        x = self.files.batch(batch.rows, workers).to(self.source.device)
+        features = torch.cat([self.method.backbone(x), self.method.backbone(x.flip(-1))])
+        return in_features_dtype(baselines.released)(self.problem(features, batch.labels))
+
+    def parts(self, mark: Mark) -> None:
+        """A step in four parts: views, backbone forward, head forward and backward, the rest of backward and Adam."""
+        method, batch = self.method, self.batch()
+        self.optimizer.zero_grad()
+        views = batch.pair()
+        mark()
+        features = method.backbone.pair(views)
+        mark()
+        detached = features.detach().requires_grad_()
+        method.loss_of(detached, batch.labels).loss.backward()
+        mark()
+        features.backward(detached.grad)
+        mark()
+        self.optimizer.step()
+
 
 def in_features_dtype(formulation: Formulation) -> Formulation:
     """The float32 weight and bias cast to the features' dtype, as autocast does for an eager program."""
@@ -109,7 +152,7 @@ def run(
     """Time a step with each head and the trainer's steady state, about ``seconds`` in all; the result and its file."""
     result = {**results.environment(kind), "config": as_dict(config), "whole_run": None}
     result |= {"rows": [], "errors": []}
-    path = directory / results.file_name("step", result)
+    path = directory / results.file_name(f"step-{config.backbone.name}", result)
     # All of the trainer's images where they are measured, 616 MB at 224 pixels; a rehearsal needs no more than a few.
     training = Training(config, torch.device(device), pool=goals.IMAGES if kind == "cuda" else 64)
     losses, errors, result["rejected"] = prove(training)
@@ -120,12 +163,18 @@ def run(
             result["errors"].append({"part": "whole run", "error": results.reason(error)})
     result["goals"] = goals.judged("step", result)
     results.write(result, path)
-    runs = {name: functools.partial(_step_ms, training, loss, clock) for name, loss in losses.items()}
-    for name, samples in interleave(runs, seconds / 2).items():
+    with ThreadPoolExecutor(torch.get_num_threads()) as workers:
+        losses[AUTHORS] = functools.partial(training.as_authors, workers=workers)
+        runs = {name: functools.partial(_step_ms, training, loss, clock) for name, loss in losses.items()}
+        timed: dict[str, Any] = interleave({**runs, "parts": lambda: clock.intervals_ms(training.parts)}, seconds / 2)
+    parts = zip(*timed.pop("parts"), strict=True)
+    result["parts_ms"] = dict(zip(PARTS, (quartiles(samples)[1] for samples in parts), strict=True))
+    for name, samples in timed.items():
         ms = quartiles(samples)
-        row = {"contender": name, "error": errors[name], "ms": ms, "rounds": len(samples)}
+        row = {"contender": name, "error": errors.get(name), "ms": ms, "rounds": len(samples)}
         result["rows"].append({**row, "images_per_s": 1e3 * config.batch_size / ms[1]})
-        print(f"{name:<12} {ms[1]:9.3f} ms a step, {1e3 * config.batch_size / ms[1]:8.0f} images/s", flush=True)
+        print(f"{name:<15} {ms[1]:9.3f} ms a step, {1e3 * config.batch_size / ms[1]:8.1f} images/s", flush=True)
+    print("of ours: " + ", ".join(f"{name} {ms:.1f} ms" for name, ms in result["parts_ms"].items()), flush=True)
     return result, results.write(result, path)
 
 

@@ -4,6 +4,7 @@
     forward        the head's forward, the maps of Eq. 2 and the gradient of the CAM's weight
     backward       the gradients of the head and of the maps
     cross_entropy  the losses and gradients of rows of logits, within the head and alone
+    views          augmented views of uint8 images and their twins
     common         loads, stores and products that the kernels share
     tiles          how the work is cut up; needs no Triton
 

@@ -12,6 +12,7 @@ Launches of one call:
     maps        forward 1; backward 1 for the features and 2 for the weight: sums over chunks of the batch, then over
                 the chunks.
     cross-entropy   forward 1, under "mean" 2; backward 1.
+    views           1.
 
 C is never split over programs: the sums over C of one pair are one program's, in one order. Nothing waits for the GPU
 (no sync, no host read), so all of it can be captured in a CUDA graph; upstream gradients are read on the device.
@@ -29,15 +30,16 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..reference import compute_dtype
+from ..reference import ViewPlan, compute_dtype
 from ..transforms import TwinMap
-from . import backward, common, cross_entropy, forward
+from . import backward, common, cross_entropy, forward, views
 from .tiles import Policy, Problem, Shape, Tiles, policy
 
 INTERPRETED = common.INTERPRETED
 
 #: A sum over at most _CHUNK samples is one program's; one over more is cut into at most _CHUNKS chunks of the batch.
 _CHUNK, _CHUNKS = 128, 64
+_VIEW_PIXELS = 256  #: of a program
 
 
 @functools.cache
@@ -57,14 +59,20 @@ def probe() -> None:
 
 
 def _launch(
-    kernel: Any, programs: int, device: torch.device, warps: int = 4, stages: int = 1, **arguments: Any
+    kernel: Any,
+    programs: int,
+    device: torch.device,
+    warps: int = 4,
+    stages: int = 1,
+    fused: bool = True,
+    **arguments: Any,
 ) -> None:
-    """On the device's current stream."""
+    """On the device's current stream; ``fused``: a product and its sum are rounded once."""
     if programs == 0:
         return
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         # Triton 3.10 fuses multiply and add only where asked to.
-        kernel[(programs,)](**arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+        kernel[(programs,)](**arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=fused)
 
 
 def _launch_tiles(kernel: Any, programs: int, device: torch.device, tiles: Tiles, **arguments: Any) -> None:
@@ -431,8 +439,63 @@ def cross_entropy_backward(d_loss, logits, targets, target_table, mean):
     return d_logits
 
 
+def paired_views(images, indices, samples, epoch_tensor, epoch, seed, *rest):
+    *plan, twin_map, both, dtype = rest
+    plan = ViewPlan(*plan)
+    n, (k, h, w, channels), (height, width) = len(indices), images.shape, plan.size
+    shape = (n * (1 + both), channels, height, width)
+    out = torch.empty(shape, dtype=dtype, device=images.device, memory_format=torch.channels_last)
+    offset, stride_h, stride_w = TwinMap(*twin_map).on(height, width)
+    flip, noise, erase = plan.chances
+    _launch(
+        views.paired_views_kernel,
+        n * _cdiv(height * width, _VIEW_PIXELS),
+        images.device,
+        fused=False,
+        images=images,
+        indices=indices,
+        samples=samples,
+        epoch_tensor=epoch_tensor,
+        out=out,
+        K=k,
+        N=n,
+        seed=seed,
+        epoch=epoch,
+        mean=views.Colours(*(plan.mean * 3)[:3]),
+        std=views.Colours(*(plan.std * 3)[:3]),
+        flip_chance=flip,
+        noise_chance=noise,
+        erase_chance=erase,
+        reach_y=plan.reach[0],
+        reach_x=plan.reach[1],
+        crop=views.Rectangle(*plan.crop),
+        brightness=plan.brightness,
+        contrast=plan.contrast,
+        noise=plan.noise,
+        erase=views.Rectangle(*plan.erase),
+        twin_offset=offset,
+        twin_stride_h=stride_h,
+        twin_stride_w=stride_w,
+        SHAPE=views.Shape(h, w, channels, height, width),
+        SHIFTED=any(plan.reach),
+        NOISE=noise > 0,
+        ERASE=erase > 0,
+        BOTH=both,
+        B=_VIEW_PIXELS,
+    )
+    return out
+
+
 #: Compiled kernels serve CUDA (and ROCm) tensors, Triton's interpreter CPU tensors.
 _DISPATCH_KEY = "CPU" if INTERPRETED else "CUDA"
-_OPERATORS = (head_forward, head_backward, cam_forward, cam_backward, cross_entropy_forward, cross_entropy_backward)
+_OPERATORS = (
+    head_forward,
+    head_backward,
+    cam_forward,
+    cam_backward,
+    cross_entropy_forward,
+    cross_entropy_backward,
+    paired_views,
+)
 for _operator in _OPERATORS:
     ops.register("triton", _operator.__name__, _operator, _DISPATCH_KEY)

@@ -1,7 +1,9 @@
 """A whole training step with each head in the trainer's place."""
 
+import dataclasses
 import itertools
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -35,6 +37,45 @@ def test_a_step_trains_with_every_head_alike(training):
     assert moved <= {k for k, v in training.method.named_parameters() if not torch.equal(v, before[k])}
 
 
+def test_the_authors_step_has_the_same_loss_on_the_same_pixels(training, monkeypatch):
+    """Decoded from files, called once for each view: equal but for JPEG, if nothing is random and BatchNorm frozen."""
+    plain = dataclasses.replace(training.source.augment, flip=0.0, shift=0.0)
+    monkeypatch.setattr(training.source, "augment", plain)
+    monkeypatch.setattr(training.source, "images", torch.full_like(training.source.images, 255))
+    white = torch.ones(1, 3, 64, 64)
+    monkeypatch.setattr(training.files, "batch", lambda rows, workers: white.expand(len(rows), -1, -1, -1))
+    training.method.eval()
+    batch = training.batch()
+    ours, theirs = training.ours(batch), training.as_authors(batch, None)
+    training.method.train()
+    assert theirs.item() == pytest.approx(ours.item(), rel=1e-5)
+
+
+def test_the_parts_of_a_step_are_the_step(training):
+    """The same gradients as by the whole step, from the same batch."""
+    before = training.steps
+    grads = []
+    for run in (lambda: training.step(training.ours), lambda: training.parts(lambda: None)):
+        training.steps = before
+        monkey = training.optimizer.step
+        training.optimizer.step = lambda: None
+        run()
+        training.optimizer.step = monkey
+        grads.append(torch.cat([p.grad.flatten() for p in training.method.parameters()]))
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-6)
+
+
+def test_files_hold_the_images(training):
+    """JPEG changes a smooth image little."""
+    ramp = torch.arange(64).mul(4).to(torch.uint8).expand(64, 64)[None, :, :, None]
+    files = step.authors.Files(ramp, 64)
+    files.transform = files.transform.transforms[2]
+    with ThreadPoolExecutor(1) as workers:
+        x = files.batch(torch.tensor([0, 0]), workers)
+    assert x.shape == (2, 3, 64, 64)
+    assert (x[1] - ramp[0, :, :, 0] / 255).abs().max() < 0.03
+
+
 def test_a_whole_run_is_extrapolated_from_images_per_second(training, monkeypatch):
     now = itertools.count(0.0, 0.25)
     monkeypatch.setattr(step.time, "perf_counter", lambda: next(now))
@@ -48,6 +89,7 @@ def test_a_whole_run_is_extrapolated_from_images_per_second(training, monkeypatc
 def test_a_step_run_writes_its_result(tmp_path):
     result, path = step.run(step.REHEARSAL, "cpu", 0.0, tmp_path, clock=FakeClock(), kind="rehearsal")
     assert json.loads(path.read_text())["goals"] == result["goals"]
-    assert [row["contender"] for row in result["rows"]] == ["ours", "plain eager", "released"]
+    assert [row["contender"] for row in result["rows"]] == ["ours", "plain eager", "released", "as the authors"]
+    assert list(result["parts_ms"]) == list(step.PARTS)
     assert result["rows"][0]["ms"] == [1.0] * 3 and result["rows"][0]["images_per_s"] == pytest.approx(4000)
     assert result["goals"][0]["figure"] == result["whole_run"]["whole_run_s"]

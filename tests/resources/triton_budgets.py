@@ -62,14 +62,14 @@ CASES = (
 
 
 def launched(case: Case, arch: str) -> list[tuple[Any, dict[str, Any], dict[str, Any]]]:
-    """(kernel, arguments, compiler options) of the forward and backward of the head and its maps."""
-    from rebalfer_kernels import transforms
+    """(kernel, arguments, compiler options) of the forward and backward of the head and its maps, and of views."""
+    from rebalfer_kernels import Augment, reference, transforms
     from rebalfer_kernels.triton import host
 
     caught: list[Any] = []
 
-    def catch(kernel, programs, device, warps=4, stages=1, **arguments):
-        caught.append((kernel, arguments, {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}))
+    def catch(kernel, programs, device, warps=4, stages=1, fused=True, **arguments):
+        caught.append((kernel, arguments, {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": fused}))
 
     with mock.patch.multiple(host, _launch=catch, arch=lambda index: arch), torch.device("meta"):
         dtype = getattr(torch, case.dtype)
@@ -91,10 +91,20 @@ def launched(case: Case, arch: str) -> list[tuple[Any, dict[str, Any], dict[str,
             host.cam_backward(host.cam_forward(f, w), f, w, dtype, channels_last, True, True)
             host.cross_entropy_forward(logits, y, table, False)
             host.cross_entropy_backward(torch.empty(()), logits, y, table, True)
+            everything = Augment(0.5, crop_scale=(0.5, 1), brightness=0.2, contrast=0.2, noise=0.1, erase_probability=1)
+            plan = reference.view_plan(everything, (128, 128, 3), (112, 112), [0.5], [0.5])
+            images = torch.empty(8, 128, 128, 3, dtype=torch.uint8)
+            host.paired_views(images, y, y, None, 0, 0, *plan, options[2], True, dtype)
     return caught
 
 
-_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+_TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
 
 
 def source(kernel: Any, arguments: dict[str, Any]):
@@ -110,6 +120,8 @@ def source(kernel: Any, arguments: dict[str, Any]):
             signature[name] = _TYPES[value.dtype]
             if name not in kernel.do_not_specialize_on_alignment:
                 attributes[(place,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, tuple):
+            signature[name] = type(value)(*("fp32",) * len(value))
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
             if isinstance(value, int) and name not in kernel.do_not_specialize:
