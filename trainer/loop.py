@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import backbones, distributed, metrics, optim
-from .config import Config
+from .config import Config, UserError
 from .data import Data, Split
 from .data.batches import Batch, Source, order
 from .methods import Method, Task
@@ -30,7 +30,9 @@ def build(
     """The method of ``config`` on ``device``, random by its seed."""
     backbone = backbone or backbones.create(config)
     torch.manual_seed(config.seed)
-    method = config.method.build(backbone, Task(counts, config.compute.backend)).to(device)
+    method = config.method.build(backbone, Task(counts, config.epochs, config.compute.backend)).to(device)
+    if config.backbone.separate_views and not method.paired:
+        raise UserError(f"backbone.separate_views: got true, but {config.method.name} looks at one view")
     if config.compute.sync_batchnorm:
         method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
     if config.compute.compile:

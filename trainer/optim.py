@@ -6,6 +6,7 @@ The rate is a function of where the run stands: it has no state that a checkpoin
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import timm.optim
 import torch
@@ -39,15 +40,27 @@ def create(config: Config, model: nn.Module, device: torch.device) -> torch.opti
         extra |= {"capturable": True}
     try:
         return timm.optim.create_optimizer_v2(
-            model,
+            groups(model, options.weight_decay, decay_all=options.decay_all),
             options.optimizer,
             lr=torch.tensor(config.learning_rate, device=device) if graph else config.learning_rate,  # type: ignore
             weight_decay=options.weight_decay,
-            filter_bias_and_bn=not options.decay_all,
             **extra,
         )
     except Exception as error:  # a package that is missing, an option that the optimiser doesn't have
         raise UserError(f"optim.options: got {options.options} for {options.optimizer!r}: {error}") from error
+
+
+def groups(model: nn.Module, weight_decay: float, *, decay_all: bool) -> list[dict[str, Any]]:
+    """The parameters by the factor of their learning rate (see ``Method.rates``) and by whether their weights decay."""
+    rates: dict[str, float] = getattr(model, "rates", {})
+    found: dict[tuple[float, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            factor = next((rate for start, rate in rates.items() if name.startswith(start)), 1.0)
+            decays = decay_all or parameter.ndim > 1
+            group = {"params": [], "factor": factor, "weight_decay": weight_decay if decays else 0.0}
+            found.setdefault((factor, decays), group)["params"].append(parameter)
+    return list(found.values())
 
 
 def fewest(config: Config) -> int:
@@ -84,9 +97,10 @@ def learning_rate(config: Config, epoch: int, step: int, steps: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Of all parameters; a tensor, as a CUDA graph reads it, is filled in place."""
+    """Of all parameters, by the factors of their groups; a tensor, as a CUDA graph reads it, is filled in place."""
     for group in optimizer.param_groups:
+        value = rate * group["factor"]
         if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(rate)
+            group["lr"].fill_(value)
         else:
-            group["lr"] = rate
+            group["lr"] = value

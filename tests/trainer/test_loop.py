@@ -76,6 +76,11 @@ def test_timm_is_asked_for_pytorchs_optimisers_with_the_decay_that_was_asked_for
     spared = optim.create(dataclasses.replace(c, optim=Optim(weight_decay=0.03, decay_all=False)), method, CPU)
     without = [p for g in spared.param_groups if g["weight_decay"] == 0 for p in g["params"]]
     assert without and all(p.ndim <= 1 for p in without)
+    method.rates = {"head.": 10.0}
+    optim.set_learning_rate(fast := optim.create(c, method, CPU), 0.01)
+    rates = {p: g["lr"] for g in fast.param_groups for p in g["params"]}
+    assert rates[method.head.weight] == pytest.approx(0.1)
+    assert {rates[p] for p in method.backbone.parameters()} == {0.01}
     with pytest.raises(UserError, match="optim.optimizer: got 'adan2', expected adam"):
         optim.create(dataclasses.replace(c, optim=Optim("adan2")), method, CPU)
     with pytest.raises(UserError, match="optim.options: got .*momentums"):

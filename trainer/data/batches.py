@@ -95,6 +95,12 @@ class Batch:
         """(2N, 1 or 3, H, W): each view, then each view's mirror image."""
         return self.source.views(self.rows, self.epoch, both=True)
 
+    def uniform(self, draw: int) -> Tensor:
+        """(N, 4) float32 in [0, 1), of each image by (seed, epoch, sample, draw); no view uses the same numbers."""
+        key = (self.rows & 0xFFFFFFFF, self.rows >> 32, self.epoch, 2**31 + draw)
+        words = torch.stack(torch.broadcast_tensors(*rk.reference.philox(self.source.seed, key)), 1)
+        return (words >> 8).float() * 2.0**-24
+
     def at(self, rows: Tensor) -> Batch:
         """Other training images at the same time, for methods that sample by their own rule."""
         return dataclasses.replace(self, rows=rows)

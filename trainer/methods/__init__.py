@@ -23,6 +23,7 @@ class Task(NamedTuple):
     """What a method is built for."""
 
     counts: tuple[int, ...]  #: training images of each of the L classes
+    epochs: int = 1  #: of the run
     backend: str | None = None  #: of the fused operators; None chooses
 
 
@@ -41,8 +42,12 @@ class Method(nn.Module):
     and that of the optimiser.
     """
 
-    #: Whether its losses follow ``Batch.progress``, so that a run with another number of epochs is another run.
+    #: Whether its losses follow the number of epochs, so that a run with another one is another run.
     follows_progress = False
+    #: Whether it looks at both views of an image.
+    paired = True
+    #: Start of a parameter's name -> factor of its learning rate.
+    rates: dict[str, float] = {}
 
     backbone: Backbone
     head: Any  #: a module that turns features into logits, with ``maps``
@@ -64,7 +69,11 @@ class Method(nn.Module):
         return self.head(self.backbone(images))
 
     def maps(self, images: Tensor) -> Tensor:
-        """Class activation maps (M, L, H, W), Eq. 2, of normalised images (M, 1 or 3, h, w)."""
+        """Class activation maps (M, L, H, W), Eq. 2, of normalised images (M, 1 or 3, h, w).
+
+        Raises:
+            UserError: its logits are not linear in the mean of the features, so that it has none.
+        """
         return self.head.maps(self.backbone(images))
 
 

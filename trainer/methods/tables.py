@@ -77,7 +77,7 @@ class TableMethod(Method):
             task.backend,
         )
         super().__init__(backbone, head)
-        self.consistency_weight, self.views = consistency_weight, views
+        self.consistency_weight, self.views, self.paired = consistency_weight, views, bool(consistency_weight)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         if not self.consistency_weight:
