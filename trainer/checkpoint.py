@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +20,10 @@ TAIL = len(MARK) + 64
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
     """A file that becomes ``path`` when all is written and on the disk: nobody ever meets half of it.
+
+    What it replaces is then called ``keep``, if that is given; there is a whole file at ``path`` at every moment.
 
     Raises:
         UserError: the disk is full or the folder can't be written; what was at ``path`` is still there.
@@ -33,12 +36,25 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
+        if keep and path.exists():
+            _copy(path, keep)
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path}: can't be written: {error.strerror or error}") from error
     finally:
         if temporary:
             temporary.unlink(missing_ok=True)
+
+
+def _copy(path: Path, to: Path) -> None:
+    """A hard link, where the file system has them."""
+    temporary = to.with_name(f".{to.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, to)
 
 
 def _umask() -> int:
@@ -65,9 +81,9 @@ class _Hashed:
         self.file.flush()
 
 
-def save(path: Path, state: dict) -> None:
-    """Atomically: the file of ``torch.save`` and then its checksum, which torch.load ignores."""
-    with replacing(path) as file:
+def save(path: Path, state: dict, keep: Path | None = None) -> None:
+    """Atomically: the file of ``torch.save`` and then its checksum, which torch.load ignores; see :func:`replacing`."""
+    with replacing(path, keep) as file:
         hashed = _Hashed(file)
         try:
             torch.save(state, cast(BinaryIO, hashed))

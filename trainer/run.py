@@ -72,8 +72,9 @@ class Run(AbstractContextManager):
         config = self.config
         if distributed.rank():
             return
-        if resume and not (self.folder / "last.pt").is_file():
-            raise UserError(f"resume: got no file {self.folder / 'last.pt'}, expected the checkpoint of an earlier run")
+        if resume and not (last := self.folder / "last.pt").is_file():
+            expected = f"expected the checkpoint of an earlier run{self._offer_previous()}"
+            raise UserError(f"resume: got no file {last}, {expected}")
         self.lock = _lock(self.folder)
         try:
             if resume:
@@ -93,6 +94,8 @@ class Run(AbstractContextManager):
             saved = checkpoint.read(path)
         except UserError as error:
             raise UserError(f"resume: {error}{self._offer_previous()}") from None
+        if "optimizer" not in saved:
+            raise UserError(f"resume: {path}: holds weights only, as best.pt does; expected the whole state of a run")
         check_config(path, saved, self.config)
         return saved
 
@@ -106,35 +109,31 @@ class Run(AbstractContextManager):
         return f"; {previous} is whole and stands in {where}: rename it to last.pt to resume from there"
 
     def begin(self, state: State) -> None:
-        """The first save of this process; what an overwritten run left is deleted."""
+        """The first save of a new run, for which what an overwritten one left is deleted."""
+        self.saved_at, self.position = time.monotonic(), position(state.epoch, state.step)
         if distributed.rank():
             return
+        for stale in self.folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+            stale.unlink()
         if self.saved is None:
             for name in (*FILES, *(f.name for f in self.folder.glob("events.out.tfevents.*"))):
                 (self.folder / name).unlink(missing_ok=True)
-        for stale in self.folder.glob(".*.tmp"):  # of a process that was killed while it wrote
-            stale.unlink()
+            self.save(state)
         text = json.dumps(as_dict(self.config), indent=2, ensure_ascii=False)
         self._write("config.json", text + "\n")
+        self._publish(state)
         if self.config.output.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
             self.board = SummaryWriter(str(self.folder), purge_step=len(state.history) + 1)
-        self.save(state)
-        self._publish(state)
 
     def save(self, state: State) -> None:
         """The whole state, atomically, into ``last.pt``."""
         self.saved_at, self.position = time.monotonic(), position(state.epoch, state.step)
         if distributed.rank():
             return
-        last, previous = self.folder / "last.pt", self.folder / "previous.pt"
-        if last.exists():
-            spare = self.folder / ".previous.tmp"
-            spare.unlink(missing_ok=True)
-            os.link(last, spare)  # so that last.pt exists at every moment
-            os.replace(spare, previous)
-        checkpoint.save(last, {**state.as_dict(), **self.about, "config": as_dict(self.config)})
+        content = {**state.as_dict(), **self.about, "config": as_dict(self.config)}
+        checkpoint.save(self.folder / "last.pt", content, keep=self.folder / "previous.pt")
 
     def good(self) -> str:
         """What stands on the disk, for a message."""
@@ -219,7 +218,7 @@ def check_config(path: Path, saved: dict, config: Config) -> None:
     if changed[RESULTS]:
         raise UserError(f"resume: got other options than {path} was made with: {', '.join(changed[RESULTS])}")
     if changed[ROUNDING]:
-        logger.info("note: %s: continues, but not bit for bit", ", ".join(changed[ROUNDING]))
+        logger.info("note: %s: continues, but results may be rounded differently", ", ".join(changed[ROUNDING]))
     if changed[NOTHING]:
         logger.debug("changed: %s", ", ".join(changed[NOTHING]))
 

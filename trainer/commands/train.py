@@ -101,8 +101,9 @@ def expect_same(saved: dict, now: dict) -> None:
     if changed := data.changes(saved["identity"], now["identity"]):
         raise UserError(f"resume: got other data than the checkpoint was made with: {'; '.join(changed)}")
     for name in ("threads", "processes"):
-        if saved[name] != now[name]:
-            logger.info("note: %d %s, %d before: continues, but not bit for bit", now[name], name, saved[name])
+        if (before := saved.get(name, now[name])) != now[name]:
+            note = "note: %d %s, %d before: continues, but results may be rounded differently"
+            logger.info(note, now[name], name, before)
 
 
 def draw(config: Config, state: State, sets: data.Data, run: Run) -> None:
