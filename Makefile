@@ -6,6 +6,7 @@
 # make test-oldest     the tests on the oldest supported torch and its Triton, in an environment of its own
 # make mutants         injects one fault at a time into the sources: a named test must catch each
 # make wheel           one wheel with the built libraries inside, into dist
+# make kills           kills 100 trainings at random moments: each resumes bit for bit
 # make sanitize        the CPU kernels under AddressSanitizer and UBSan
 VENV := .venv
 CONSTRAINTS := constraints.txt
@@ -18,7 +19,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: demo test quick format lint tests test-oldest mutants sanitize wheel given
+.PHONY: demo test quick format lint tests test-oldest mutants kills sanitize wheel given
 demo: $(READY)
 	$(RUN) -m trainer demo
 
@@ -52,6 +53,9 @@ tests: $(READY)
 
 mutants: $(READY)
 	$(RUN) tests/mutants
+
+kills: $(READY)
+	PYTHONPATH=.:tests $(RUN) tests/trainer/kills.py 100
 
 sanitize: $(READY)
 	$(RUN) -m pytest -v tests/test_sanitizers.py

@@ -19,6 +19,12 @@ FLAGS = [
     "--data.train-size=40", "--data.test-size=30", "--learning-rate=0.02", "--seed=4",
     "--no-output.pictures", "--compute.device=cpu", "--compute.backend=reference",
 ]  # fmt: skip
+#: Flags under which every part of a run's state matters: moments, moving average, schedule, random layers and views.
+STATEFUL = [
+    f"--backbone.options={json.dumps(TINY | {'drop_path_rate': 0.3})}", "--split.choose-on=held-out",
+    "--optim.average=0.9", "--optim.accumulate=2", "--optim.clip=5", "--optim.warmup-steps=7",
+    "--optim.schedule-by=step", "--augment.crop=0.6", "--augment.noise=9", "--augment.erase=0.5",
+]  # fmt: skip
 
 
 def train(root: Path, *options: str) -> int:
