@@ -178,9 +178,10 @@ N = 3000
 
 def many(backend, image, side, **augment):
     """N views (N, C, H, W) of one image, without mean and std."""
-    n = N if backend.name != "triton" else 300
+    if OF_PACKAGE[backend.name].interpreted():
+        pytest.skip("minutes under the interpreter; its draws are compared with the truth one by one")
     return called(
-        backend, image[None], torch.zeros(n, dtype=torch.int64), samples=torch.arange(n), out_size=side,
+        backend, image[None], torch.zeros(N, dtype=torch.int64), samples=torch.arange(N), out_size=side,
         augment=rk.Augment(**augment), views="original", **PLAIN,
     )  # fmt: skip
 
@@ -365,7 +366,9 @@ def test_compiles_fullgraph_and_sizes_epochs_and_batches_change(backend):
         )  # fmt: skip
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    for step in range(1 if backend.name == "reference" else 12):  # whose graph takes seconds to trace
+    # More than torch.compile's limit of recompilations, where a step is not seconds of tracing or interpreting.
+    steps = 12 if backend.name == "cpu" else 1
+    for step in range(steps):
         indices = torch.arange(2 + step % 5, device=backend.device)
-        for epoch in (step, torch.tensor(step, device=backend.device))[: 1 + (backend.name != "reference")]:
+        for epoch in (step, torch.tensor(step, device=backend.device))[: min(steps, 2)]:
             torch.testing.assert_close(compiled(indices, epoch, 4 + step), call(indices, epoch, 4 + step))

@@ -13,7 +13,6 @@ from . import AVAILABLE, Backend, Request, Verdict
 class Triton(Backend):
     name = "triton"
     preference = 20
-    lacks = ("views",)
     limits = {"elements": 2**31 - 1}
 
     def devices(self) -> tuple[str, ...]:
