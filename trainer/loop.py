@@ -86,10 +86,10 @@ def _train_epoch(config: Config, train: Source, state: State, run: Run, noted: S
 
         last = state.step == len(groups)
         check = last or state.step % CHECK_EVERY == 0
-        stop = distributed.agreed(noted.asked, check)
-        if check or stop or run.due():
+        stop, due = distributed.agreed(noted.asked, check), run.due()
+        if check or stop or due:
             _expect_finite(state, groups, run)
-        if not last and (stop or run.due()):
+        if not last and (stop or due):
             run.save(state)
         if stop and not last:  # after the last step, the evaluation belongs to the epoch
             raise Stopped(stop, run.position)

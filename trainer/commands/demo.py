@@ -31,7 +31,7 @@ class Options:
     def run(self) -> int:
         started, results = time.perf_counter(), {}
         if self.epochs < DEFAULT.epochs:
-            logger.info("note: %d epochs are too few for the method to pay; the demo is made for more", self.epochs)
+            logger.info("note: the method needs more epochs to pay: got %d of %d", self.epochs, DEFAULT.epochs)
         for method in (select("method", "baseline")(), DEFAULT.method):
             config = dataclasses.replace(
                 DEFAULT,
