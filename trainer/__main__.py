@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import distributed, presets
-from .config import PACKAGES, Config, Named, UserError, found, from_dict, select
+from .config import PACKAGES, Config, Named, UserError, found, from_dict, select, spelt
 from .run import Stopped
 
 #: The groups that --help shows in full; it names the others and --help GROUP shows them.
@@ -59,7 +59,7 @@ def parse(arguments: list[str]) -> Any:
     if command in ("-h", "--help"):
         print(overview(commands))
         return None
-    if command not in commands:
+    if (command := spelt(command)) not in commands:
         raise UserError(f"command: got {command!r}, expected one of {', '.join(commands)}{_near(command, commands)}")
     rest, wanted = _help_wanted(rest)
     default, rest = commands[command](), [_spelt(a) for a in rest]
@@ -207,7 +207,8 @@ def _parser(command: str, default: Any):
         elif flag.kind is bool:
             parser.add_argument(f"--{flag.key}", action=ActionYesNo, default=flag.value)
         else:
-            choices: dict[str, Any] = {"choices": flag.metadata["choices"]} if "choices" in flag.metadata else {}
+            named = flag.key in (f"{kind}.name" for kind in PACKAGES)  # found already, in either spelling
+            choices: dict[str, Any] = {k: v for k, v in flag.metadata.items() if k == "choices" and not named}
             parser.add_argument(f"--{flag.key}", type=flag.kind, default=flag.value, **choices)
     return parser
 
@@ -305,7 +306,11 @@ def _help_wanted(arguments: list[str]) -> tuple[list[str], str | None]:
 
 def overview(commands: dict[str, type]) -> str:
     """The commands, a line each."""
-    rows = [f"  {name:<10}{(options.__doc__ or '').splitlines()[0]}" for name, options in commands.items()]
+    width = max(map(len, commands)) + 2
+    rows = [
+        f"  {name.replace('_', '-'):<{width}}{(options.__doc__ or '').splitlines()[0]}"
+        for name, options in commands.items()
+    ]
     return "\n".join([str(__doc__), "", "python -m trainer COMMAND --help", "", *rows])
 
 
@@ -319,7 +324,7 @@ def help_text(command: str, default: Any, wanted: str) -> str:
         raise UserError(f"help: got {wanted!r}, expected one of {', '.join(['all', *(g for g in groups if g)])}")
     shown = [g for g in groups if wanted in (g, "all") or not wanted and g in FIRST]
     places = " ".join(flag.key.upper() for flag in groups[""] if flag.metadata.get("positional"))
-    lines = [f"python -m trainer {command} {places} [--OPTION VALUE ...]".replace("  ", " ")]
+    lines = [f"python -m trainer {command.replace('_', '-')} {places} [--OPTION VALUE ...]".replace("  ", " ")]
     lines += [(type(default).__doc__ or "").splitlines()[0]]
     for group in shown:
         lines += ["", groups[group][0].title] if group else [""]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import timm
@@ -10,7 +11,10 @@ from torch import Tensor, nn
 
 import rebalfer_kernels as rk
 
+from . import weights
 from .config import Config, UserError
+
+logger = logging.getLogger(__name__)
 
 #: Options of timm.create_model that the classifier's replacement makes meaningless.
 WITHOUT_EFFECT = ("num_classes", "global_pool", "drop_rate", "in_chans")
@@ -22,14 +26,16 @@ class Backbone(nn.Module):
     A grey image (M, 1, h, w) is repeated for the three colours.
     """
 
-    #: What the weights expect, for each colour or one for all: (pixel / 255 - mean) / std.
-    mean: tuple[float, ...] = (0.5,)
-    std: tuple[float, ...] = (0.5,)
-
     # timm's model is Any: nn.Module does not declare what all of its models have.
-    def __init__(self, model: Any, config: Config) -> None:
+    def __init__(self, model: Any, config: Config, recipe: weights.Recipe) -> None:
         super().__init__()
         self.model = model
+        own = model.pretrained_cfg
+        #: What the weights expect, for each colour or one for all: (pixel / 255 - mean) / std.
+        self.mean: tuple[float, ...]
+        self.std: tuple[float, ...]
+        self.mean, self.std = recipe.pixels or (own["mean"], own["std"])
+        self.origin: dict = {}  #: of its weights, for a checkpoint
         self.nhwc = str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC")
         self.layout = torch.channels_last if config.compute.channels_last else torch.contiguous_format
         self.image_size = config.image_size
@@ -90,23 +96,41 @@ class Backbone(nn.Module):
         return self
 
 
-def create(config: Config) -> Backbone:
+def create(config: Config, origin: dict | None = None) -> Backbone:
     """The timm backbone that ``config`` names, without its classifier, after checking that its CAM is exact.
 
     In eval mode, ``model(x)`` must be W . mean_hw(forward_features(x)) + b with its own classifier W, b, which gets
-    random values here because some models start it at zero. The weights are random by ``config.seed``; PyTorch's own
-    generator is left as it was.
+    random values here because some models start it at zero. It starts from the weights that ``config`` names, or else
+    random by ``config.seed``; PyTorch's own generator is left as it was.
+
+    Args:
+        origin: what a checkpoint keeps of the weights that its model started from; no file is read then.
 
     Raises:
-        UserError: timm can't build the model, or something stands between the last maps and the classifier.
+        UserError: timm can't build the model, something stands between the last maps and the classifier, or the
+        weights don't fit.
     """
+    start, options = None, dict(config.backbone.options)
+    pretrained = options.pop("pretrained", False)
+    if origin is None and config.backbone.weights:
+        if pretrained:
+            raise UserError("backbone.options: got pretrained beside backbone.weights, expected one of them")
+        start = weights.read(weights.locate(config.backbone.weights))
+        origin = start.origin
+    elif origin is None:
+        origin = {"recipe": "timm" if pretrained else "scratch"}
+        options |= {"pretrained": True} if pretrained else {}
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        return _create(config)
+        backbone = _create(config, options, weights.recipe(origin.get("recipe", "scratch")))
+    backbone.origin = origin
+    if start:
+        logger.info("weights: %s", weights.load(backbone.model, start))
+    return backbone
 
 
-def _create(config: Config) -> Backbone:
-    name, options, image_size = config.backbone.name, config.backbone.options, config.image_size
+def _create(config: Config, options: dict, recipe: weights.Recipe) -> Backbone:
+    name, image_size = config.backbone.name, config.image_size
 
     def refuse(reason: str) -> UserError:
         return UserError(
@@ -118,11 +142,17 @@ def _create(config: Config) -> Backbone:
         raise UserError(f"backbone: got {name!r}, expected a model of timm (see timm.list_models())")
     if useless := sorted(set(options) & set(WITHOUT_EFFECT)):
         raise UserError(f"backbone.options: got {useless[0]}, which has no effect: the classifier is replaced")
+    if recipe.model not in ("", name):
+        raise UserError(f"backbone: got {name!r}, expected {recipe.model}, which the weights are of")
+    if lacking := {key: value for key, value in recipe.options if options.get(key) != value}:
+        raise UserError(f"backbone.options: got {options}, expected {lacking} too, which the weights need")
     try:
         model: Any = timm.create_model(name, num_classes=5, **options).eval()
     except Exception as error:  # whatever timm, or the download that "pretrained" asks for, makes of the options
         raise UserError(f"backbone.options: got {options} for {name!r}, which timm refuses: {_line(error)}") from error
-    backbone = Backbone(model, config)
+    recipe.prepare(model)
+    model.eval()
+    backbone = Backbone(model, config, recipe)
     classifier = model.get_classifier()
     if not isinstance(classifier, nn.Linear):
         raise refuse(f"its classifier is {type(classifier).__name__}, not Linear")

@@ -11,7 +11,7 @@ import functools
 import importlib
 import math
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,12 +68,32 @@ def expect_number(name: str, value: float, low: float, high: float = math.inf, *
     expect(ok, name, value, f"a finite number {'>' if above else '>='} {low:g}{end}")
 
 
+def spelt(name: str) -> str:
+    """A name of the command line as its file has it.
+
+    >>> spelt("logit-adjust")
+    'logit_adjust'
+    """
+    return name.replace("-", "_")
+
+
+def listed(items: Sequence[str], most: int) -> str:
+    """The first ``most`` items and how many more.
+
+    >>> listed(["a", "b", "c"], 2)
+    'a, b and 1 more'
+    """
+    rest = len(items) - most
+    return ", ".join(items[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
 @dataclass(frozen=True)
 class Backbone:
     """backbone: a timm model whose class activation maps are exact"""
 
     name: str = option("resnet18", "a timm model; the paper's is resnet18")
     options: dict = option({}, "for timm.create_model, such as '{img_size: 112}'")
+    weights: str = option("", "file or name of weights to start from (docs/weights.md)", changes=NOTHING)
     frozen_batchnorm: bool = option(False, "BatchNorm keeps the statistics it starts with")
     separate_views: bool = option(False, "BatchNorm statistics of each view for itself, as with two forward passes")
 
@@ -258,9 +278,9 @@ def restored(saved: Mapping) -> Config:
 def select(kind: str, name: str) -> type:
     """The ``Options`` of the method or data set called ``name``."""
     options = found(PACKAGES[kind])
-    if name not in options:
+    if spelt(name) not in options:
         raise UserError(f"{kind}: got {name!r}, expected one of {', '.join(sorted(options))}")
-    return options[name]
+    return options[spelt(name)]
 
 
 def differences(saved: Any, now: Any, *, prefix: str = "") -> dict[str, list[str]]:

@@ -55,7 +55,8 @@ def test_the_commands_are_those_with_a_file_and_each_has_a_line(capsys):
         assert main(arguments) == 0
         shown = capsys.readouterr().out
         for name, options in found("commands").items():
-            assert f"  {name:<10}{options.__doc__.splitlines()[0]}\n" in shown + "\n"
+            line = next(line for line in shown.splitlines() if line.split()[:1] == [name.replace("_", "-")])
+            assert line.endswith(f"  {options.__doc__.splitlines()[0]}")
 
 
 @pytest.mark.parametrize("command", found("commands"))
@@ -100,6 +101,17 @@ def test_help_has_the_groups_that_matter_first_and_names_the_others(capsys):
     shown = capsys.readouterr().out
     assert "--optim.weight_decay FLOAT" in shown and "--method" not in shown
     assert refusal(capsys, "train", "--help", "optm").startswith("help: got 'optm', expected one of all, method, data")
+
+
+def test_a_hyphen_in_a_name_is_an_underscore(tmp_path):
+    (tmp_path / "a.yaml").write_text("method: {name: logit-adjust, tau: 0.5}\ndata: raf-db")
+    for arguments in (
+        ["--method=logit-adjust", "--method.tau=0.5", "--data", "raf-db"],
+        ["--method.name", "logit_adjust", "--method.tau=0.5", "--data=raf_db"],
+        [f"--config={tmp_path}/a.yaml"],
+    ):
+        config = parse(["train", *arguments]).config
+        assert (config.method.name, config.method.tau, config.data.name) == ("logit_adjust", 0.5, "raf_db")
 
 
 # What is refused

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from .. import checkpoint, compute, data, loop
+from .. import backbones, checkpoint, compute, data, loop
 from ..config import Config, UserError, restored
 from ..methods import Method
 
@@ -39,14 +39,12 @@ def load(path: str, device: str) -> Trained:
         raise UserError(f"{file}: not a checkpoint of this program: it has no {', '.join(missing)}")
     config = restored(saved["config"])
     options = dataclasses.replace(config.compute, device=device, backend=None)
-    backbone = dataclasses.replace(
-        config.backbone, options={k: v for k, v in config.backbone.options.items() if k != "pretrained"}
-    )
-    config = dataclasses.replace(config, compute=options, backbone=backbone)
+    config = dataclasses.replace(config, compute=options)
     identity = saved["identity"]
     target = compute.device_of(options)
     compute.try_backend(options, target)
-    method = loop.build(config, tuple(identity["counts"]["train"]), target)
+    backbone = backbones.create(config, saved.get("weights", {}))
+    method = loop.build(config, tuple(identity["counts"]["train"]), target, backbone)
     method.load_state_dict(saved.get("average") or saved["model"])
     best = (
         f"epoch {saved['epoch'] + 1}, the best on {saved['chooser']}" if "score" in saved else f"epoch {saved['epoch']}"

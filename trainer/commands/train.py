@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .. import backbones, compute, data, distributed, loop, optim, presets
+from .. import backbones, compute, data, distributed, loop, optim, presets, weights
 from ..config import NOTHING, Config, UserError, as_dict, option, without_effect
 from ..run import Run
 from ..state import State
@@ -81,14 +81,14 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> R
             logger.info("note: %s", line)
         threads = f"{torch.get_num_threads()} threads; another number of them rounds differently"
         logger.info("on %s in %d processes with %s", device, distributed.size(), threads)
-        backbone = backbones.create(config)
+        backbone = backbones.create(config, run.saved and run.saved.get("weights", {}))
         optim.create(config, backbone, device)  # refuses its options while no image is read yet
         sets = distributed.first(lambda: data.prepare(config))
         logger.info("%s", data.describe(sets))
         rounding = {"threads": torch.get_num_threads(), "processes": distributed.size()}
-        run.about = {"identity": sets.identity(), "chooser": sets.chooser, **rounding}
+        run.about = {"identity": sets.identity(), "chooser": sets.chooser, "weights": backbone.origin, **rounding}
         if run.saved:
-            expect_same(run.saved, run.about)
+            expect_same(run.saved, run.about, config.backbone.weights)
         method = loop.build(config, sets.counts, device, backbone)
         state = loop.fit(config, method, sets, run, device)
         if config.output.pictures:
@@ -96,10 +96,13 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> R
     return Result(config, sets.classes, sets.counts, state.history, sets.chooser, run.folder)
 
 
-def expect_same(saved: dict, now: dict) -> None:
-    """Raises :class:`UserError` if the data is not what the checkpoint was made with; says if threads differ."""
+def expect_same(saved: dict, now: dict, start: str) -> None:
+    """Raises :class:`UserError` if the data, or the weights ``start``, are not what the checkpoint was made with; says
+    if threads differ."""
     if changed := data.changes(saved["identity"], now["identity"]):
         raise UserError(f"resume: got other data than the checkpoint was made with: {'; '.join(changed)}")
+    if weights.changed(start, saved.get("weights", {})):
+        raise UserError(f"resume: got backbone.weights {start!r}, which are not those that the run started from")
     for name in ("threads", "processes"):
         if (before := saved.get(name, now[name])) != now[name]:
             note = "note: %d %s, %d before: continues, but results may be rounded differently"

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import Config, Named, UserError
+from ..config import Config, Named, UserError, listed
 from . import imbalance
 
 #: What the folder of a split may be called, in the order in which one is chosen to choose the best epoch.
@@ -166,16 +166,6 @@ def changes(saved: dict, now: dict) -> list[str]:
             if names:
                 found.append(f"{len(names)} {word} files in {split}: {listed(sorted(names), 3)}")
     return found
-
-
-def listed(items: Sequence[str], most: int) -> str:
-    """The first ``most`` items and how many more.
-
-    >>> listed(["a", "b", "c"], 2)
-    'a, b and 1 more'
-    """
-    rest = len(items) - most
-    return ", ".join(items[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def describe(data: Data) -> str:

@@ -1,0 +1,425 @@
+"""Files of weights: which one it is, what a model needs to compute what it was trained for, and how much of it matched.
+
+A file is recognised by its content and brings a :class:`Recipe`: the timm model, changes to that model, and how images
+are normalised. Reading runs no code of a file. A checkpoint of a run keeps the recipe's name, so that the model can be
+made again without the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+
+from .checkpoint import replacing
+from .config import UserError, listed, spelt
+
+Tensors = dict[str, Tensor]
+
+LEAST = 0.9  #: share of the tensors of the model and the file together that must match
+FOLDER = Path(__file__).parents[1] / "weights"  #: of files that a name stands for, as `make weights` fills it
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the weights of one origin need, and how their files are recognised."""
+
+    what: str  #: they were trained for
+    licence: str  #: as far as it is known
+    model: str = ""  #: of timm; "" for any
+    options: tuple[tuple[str, Any], ...] = ()  #: of timm.create_model that they need
+    #: Mean and standard deviation of pixels in [0, 1], RGB or one for all; None: what timm says for its own weights.
+    pixels: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    bgr: str = ""  #: the convolution whose input has blue first, which is turned round
+    prepare: Callable[[Any], None] = lambda model: None  #: changes the model
+    rename: Callable[[Tensors, nn.Module], Tensors] = lambda tensors, model: tensors  #: to timm's names
+    drop: tuple[str, ...] = ()  #: starts of the names of layers that a classifier of its own replaces
+    knows: Callable[[Tensors, str], bool] = lambda tensors, container: False  #: whether a file is of this origin
+
+
+def _caffe(model: Any) -> None:
+    """The strides and the padding of Caffe's ResNet-50: stride 2 in the first convolution of a stage."""
+    model.maxpool = nn.MaxPool2d(3, 2, padding=0, ceil_mode=True)
+    for stage in (model.layer2, model.layer3, model.layer4):
+        first = stage[0]
+        first.conv1.stride, first.conv2.stride = first.conv2.stride, first.conv1.stride
+
+
+def _sface(model: Any) -> None:
+    """SFace's MobileNetV1: no stride at the stem, a PReLU for each channel, one more BatchNorm at the end."""
+    model.conv_stem.stride = (1, 1)
+    for module in model.modules():
+        if isinstance(module, BatchNormAct2d):
+            module.eps = 1e-3
+            module.act = nn.PReLU(module.num_features)
+    model.bn2 = nn.BatchNorm2d(model.num_features, eps=2e-5)
+
+
+def _swin(tensors: Tensors, model: nn.Module) -> Tensors:
+    """Names of the first Swin program: its stages end with the patch merging that timm's begin with."""
+    made = ("relative_position_index", "attn_mask")  # computed by the model
+    return {
+        re.sub(r"^layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) + 1}.downsample", name): tensor
+        for name, tensor in tensors.items()
+        if not name.endswith(made)
+    }
+
+
+def _in_order(tensors: Tensors, model: nn.Module) -> Tensors:
+    """The model's names for tensors that come in its order; their kinds (weight, running_mean) must agree."""
+    names = [name for name in model.state_dict() if _counts(name)]
+    tensors = {name: tensor for name, tensor in tensors.items() if _counts(name)}
+    kinds, wanted = ([name.rpartition(".")[2] for name in names_] for names_ in (tensors, names))
+    if kinds != wanted:
+        raise UserError(f"backbone.weights: got {len(kinds)} tensors, expected the {len(wanted)} of its model in order")
+    return dict(zip(names, tensors.values(), strict=True))
+
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALF = (0.5,), (0.5,)
+
+#: By name, which a checkpoint and a converted file keep.
+RECIPES = {
+    "scratch": Recipe("random weights", "none", pixels=HALF),
+    "timm": Recipe("weights under timm's names, normalised as timm's own", "that of the file"),
+    "vggface2_resnet50": Recipe(
+        "face identity, VGGFace2",
+        "its authors' terms; trained on VGGFace2",
+        "resnet50",
+        pixels=((131.0912 / 255, 103.8827 / 255, 91.4953 / 255), (1 / 255,)),
+        bgr="conv1.weight",
+        prepare=_caffe,
+        drop=("fc.",),
+        knows=lambda tensors, container: (
+            "layer1.0.conv3.weight" in tensors
+            and (container == "arrays" or len(tensors.get("fc.weight", ())) == 8631)  # its identities
+        ),
+    ),
+    "dream_resnet18": Recipe(
+        "face identity, MS-Celeb-1M (DREAM)",
+        "its authors' terms; trained on MS-Celeb-1M",
+        "resnet18",
+        pixels=((0.0,), (1.0,)),
+        drop=("fc.", "feature."),
+        knows=lambda tensors, container: {"feature.weight", "layer4.1.conv2.weight"} <= tensors.keys(),
+    ),
+    "vggface2_efficientnet_b0": Recipe(
+        "face identity, VGGFace2 (EmotiEffLib)",
+        "its authors' terms; trained on VGGFace2",
+        "tf_efficientnet_b0",
+        pixels=IMAGENET,
+        knows=lambda tensors, container: (
+            {"conv_stem.weight", "blocks.0.0.se.conv_reduce.weight"} <= tensors.keys()
+            and "classifier.weight" not in tensors
+            and tensors["conv_stem.weight"].shape[0] == 32
+            and "blocks.1.2.conv_pw.weight" not in tensors  # B1 is deeper
+        ),
+    ),
+    "swinface": Recipe(
+        "face identity (SwinFace)",
+        "its authors' terms",
+        "swin_tiny_patch4_window7_224",
+        (("patch_size", 2),),
+        pixels=HALF,
+        rename=_swin,
+        drop=("feature.",),
+        knows=lambda tensors, container: {"layers.0.downsample.reduction.weight", "feature.0.weight"} <= tensors.keys(),
+    ),
+    "sface": Recipe(
+        "face identity (SFace, OpenCV Zoo)",
+        "Apache-2.0",
+        "mobilenetv1_100",
+        pixels=((0.5,), (128 / 255,)),
+        prepare=_sface,
+        rename=_in_order,
+        drop=("pre_fc1.", "fc1."),
+        knows=lambda tensors, container: {"conv_1_conv2d.weight", "conv_14_dw_conv2d.weight"} <= tensors.keys(),
+    ),
+    "mobilenet_v2": Recipe(
+        "ImageNet (torchvision)",
+        "BSD-3-Clause",
+        "mobilenetv2_100",
+        pixels=IMAGENET,
+        rename=_in_order,
+        drop=("classifier.",),
+        knows=lambda tensors, container: {"features.1.conv.0.0.weight", "features.18.0.weight"} <= tensors.keys(),
+    ),
+    "efficientnet_lite0": Recipe(
+        "ImageNet (TensorFlow)",
+        "Apache-2.0",
+        "tf_efficientnet_lite0",
+        pixels=HALF,
+        rename=_in_order,
+        drop=("_fc.",),
+        knows=lambda tensors, container: (
+            {"_conv_stem.weight", "_blocks.0._depthwise_conv.weight"} <= tensors.keys()
+            and "_blocks.0._se_reduce.weight" not in tensors
+        ),
+    ),
+}
+
+#: A tensor's name -> whose file it is, and why it can't be used.
+REFUSED = {
+    "input_layer.0.weight": "the IR network of face.evoLVe, which timm has no model for",
+}
+
+
+class Weights(NamedTuple):
+    """What a file holds."""
+
+    path: Path
+    tensors: Tensors
+    recipe: str  #: a key of :data:`RECIPES`
+    converted: bool  #: whether names and colours are timm's already
+    sha256: str  #: of the file, or of that from which it was converted
+
+    @property
+    def origin(self) -> dict:
+        """What a checkpoint keeps of it."""
+        return {"recipe": self.recipe, "sha256": self.sha256}
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of that name, which a file or a checkpoint has."""
+    if name not in RECIPES:
+        raise UserError(f"backbone.weights: got the recipe {name!r}, expected one of {', '.join(RECIPES)}")
+    return RECIPES[name]
+
+
+def locate(text: str) -> Path:
+    """A file, or the converted one that a name such as sface stands for: in $REBALFER_WEIGHTS, or else in weights.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(text).expanduser()
+    if path.is_file():
+        return path
+    folder = Path(os.environ.get("REBALFER_WEIGHTS", FOLDER)).expanduser()
+    named = folder / f"{spelt(text)}.safetensors"
+    if re.fullmatch(r"[\w-]+", text) and named.is_file():
+        return named
+    names = ", ".join(sorted(file.stem for file in folder.glob("*.safetensors"))) or "none; `make weights` makes some"
+    raise UserError(f"backbone.weights: got {text!r}, expected a file or a name of {folder} ({names})")
+
+
+def read(path: Path) -> Weights:
+    """The tensors of a file, and which they are.
+
+    Raises:
+        UserError: a file that can't be read without running its code, or that no recipe can use.
+    """
+    tensors, container, about = _contents(path)
+    if about:
+        return Weights(path, _stripped(tensors), about["recipe"], True, about["sha256"])
+    return recognised(path, tensors, container)
+
+
+def recognised(path: Path, tensors: Tensors, container: str) -> Weights:
+    """Tensors under the names of their program, with the recipe that knows them."""
+    tensors = _stripped(tensors)
+    for name, reason in REFUSED.items():
+        if name in tensors:
+            raise UserError(f"backbone.weights: got {path}: {reason}")
+    known = next((name for name, r in RECIPES.items() if r.knows(tensors, container)), "timm")
+    return Weights(path, tensors, known, False, digest(path))
+
+
+def digest(path: Path) -> str:
+    """sha256 of the file, or of that from which it was converted."""
+    if _kind(path) == "safetensors":
+        with safetensors.safe_open(path, "pt") as file:
+            if "sha256" in (about := file.metadata() or {}):
+                return about["sha256"]
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def changed(text: str, origin: dict) -> bool:
+    """Whether ``backbone.weights`` says something else than what a run started from; a file that is gone may be so."""
+    if not text or "sha256" not in origin:
+        return bool(text) != ("sha256" in origin)
+    try:
+        return digest(locate(text)) != origin["sha256"]
+    except UserError:
+        return False
+
+
+def load(model: Any, weights: Weights) -> str:
+    """Puts them into a timm model without classifier, which its recipe has prepared; returns what matched, in words.
+
+    Raises:
+        UserError: less than 90 % matches, or a tensor has another shape.
+    """
+    of = RECIPES[weights.recipe]
+    drop = of.drop if of.model else _classifiers(model)
+    tensors = weights.tensors
+    dropped = [name for name in tensors if name.startswith(drop)]
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in dropped}
+    if not weights.converted:
+        tensors = of.rename(tensors, model)
+        if of.bgr in tensors:
+            tensors[of.bgr] = tensors[of.bgr].flip(1)
+    report = _Match.of(tensors, model.state_dict(), dropped)
+    said = f"{weights.path} ({of.what}): {report}"
+    if report.shapes or report.share < LEAST:
+        raise UserError(f"backbone.weights: got {said}; expected at least {LEAST:.0%} in the same shapes")
+    model.load_state_dict({name: tensors[name] for name in tensors if name in model.state_dict()}, strict=False)
+    return said
+
+
+class _Match(NamedTuple):
+    """Tensors by name; those that only count batches are left out."""
+
+    matched: list[str]
+    missing: list[str]
+    unexpected: list[str]
+    shapes: list[str]
+    dropped: list[str]
+
+    @classmethod
+    def of(cls, tensors: Tensors, model: Tensors, dropped: list[str]) -> _Match:
+        ours, theirs = ({n: tuple(t.shape) for n, t in x.items() if _counts(n)} for x in (model, tensors))
+        both = [n for n in ours if n in theirs]
+        return cls(
+            [n for n in both if ours[n] == theirs[n]],
+            [n for n in ours if n not in theirs],
+            [n for n in theirs if n not in ours],
+            [f"{n} {theirs[n]}, not {ours[n]}" for n in both if ours[n] != theirs[n]],
+            dropped,
+        )
+
+    @property
+    def share(self) -> float:
+        """Of the tensors that the model or the file has."""
+        return len(self.matched) / max(1, len(self.matched + self.missing + self.unexpected + self.shapes))
+
+    def __str__(self) -> str:
+        parts = {"missing": self.missing, "unexpected": self.unexpected, "of another shape": self.shapes}
+        parts["left out"] = self.dropped
+        said = [f"{len(names)} {what}: {listed(names, 4)}" for what, names in parts.items() if names]
+        return "; ".join([f"{len(self.matched)} tensors match ({self.share:.1%})", *said])
+
+
+def _counts(name: str) -> bool:
+    """Whether a tensor takes part in the match: counters of batches are needed by no result."""
+    return not name.endswith("num_batches_tracked")
+
+
+def _classifiers(model: Any) -> tuple[str, ...]:
+    """Starts of the names of the classifiers that timm's model was made with."""
+    names = model.pretrained_cfg.get("classifier") or ()
+    return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
+
+
+#: What some programs put in front of all names; ours is the second.
+PREFIXES = ("module.", "backbone.model.", "backbone.")
+
+
+def _stripped(tensors: Tensors) -> Tensors:
+    """Without the prefix of a wrapper; what stands outside the wrapped network is left out."""
+    for prefix in PREFIXES:
+        if inside := {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}:
+            tensors = inside
+    return tensors
+
+
+#: Where programs keep the state dict of the network among other things.
+INSIDE = ("state_dict", "state_dict_backbone", "model_state_dict", "model")
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  #: how torch.save began before it wrote zip files
+
+
+def _kind(path: Path) -> str:
+    with path.open("rb") as file:
+        start = file.read(32)
+    if start[:4] == b"PK\x03\x04" or start.startswith(LEGACY):
+        return "torch"
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
+        return "safetensors"
+    return "arrays" if start[:1] == b"\x80" else "onnx" if path.suffix.lower() == ".onnx" else ""
+
+
+def _contents(path: Path) -> tuple[Tensors, str, dict[str, str]]:
+    """Names as in the file; its container; what it says of itself if this program wrote it."""
+    try:
+        kind = _kind(path)
+        if kind == "safetensors":
+            with safetensors.safe_open(path, "pt") as file:
+                about = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            return tensors, kind, about if {"recipe", "sha256"} <= about.keys() else {}
+        if kind == "torch":
+            return _torch(path)
+        if kind == "arrays":
+            with path.open("rb") as raw:
+                return {n: torch.from_numpy(a) for n, a in _Arrays(raw, encoding="latin1").load().items()}, kind, {}
+    except OSError as error:
+        raise UserError(f"backbone.weights: got {path}, which can't be read: {error.strerror}") from error
+    except Exception as error:  # whatever a damaged or foreign file makes of its reader
+        raise UserError(f"backbone.weights: got {path}: {_refusal(error)}") from error
+    if kind == "onnx":
+        raise UserError(
+            f"backbone.weights: got {path}, expected it converted: "
+            f"python -m trainer convert-weights {path} {path.with_suffix('.safetensors')}"
+        )
+    raise UserError(f"backbone.weights: got {path}, expected weights saved by torch.save or as safetensors")
+
+
+def _torch(path: Path) -> tuple[Tensors, str, dict[str, str]]:
+    content = torch.load(path, weights_only=True, map_location="cpu")
+    about = {}
+    if {"config", "identity", "model"} <= content.keys():  # a checkpoint of a run
+        about = {"recipe": "scratch", **content.get("weights", {}), "sha256": digest(path)}
+        content = content.get("average") or content["model"]
+    content = next((content[key] for key in INSIDE if isinstance(content.get(key), dict)), content)
+    return {str(n): t.detach() for n, t in content.items() if isinstance(t, Tensor)}, "torch", about
+
+
+class _Arrays(pickle.Unpickler):
+    """A pickle of nothing but numpy arrays by name, as Python 2 wrote it; anything else is refused, not run."""
+
+    ALLOWED: dict[tuple[str, str], Any] = {
+        ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
+        ("numpy._core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+        ("collections", "OrderedDict"): OrderedDict,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"Unsupported global: {module}.{name}")
+        return self.ALLOWED[module, name]
+
+
+def _refusal(error: Exception) -> str:
+    """Why a file was not read."""
+    if names := re.findall(r"nsupported (?:global: )?(?:GLOBAL )?([\w.]+\.\w+)", str(error)):
+        return (
+            f"a whole pickled program ({names[0]}), and reading it would run its code; where you trust it, save its "
+            "weights with torch.save(model.state_dict(), ...) and use that file"
+        )
+    return f"not a whole file of weights ({type(error).__name__}: {' '.join(str(error).split())[:150]})"
+
+
+def save(path: Path, tensors: Tensors, about: dict[str, str]) -> None:
+    """As safetensors with ``about``, which is text; compared with what a reader gets before it is put in place."""
+    held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    content = safetensors.torch.save(held, about)
+    again = safetensors.torch.load(content)
+    assert again.keys() == held.keys() and all(torch.equal(again[n], t) for n, t in held.items())
+    with replacing(path) as file:
+        file.write(content)
