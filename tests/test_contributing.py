@@ -1,10 +1,14 @@
 """What CONTRIBUTING.md says, done in a copy of the package: a new backend, a new transform; its tables are complete."""
 
+import ast
+import io
 import re
 import shutil
+import tokenize
 from pathlib import Path
 
 import pytest
+import timm
 from support import child
 from support.machine import ROOT
 
@@ -91,6 +95,85 @@ def check(transform, undo, backend):
 """
 
 
+METHOD = """
+\"\"\"Cross-entropy times (1 - p_y)^gamma.\"\"\"
+from dataclasses import dataclass
+from ..config import expect_number, option
+from . import MethodOptions
+from .tables import TableMethod
+
+@dataclass(frozen=True)
+class Options(MethodOptions):
+    \"\"\"focal loss\"\"\"
+
+    gamma: float = option(2.0, "power of the focus")
+
+    def __post_init__(self):
+        expect_number("method.gamma", self.gamma, 0)
+
+    def build(self, backbone, task):
+        method = Focal(backbone, task)
+        method.gamma = self.gamma
+        return method
+
+class Focal(TableMethod):
+    def losses(self, batch):
+        log_p = self(batch.view()).log_softmax(1).gather(1, batch.labels[:, None])
+        return {"loss": -((1 - log_p.exp()) ** self.gamma * log_p).mean()}
+"""
+DATA = """
+\"\"\"Stripes, upright or not.\"\"\"
+from dataclasses import dataclass
+import torch
+from ..config import option
+from . import Data, DataOptions, Split
+
+@dataclass(frozen=True)
+class Options(DataOptions):
+    \"\"\"stripes that stand or lie\"\"\"
+
+    each: int = option(4, "images of each class")
+
+    def read(self, image_size, seed):
+        lying = (torch.arange(image_size)[:, None] % 8 < 4).expand(-1, image_size).byte() * 255
+        images = torch.stack([lying.T, lying]).repeat(self.each, 1, 1)[..., None]
+        split = Split(images, torch.arange(2).repeat(self.each))
+        return Data(("standing", "lying"), {"train": split, "test": split})
+"""
+COMMAND = """
+\"\"\"Number of parameters.\"\"\"
+from dataclasses import dataclass
+from ..config import option
+from . import load
+
+@dataclass(frozen=True)
+class Options:
+    \"\"\"parameters of a run's network\"\"\"
+
+    checkpoint: str = option("", "a run's folder", positional=True)
+
+    def run(self):
+        print(sum(p.numel() for p in load(self.checkpoint, "cpu").method.parameters()))
+        return 0
+"""
+USE_OF_THE_TRAINER = """
+import json
+from trainer.__main__ import main
+small = '{"channels": [8, 8, 8, 16], "stem_width": 8}'
+flags = ["--method=focal", "--method.gamma=3", "--data=stripes", "--data.each=5", "--name=a", "--output.root=runs"]
+flags += ["--backbone=resnet10t", f"--backbone.options={small}", "--image-size=32", "--batch-size=10", "--epochs=1"]
+flags += ["--no-output.pictures", "--compute.device=cpu", "--compute.backend=reference"]
+assert main(["train", *flags]) == 0
+config = json.loads(open("runs/a/config.json").read())
+assert config["method"] == {"name": "focal", "gamma": 3.0} and config["data"] == {"name": "stripes", "each": 5}
+row = json.loads(open("runs/a/metrics.jsonl").read())
+assert row["loss"] > 0 and len(row["test"]["per_class"]) == 2
+assert main(["train", "--method=focal", "--method.gamma=-1"]) == 2
+assert main(["parameters", "runs/a"]) == 0
+assert main(["train", "--help", "--method=focal", "--data=stripes"]) == 0
+"""
+
+
 @pytest.fixture
 def copy(tmp_path):
     shutil.copytree(ROOT / "rebalfer_kernels", tmp_path / "rebalfer_kernels")
@@ -125,6 +208,48 @@ def test_a_transform_is_one_row(copy):
     file.write_text(before + ROW + row + after)
     run(copy, USE_OF_ANTITRANSPOSE)
     assert touched(copy) == ["rebalfer_kernels/reference.py"]
+
+
+def test_a_method_a_data_set_and_a_command_are_one_file_each(copy):
+    shutil.copytree(ROOT / "trainer", copy / "trainer")
+    for name, text in (("methods/focal", METHOD), ("data/stripes", DATA), ("commands/parameters", COMMAND)):
+        (copy / f"trainer/{name}.py").write_text(text)
+    result = child.run(
+        "-c", USE_OF_THE_TRAINER, cwd=copy, PYTHONPATH=copy, REBALFER_BACKEND="reference", OMP_NUM_THREADS="1"
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    network = timm.create_model("resnet10t", num_classes=2, channels=[8, 8, 8, 16], stem_width=8)
+    assert str(sum(p.numel() for p in network.parameters())) in result.stdout.splitlines()
+    for text in ("--method.gamma FLOAT", "power of the focus", "--data.each INT", "focal loss"):
+        assert text in result.stdout
+    assert "method.gamma: got -1.0, expected a finite number >= 0" in result.stderr
+
+
+def lines_of_code(file: Path) -> int:
+    """Lines that are neither blank nor comment nor docstring."""
+    text = file.read_text()
+    words = [
+        t for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type not in NO_CODE and t.string.strip()
+    ]
+    lines = {line for t in words for line in range(t.start[0], t.end[0] + 1)}
+    for node in ast.walk(ast.parse(text)):
+        body = getattr(node, "body", None)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False):
+            lines -= set(range(body[0].lineno, body[0].end_lineno + 1))
+    return len(lines)
+
+
+NO_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+
+
+def test_the_trainer_is_read_in_one_sitting(tmp_path):
+    (tmp_path / "a.py").write_text(
+        '"""Text\n\nof two lines."""\n\n# why\nx = """a\nb"""  # c\n\ndef f():\n    "doc"\n    return 1\n'
+    )
+    assert lines_of_code(tmp_path / "a.py") == 4  # x = ... of two lines, def, return
+    files = [f for f in (ROOT / "trainer").rglob("*.py") if f.parent.name not in ("data", "methods")]
+    assert sum(map(lines_of_code, files)) < 2000
+    assert len((ROOT / "trainer/loop.py").read_text().splitlines()) <= 150
 
 
 def test_every_environment_variable_is_in_the_table():
