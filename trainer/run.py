@@ -155,7 +155,7 @@ class Run(AbstractContextManager):
     def _publish(self, state: State) -> None:
         if distributed.rank():
             return
-        rows = (json.dumps(_finite(row), allow_nan=False, ensure_ascii=False) for row in state.history)
+        rows = (json.dumps(row, allow_nan=False, ensure_ascii=False) for row in state.history)
         self._write("metrics.jsonl", "".join(row + "\n" for row in rows))
         if state.best:
             row = state.history[state.best["epoch"]]
@@ -221,15 +221,6 @@ def check_config(path: Path, saved: dict, config: Config) -> None:
         logger.info("note: %s: continues, but results may be rounded differently", ", ".join(changed[ROUNDING]))
     if changed[NOTHING]:
         logger.debug("changed: %s", ", ".join(changed[NOTHING]))
-
-
-def _finite(value: Any) -> Any:
-    """With None for what JSON has no number for."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _scalars(row: dict, prefix: str = "") -> list[tuple[str, float]]:

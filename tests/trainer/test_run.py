@@ -52,8 +52,8 @@ def test_a_run_writes_its_files_and_prints_its_table(finished, tmp_path, capsys)
     assert lines[-1] == str(tmp_path / "a")
 
 
-def test_a_piped_run_prints_whole_lines_only(tmp_path, capfd):
-    assert runs.train(tmp_path, "--epochs=2") == 0
+def test_a_piped_run_prints_whole_lines_only(faces_copy, capfd):
+    assert folder_run(faces_copy, "--epochs=2", "--overwrite") == 0
     out, err = capfd.readouterr()
     assert "\r" not in out + err and "it/s" not in err and "step" not in err
 
