@@ -183,6 +183,7 @@ class Output:
     """what a run writes"""
 
     root: str = option("runs", "folder of the runs", changes=NOTHING)
+    cache: str = option("", "folder of decoded images; off: none; else in the user's cache", changes=NOTHING)
     save_minutes: float = option(10.0, "minutes between checkpoints inside an epoch", changes=NOTHING)
     tensorboard: bool = option(False, "also TensorBoard events", changes=NOTHING)
     pictures: bool = option(True, "confusion.png and cam.png at the end", changes=NOTHING)

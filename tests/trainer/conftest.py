@@ -6,6 +6,14 @@ import pytest
 from support import runs
 
 
+@pytest.fixture(autouse=True, scope="session")
+def cache(tmp_path_factory):
+    """Decoded images are kept out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REBALFER_DATA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def root(tmp_path_factory):
     """The folder of a finished run called "one": two epochs, with pictures. Tests leave it as it is."""

@@ -38,7 +38,9 @@ class Options:
         files = [file for name in self.images for file in _files(Path(name).expanduser())]
         trained = load(self.checkpoint, self.device)
         labels = torch.zeros(len(files), dtype=torch.int64)  # not known
-        split = decode.read(Path("/"), [file.absolute() for file in files], labels, trained.config.image_size)
+        split = decode.read(
+            Path("/"), "predict", [file.absolute() for file in files], labels, trained.config.image_size
+        )
         probabilities = loop.logits(trained.method, split.images, flip=self.flip).softmax(1)
         text = (_json if self.out.lower().endswith(".json") else _csv)(files, trained.classes, probabilities)
         if out:

@@ -99,7 +99,10 @@ class DataOptions(Named):
 
 def prepare(config: Config) -> Data:
     """The data set that ``config`` names, thinned if asked for, with a split that chooses the best epoch."""
-    data = config.data.read(config.image_size, config.seed)
+    from . import cache  # which imports this file
+
+    with cache.kept_in(config.output.cache):
+        data = config.data.read(config.image_size, config.seed)
     train, notes = data.train, list(data.notes)
     if config.split.imbalance:
         rows, note = imbalance.thin(train.hard, data.counts, config.split.imbalance, config.seed)

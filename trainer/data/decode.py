@@ -5,19 +5,16 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from itertools import compress
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from tqdm import tqdm
 
 from ..config import UserError
-from . import Split, listed
+from . import Split, cache
 from .labels import natural
 
 SYSTEM = {"@eaDir", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db", "desktop.ini"}
@@ -118,59 +115,53 @@ def digest(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
-def read(root: Path, files: Sequence[Path], labels: Tensor, size: int, boxes: Sequence[Box | None] = ()) -> Split:
+def read(
+    root: Path, part: str, files: Sequence[Path], labels: Tensor, size: int, boxes: Sequence[Box | None] = ()
+) -> Split:
     """The split of ``files`` under ``root``, each image cropped to its box if there are ``boxes``.
+
+    Args:
+        part: what the cache calls them.
 
     Raises:
         UserError: too little memory; or files that can't be read, all of them counted and the first 20 named.
     """
 
+    def box_of(i: int) -> Box | None:
+        return boxes[i] if boxes else None
+
     def decoded(i: int) -> tuple[np.ndarray, str]:
         content = files[i].read_bytes()
-        return decode(content, size, boxes[i] if boxes else None), digest(content)
+        return decode(content, size, box_of(i)), digest(content)
 
-    images, digests = _collect([str(f) for f in files], decoded, 3, size)
-    return Split(images, labels, tuple(f.relative_to(root).as_posix() for f in files), digests)
+    def stamp(i: int) -> str:
+        found = files[i].stat()
+        return f"{found.st_size} {found.st_mtime_ns} {box_of(i) or ''}"
+
+    def unchanged(i: int) -> str:
+        return "" if boxes else digest(files[i].read_bytes())
+
+    try:
+        stamps = [stamp(i) for i in range(len(files))]
+    except OSError as error:
+        raise UserError(f"data: got {error.filename}, which can't be read: {error.strerror}") from error
+    names = tuple(f.relative_to(root).as_posix() for f in files)
+    shown = [str(f) for f in files]
+    sources = cache.Sources(shown, stamps, decoded, unchanged)
+    images, digests = cache.read(cache.Part(root, part, size, 3), sources)
+    return Split(images, labels, names, digests)
 
 
-def read_grey(names: Sequence[str], pixels: Sequence[bytes], side: int, labels: Tensor, size: int) -> Split:
-    """The split of grey images that are no files: ``side`` x ``side`` bytes each."""
+def read_grey(
+    source: Path, part: str, names: Sequence[str], pixels: Sequence[bytes], side: int, labels: Tensor, size: int
+) -> Split:
+    """The split of grey images that are no files but rows of ``source``: ``side`` x ``side`` bytes each."""
 
     def resized(i: int) -> tuple[np.ndarray, str]:
         return _resized(Image.frombytes("L", (side, side), pixels[i]), size), digest(pixels[i])
 
-    images, digests = _collect(names, resized, 1, size)
+    stamps = [digest(content) for content in pixels]
+    images, digests = cache.read(
+        cache.Part(source, part, size, 1), cache.Sources(names, stamps, resized, lambda i: stamps[i])
+    )
     return Split(images, labels, tuple(names), digests)
-
-
-def _collect(
-    names: Sequence[str], one: Callable[[int], tuple[np.ndarray, str]], channels: int, size: int
-) -> tuple[Tensor, tuple[str, ...]]:
-    """Images (K, size, size, channels) uint8 and digests: what ``one`` returns for each index."""
-    try:
-        images = torch.empty(len(names), size, size, channels, dtype=torch.uint8)
-    except RuntimeError as error:
-        gigabytes = len(names) * channels * size * size / 1e9
-        raise UserError(f"image_size: got {size}, for which {len(names)} images need {gigabytes:.1f} GB") from error
-
-    def attempt(i: int) -> tuple[np.ndarray | None, str]:
-        try:
-            return one(i)
-        except Exception as error:  # whatever a decoder makes of a bad file
-            return None, str(error).replace(names[i], "").strip() or type(error).__name__
-
-    digests, bad = [], []
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = pool.map(attempt, range(len(names)))
-        results = tqdm(found, total=len(names), desc="reading images", leave=False, disable=None)
-        for i, (pixels, text) in enumerate(results):
-            if pixels is None:
-                bad.append(f"{names[i]}: {text}")
-            else:
-                images[i] = torch.from_numpy(pixels)
-            digests.append(text)
-    if bad:
-        raise UserError(
-            f"data: got {len(bad)} files that can't be read as images:\n  " + listed(bad, 20).replace(", /", "\n  /")
-        )
-    return images, tuple(digests)

@@ -97,4 +97,4 @@ def _read(
     kinds = Counter(f.suffix or "no suffix" for f in others)
     note = f"{len(others)} files in {folder} are no images ({', '.join(f'{n} {k}' for k, n in kinds.items())}): "
     notes = [note + listed([f.relative_to(root).as_posix() for f in others], 3)] if others else []
-    return decode.read(root, files, torch.tensor(targets), size), notes
+    return decode.read(root, folder.name, files, torch.tensor(targets), size), notes

@@ -182,7 +182,7 @@ def read_files(
     for split in dict.fromkeys(row.split for row in rows):
         used = {file: row for file, row in kept.items() if row.split == split and not row.left_out}
         boxes = [row.box for row in used.values()]
-        splits[split] = decode.read(root, list(used), _targets(used.values()), size, boxes if any(boxes) else ())
+        splits[split] = decode.read(root, split, list(used), _targets(used.values()), size, boxes if any(boxes) else ())
     return splits, notes
 
 
@@ -192,7 +192,7 @@ def read_pixels(source: Path, rows: Sequence[Row], size: int) -> Part:
     for split in dict.fromkeys(row.split for row in rows):
         used = [row for row in rows if row.split == split and not row.left_out]
         names, pixels = [row.image for row in used], [row.pixels for row in used]
-        splits[split] = decode.read_grey(names, pixels, SIDE, _targets(used), size)
+        splits[split] = decode.read_grey(source, split, names, pixels, SIDE, _targets(used), size)
     return splits, _reasons(source, rows)
 
 

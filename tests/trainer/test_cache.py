@@ -1,0 +1,202 @@
+"""Decoded images are kept on the disk: what is read again, what is not, and what a kill, a change or damage leaves."""
+
+import dataclasses
+import errno
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from trainer import presets
+from trainer.__main__ import main
+from trainer.config import UserError
+from trainer.data import cache, decode, imagefolder, prepare
+
+SIZE = 16
+
+
+@pytest.fixture
+def faces(tmp_path):
+    """Two classes, six and two images, each of one tone."""
+    root = tmp_path / "faces"
+    for split, count in (("train", 6), ("test", 2)):
+        for i in range(count):
+            write(root / split / ("fear" if i % 2 else "anger") / f"{i}.png", 10 + 20 * i)
+    return root
+
+
+def write(path, tone):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (20, 20), (tone, tone, tone)).save(path)
+
+
+def tones(split):
+    return split.images[:, 0, 0, 0].tolist()
+
+
+@pytest.fixture
+def load(faces, tmp_path, monkeypatch):
+    """Reads the data set; a list of the files that were decoded is its attribute."""
+    real = decode.decode
+
+    def counted(content, size, box=None):
+        load.decoded += 1
+        return real(content, size, box)
+
+    def load(place=tmp_path / "cache"):
+        load.decoded = 0
+        config = presets.paper()
+        config = dataclasses.replace(
+            config,
+            data=imagefolder.Options(str(faces)),
+            image_size=SIZE,
+            output=dataclasses.replace(config.output, cache=str(place)),
+        )
+        return prepare(config)
+
+    load.decoded = 0
+    monkeypatch.setattr(decode, "decode", counted)
+    return load
+
+
+def test_each_image_is_decoded_once(load, tmp_path):
+    first, first_decoded = load(), load.decoded
+    again, again_decoded = load(), load.decoded
+    plain, plain_decoded = load("off"), load.decoded
+    assert (first_decoded, again_decoded, plain_decoded) == (8, 0, 8)
+    for data in (first, again):
+        for name, split in data.splits.items():
+            assert torch.equal(split.images, plain.splits[name].images)
+            assert torch.equal(split.labels, plain.splits[name].labels)
+            assert split.names == plain.splits[name].names and split.digests == plain.splits[name].digests
+    (train, *_) = [folder for folder in cache.parts(tmp_path / "cache") if "-train-" in folder.name]
+    assert np.load(train / "pixels.npy").shape == (6, SIZE, SIZE, 3)
+
+
+def test_a_changed_new_or_missing_image_alone_is_decoded(load, faces):
+    load()
+    write(faces / "train/fear/1.png", 200)
+    assert 200 in tones(load().train) and load.decoded == 1
+    write(faces / "train/fear/9.png", 90)
+    assert len(load().train.labels) == 7 and load.decoded == 1
+    (faces / "train/fear/9.png").unlink()
+    data = load()
+    assert load.decoded == 0 and sorted(tones(data.train)) == [10, 50, 70, 90, 110, 200]
+    os.utime(faces / "train/fear/3.png", (1, 1))  # touched, the content is the same
+    load()
+    assert load.decoded == 0
+    load()
+    assert load.decoded == 0
+
+
+def test_another_size_or_folder_is_another_part(load, faces, tmp_path):
+    load()
+    faces.rename(tmp_path / "moved")
+    faces.mkdir()
+    for part in ("train", "test"):
+        (tmp_path / "moved" / part).rename(faces / part)
+    load()
+    assert load.decoded == 0  # the same place again
+    assert len(cache.parts(tmp_path / "cache")) == 2
+
+
+def test_bad_files_are_named_and_the_good_ones_kept(load, faces):
+    (faces / "train/fear/1.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"got 1 files that can't be read as images:\n  .*fear/1.png: "):
+        load()
+    write(faces / "train/fear/1.png", 30)
+    assert sorted(tones(load().train)) == [10, 30, 50, 70, 90, 110]
+    assert load.decoded == 1 + 2  # and the two of test, which was not reached
+
+
+def slow(root, place):
+    """Decodes slowly, until it is killed."""
+    real = decode.decode
+
+    def late(content, size, box=None):
+        time.sleep(0.05)
+        return real(content, size, box)
+
+    decode.decode, cache.SAVE_EVERY = late, 1
+    with cache.kept_in(str(place)):
+        imagefolder.Options(str(root)).read(SIZE, 0)
+
+
+def test_a_build_that_is_killed_continues(load, faces, tmp_path):
+    for i in range(6, 40):
+        write(faces / "train/anger" / f"{i}.png", i)
+    child = multiprocessing.get_context("fork").Process(target=slow, args=(faces, tmp_path / "cache"))
+    child.start()
+    finished = 0
+    while finished < 5:
+        assert child.is_alive()
+        time.sleep(0.02)
+        for note in (tmp_path / "cache").glob("*-train-*/part.json"):
+            finished = len(json.loads(note.read_text())["images"])
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    assert not cache.parts(tmp_path / "cache")
+    data = load()
+    assert 2 <= load.decoded <= 42 - 5  # 40 of train and 2 of test, without what was finished
+    assert torch.equal(data.train.images, load("off").train.images)
+
+
+def test_two_that_build_at_once_both_read_the_right_pixels(load, faces, tmp_path):
+    child = multiprocessing.get_context("fork").Process(target=slow, args=(faces, tmp_path / "cache"))
+    child.start()
+    data = load()
+    child.join()
+    assert child.exitcode == 0 and torch.equal(data.train.images, load("off").train.images)
+
+
+def test_damage_is_found_and_a_lost_index_rebuilt(load, tmp_path, capsys):
+    load()
+    place, (test, train) = tmp_path / "cache", cache.parts(tmp_path / "cache")
+    assert main(["cache", "--verify", f"--output.cache={place}"]) == 0
+    pixels = train / "pixels.npy"
+    content = bytearray(pixels.read_bytes())
+    content[-1] ^= 1
+    pixels.write_bytes(content)
+    assert main(["cache", "--verify", f"--output.cache={place}"]) == 2
+    out = capsys.readouterr()
+    assert "1 damaged: " in out.out and "train/anger/4.png" in out.out and "1 damaged parts" in out.err
+    (train / "index.json").write_text("{")
+    (test / "pixels.npy").write_bytes(content[:200])
+    data = load()
+    assert load.decoded == 8 and sorted(tones(data.train)) == [10, 30, 50, 70, 90, 110]
+
+
+def test_the_command_builds_lists_and_deletes(faces, tmp_path, capsys):
+    place = tmp_path / "here"
+    options = [f"--data.path={faces}", "--image-size=16", f"--output.cache={place}"]
+    assert main(["cache", "--data=imagefolder", *options]) == 0
+    out = capsys.readouterr().out
+    assert "anger" in out and ": 6 images" in out and ": 2 images" in out
+    assert main(["cache", "--delete", f"--output.cache={place}"]) == 0
+    assert not cache.parts(place)
+    assert main(["cache", "--output.cache=off"]) == 2
+
+
+@pytest.mark.parametrize("where", ["posix_fallocate", "pwrite", "open"])
+def test_where_nothing_can_be_written_images_are_decoded_in_memory(load, monkeypatch, caplog, where):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if where == "open":
+        monkeypatch.setattr(cache, "_locked", full)
+    else:
+        monkeypatch.setattr(os, where, full)
+    assert sorted(tones(load().train)) == [10, 30, 50, 70, 90, 110]
+    assert "decoded images are not kept" in caplog.text and "No space left on device" in caplog.text
+    monkeypatch.undo()
+
+
+def test_predict_keeps_nothing(faces, tmp_path):
+    decode.read(faces, "predict", [faces / "train/fear/1.png"], torch.zeros(1), SIZE)
+    assert not list(cache.default().glob("*-predict-*"))

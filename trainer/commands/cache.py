@@ -1,0 +1,50 @@
+"""The images of a data set, decoded once and kept on the disk."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from .. import data, presets
+from ..config import Config, UserError, option
+from ..data import cache
+
+
+@dataclass(frozen=True)
+class Options:
+    """decode a data set ahead of its first run, or check or delete what is decoded"""
+
+    preset: str = option("paper", "where the options start from", choices=tuple(presets.found()))
+    config: Config = field(default_factory=presets.paper, metadata={"flat": True})
+    verify: bool = option(False, "check every image that the cache holds, of all data sets")
+    delete: bool = option(False, "delete what the cache holds, of all data sets")
+
+    def run(self) -> int:
+        output = self.config.output
+        if output.cache == cache.OFF:
+            raise UserError("output.cache: got 'off', expected a folder")
+        with cache.kept_in(output.cache) as directory:
+            if self.verify or self.delete:
+                return self._verify(directory) if self.verify else self._delete(directory)
+        config = dataclasses.replace(self.config, output=dataclasses.replace(output, cache=str(directory)))
+        print(data.describe(data.prepare(config)))
+        return self._list(directory)
+
+    def _list(self, directory) -> int:
+        for folder in cache.parts(directory):
+            print(f"{folder}: {len(cache.load_index(folder)):,} images, {cache.size_of(folder) / 2**20:,.0f} MiB")
+        return 0
+
+    def _verify(self, directory) -> int:
+        bad = {folder: names for folder in cache.parts(directory) if (names := cache.damaged(folder))}
+        for folder, names in bad.items():
+            print(f"{folder}: {len(names)} damaged: {data.listed(names, 20)}")
+        if bad:
+            raise UserError(f"output.cache: got {len(bad)} damaged parts; delete their folders, runs decode them again")
+        return self._list(directory)
+
+    def _delete(self, directory) -> int:
+        for folder in cache.parts(directory):
+            cache.delete(folder)
+            print(f"deleted {folder}")
+        return 0
