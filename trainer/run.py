@@ -171,7 +171,7 @@ class Run(AbstractContextManager):
             return
         if self.board:
             self.board.close()
-        if os.listdir(self.folder) == [LOCK]:  # nothing was begun
+        if self.folder.is_dir() and os.listdir(self.folder) == [LOCK]:  # nothing was begun
             (self.folder / LOCK).unlink()
             self.folder.rmdir()
         os.close(self.lock)

@@ -14,6 +14,7 @@ from support import runs
 from trainer import checkpoint, figures, metrics, run
 from trainer.__main__ import main, parse
 from trainer.data.batches import order
+from trainer.methods import Method
 
 NAMES = ["config.json", "metrics.jsonl", "last.pt", "previous.pt", "best.pt", "confusion.png", "cam.png"]
 
@@ -144,6 +145,25 @@ def test_a_folder_that_cannot_be_written_is_named(where, tmp_path, capsys, monke
     assert runs.train(root, "--name=a") == 2
     monkeypatch.undo()
     assert re.fullmatch(f"output.root: {root}/a can't be written: {reason}", error(capsys))
+
+
+def test_a_folder_that_cannot_be_locked_is_used_with_a_note(tmp_path, caplog, monkeypatch):
+    """Some network file systems have no locks."""
+
+    def no_locks(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(run.fcntl, "flock", no_locks)
+    assert runs.train(tmp_path, "--name=a") == 0
+    assert (
+        f"note: {tmp_path}/a can't be locked (No locks available): start no second run of this name" in caplog.messages
+    )
+
+
+def test_a_folder_that_is_deleted_meanwhile_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Method, "after_step", lambda *_: shutil.rmtree(tmp_path / "a", ignore_errors=True))
+    assert runs.train(tmp_path, "--name=a") == 2
+    assert error(capsys) == f"{tmp_path}/a/last.pt: can't be written: No such file or directory"
 
 
 def test_tensorboard_where_it_is_missing_is_named(tmp_path, capsys, monkeypatch):
