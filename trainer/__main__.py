@@ -32,7 +32,7 @@ BY_NAME = (*PACKAGES, "backbone")
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status: 2 for what the user can mend, 3 for a loss that is not finite, 128 + n
     after signal n."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s")  # warnings, of other packages too
     logging.getLogger("trainer").setLevel(logging.INFO if distributed.speaks() else logging.WARNING)
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)

@@ -7,7 +7,8 @@ import time
 import zlib
 
 import torch
-from torch import Tensor, nn
+from timm.layers import convert_sync_batchnorm
+from torch import Tensor
 from tqdm import tqdm
 
 from . import backbones, distributed, metrics, optim
@@ -34,7 +35,7 @@ def build(
     if config.backbone.separate_views and not method.paired:
         raise UserError(f"backbone.separate_views: got true, but {config.method.name} looks at one view")
     if config.compute.sync_batchnorm:
-        method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
+        method = convert_sync_batchnorm(method)  # timm's, because its BatchNorm may have an activation inside
     if config.compute.compile:
         backbone.compile()
     return method.to(memory_format=backbone.layout)

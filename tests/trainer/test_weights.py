@@ -1,6 +1,7 @@
 """Files of weights in the containers that people have: each is recognised, and its features are those of a program
 that shares no code with the trainer. What would run code, or match too little, is refused."""
 
+import dataclasses
 import os
 import pickle
 
@@ -27,9 +28,10 @@ from support.weight_files import (
 from torch import nn
 from torch.nn import functional as F
 
-from trainer import backbones, checkpoint, weights
+from trainer import backbones, checkpoint, loop, weights
 from trainer.__main__ import main
-from trainer.config import UserError
+from trainer.config import Backbone, UserError
+from trainer.presets import baseline
 
 # The containers and conventions of face weights
 
@@ -370,3 +372,19 @@ def test_a_run_starts_from_the_backbone_of_another_run(caffe, tmp_path):
     state = backbone.state_dict()
     assert state.keys() == {n.removeprefix("backbone.") for n in saved["model"] if n.startswith("backbone.")}
     assert all(torch.equal(t, saved["model"][f"backbone.{n}"]) for n, t in state.items())
+
+
+@torch.no_grad()
+def test_synchronised_batchnorm_keeps_the_activations_inside(tmp_path):
+    """timm's BatchNorm may apply one, PReLUs with weights of their own for SFace; PyTorch's conversion drops it."""
+    options = dataclasses.replace(baseline(), image_size=32, backbone=Backbone("mobilenetv1_100"))
+    method, images = [], torch.randn(2, 3, 32, 32)
+    for synchronised in (False, True):
+        compute = dataclasses.replace(options.compute, sync_batchnorm=synchronised)
+        backbone = backbones.create(options, {"recipe": "sface", "sha256": ""})
+        randomised(backbone)
+        method.append(
+            loop.build(dataclasses.replace(options, compute=compute), (3, 2), torch.device("cpu"), backbone).eval()
+        )
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in method[1].modules())
+    assert_near(method[1].backbone(images), method[0].backbone(images))

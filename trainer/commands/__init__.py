@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .. import backbones, checkpoint, compute, data, loop
-from ..config import Config, UserError, restored
+from ..config import Compute, Config, UserError, restored
 from ..methods import Method
 
 
@@ -24,6 +24,7 @@ class Trained(NamedTuple):
     method: Method
     about: str  #: the run, the epoch and how it was chosen
     saved: dict
+    file: Path
 
 
 def load(path: str, device: str) -> Trained:
@@ -38,7 +39,8 @@ def load(path: str, device: str) -> Trained:
     if missing := sorted({"config", "identity", "model", "epoch"} - set(saved)):
         raise UserError(f"{file}: not a checkpoint of this program: it has no {', '.join(missing)}")
     config = restored(saved["config"])
-    options = dataclasses.replace(config.compute, device=device, backend=None)
+    kept = {name: getattr(config.compute, name) for name in ("amp", "channels_last")}
+    options = Compute(device=device, **kept)  # the rest is about training, and may need another machine
     config = dataclasses.replace(config, compute=options)
     identity = saved["identity"]
     target = compute.device_of(options)
@@ -49,7 +51,7 @@ def load(path: str, device: str) -> Trained:
     best = (
         f"epoch {saved['epoch'] + 1}, the best on {saved['chooser']}" if "score" in saved else f"epoch {saved['epoch']}"
     )
-    return Trained(config, tuple(identity["classes"]), method, f"{config.name}, {best}", saved)
+    return Trained(config, tuple(identity["classes"]), method, f"{config.name}, {best}", saved, file)
 
 
 def new_file(path: str, overwrite: bool) -> Path:
