@@ -25,6 +25,7 @@ PLACES = {
     "predict": ["run", "a.png"],
     "cams": ["run", "cam.png"],
     "train": [],
+    "cache": [],
     "demo": [],
 }
 NAMES = [(kind, name) for kind, package in PACKAGES.items() for name in found(package)]

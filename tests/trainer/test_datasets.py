@@ -421,8 +421,8 @@ def test_ferplus_folders_and_tables_have_the_same_pixels(tmp_path):
     save(tmp_path / "a.png", 0)
     Image.fromarray(picture).save(tmp_path / "a.png")
     label = torch.zeros(1, dtype=torch.int64)
-    file = decode.read(tmp_path, [tmp_path / "a.png"], label, 64)
-    row = decode.read_grey(["a"], [picture.tobytes()], 48, label, 64)
+    file = decode.read(tmp_path, "a", [tmp_path / "a.png"], label, 64)
+    row = decode.read_grey(tmp_path / "a.csv", "a", ["a"], [picture.tobytes()], 48, label, 64)
     assert torch.equal(file.images, row.images.expand(-1, -1, -1, 3))
 
 
