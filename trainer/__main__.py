@@ -198,9 +198,7 @@ def _parser(command: str, default: Any):
         from jsonargparse import ActionYesNo, ArgumentParser
     except ImportError:
         raise UserError("the command line needs the package jsonargparse >= 4.53: pip install jsonargparse") from None
-    parser = ArgumentParser(
-        prog=f"python -m trainer {command}", exit_on_error=False, add_help=False, allow_abbrev=False
-    )
+    parser = ArgumentParser(prog=f"python -m trainer {command}", exit_on_error=False, add_help=False)
     for flag in flags(default):
         if flag.metadata.get("positional"):
             parser.add_argument(flag.key, type=str, nargs=None if flag.kind is str else "+")
