@@ -12,7 +12,10 @@ def confusion(labels: Tensor, predictions: Tensor, num_classes: int) -> Tensor:
 
 
 def accuracies(matrix: Tensor) -> dict:
-    """In percent; a class without images is None and takes no part in the means."""
+    """In percent, as scikit-learn defines them; a class without images is None and takes no part in the mean accuracy.
+
+    In macro-F1, the F1 of such a class is 0 if an image was taken for it.
+    """
     matrix = matrix.double().cpu()
     total, right, predicted = matrix.sum(1), matrix.diag(), matrix.sum(0)
     seen = total > 0
@@ -20,6 +23,6 @@ def accuracies(matrix: Tensor) -> dict:
     return {
         "overall": (100 * right.sum() / total.sum()).item(),
         "mean": per_class[seen].mean().item(),
-        "f1": f1[seen].mean().item(),
+        "f1": f1[total + predicted > 0].mean().item(),
         "per_class": [a if n else None for a, n in zip(per_class.tolist(), seen.tolist(), strict=True)],
     }

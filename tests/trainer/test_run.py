@@ -505,5 +505,5 @@ def test_the_numbers_of_a_confusion_matrix_counted_by_hand():
     assert scores["overall"] == pytest.approx(100 * 4 / 6)
     assert scores["per_class"] == pytest.approx([200 / 3, 50, None, 100])
     assert scores["mean"] == pytest.approx((200 / 3 + 50 + 100) / 3)
-    # F1 = 2 right / (true + predicted): 4/5, 2/4, -, 1; the class without images takes no part.
-    assert scores["f1"] == pytest.approx(100 * (0.8 + 0.5 + 1) / 3)
+    # F1 = 2 right / (true + predicted): 4/5, 2/4, 0/1, 1
+    assert scores["f1"] == pytest.approx(100 * (0.8 + 0.5 + 0 + 1) / 4)
