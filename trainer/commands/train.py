@@ -29,6 +29,7 @@ class Options:
     overwrite: bool = option(False, "replace the run that ROOT/NAME has", changes=NOTHING)
 
     def run(self) -> int:
+        logger.info("preset %s: %s", self.preset, (presets.found()[self.preset].__doc__ or "").splitlines()[0])
         result = train(self.config, resume=self.resume, overwrite=self.overwrite)
         if distributed.speaks():
             print(result.table())
