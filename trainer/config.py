@@ -77,6 +77,15 @@ def spelt(name: str) -> str:
     return name.replace("-", "_")
 
 
+def printable(name: str) -> str:
+    r"""The name of a file with what no terminal shows as escapes: control characters, bytes that are no text.
+
+    >>> printable("a\nb"), printable("été")
+    ('a\\nb', 'été')
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
+
+
 def listed(items: Sequence[str], most: int) -> str:
     """The first ``most`` items and how many more.
 
@@ -84,7 +93,7 @@ def listed(items: Sequence[str], most: int) -> str:
     'a, b and 1 more'
     """
     rest = len(items) - most
-    return ", ".join(items[:most]) + (f" and {rest} more" if rest > 0 else "")
+    return ", ".join(map(printable, items[:most])) + (f" and {rest} more" if rest > 0 else "")
 
 
 @dataclass(frozen=True)

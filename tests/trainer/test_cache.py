@@ -1,11 +1,13 @@
 """Decoded images are kept on the disk: what is read again, what is not, and what a kill, a change or damage leaves."""
 
+import contextlib
 import dataclasses
 import errno
 import json
 import multiprocessing
 import os
 import signal
+import tempfile
 import time
 
 import numpy as np
@@ -106,6 +108,31 @@ def test_another_size_or_folder_is_another_part(load, faces, tmp_path):
     assert len(cache.parts(tmp_path / "cache")) == 2
 
 
+def test_a_folder_is_the_same_however_it_is_spelt(load, faces, monkeypatch):
+    load()
+    monkeypatch.chdir(faces.parent)
+    (faces.parent / "link").symlink_to(faces)
+    for path in ("faces", "./faces/", "link"):
+        with cache.kept_in(str(faces.parent / "cache")):
+            imagefolder.Options(path).read(SIZE, 0)
+    assert load.decoded == 8
+
+
+def test_cropped_and_whole_images_of_the_same_files_are_kept_apart(tmp_path):
+    picture = np.arange(40 * 40, dtype=np.uint32).reshape(40, 40) % 251
+    Image.fromarray(picture.astype(np.uint8)).save(tmp_path / "a.png")
+
+    def read(*boxes):
+        return decode.read(tmp_path, "a", [tmp_path / "a.png"], torch.zeros(1), SIZE, boxes).images[0, :, :, 0].numpy()
+
+    with cache.kept_in(str(tmp_path / "cache")):
+        for left in (0, 5, 24):  # a crop of the stored size is a part of the image
+            assert np.array_equal(read((left, 8, SIZE, SIZE)), picture[8 : 8 + SIZE, left : left + SIZE])
+        whole = Image.fromarray(picture.astype(np.uint8)).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+        assert np.array_equal(read(), np.asarray(whole))
+        assert np.array_equal(read((5, 8, SIZE, SIZE)), picture[8:24, 5:21])
+
+
 def test_bad_files_are_named_and_the_good_ones_kept(load, faces):
     (faces / "train/fear/1.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"got 1 files that can't be read as images:\n  .*fear/1.png: "):
@@ -123,7 +150,7 @@ def slow(root, place):
         time.sleep(0.05)
         return real(content, size, box)
 
-    decode.decode, cache.SAVE_EVERY = late, 1
+    decode.decode, cache.SAVE_SECONDS, cache.CHUNK = late, 0, 2
     with cache.kept_in(str(place)):
         imagefolder.Options(str(root)).read(SIZE, 0)
 
@@ -141,18 +168,54 @@ def test_a_build_that_is_killed_continues(load, faces, tmp_path):
             finished = len(json.loads(note.read_text())["images"])
     os.kill(child.pid, signal.SIGKILL)
     child.join()
-    assert not cache.parts(tmp_path / "cache")
+    (unfinished,) = cache.parts(tmp_path / "cache")
+    assert not cache.load_index(unfinished) and cache.damaged(unfinished) == []
     data = load()
     assert 2 <= load.decoded <= 42 - 5  # 40 of train and 2 of test, without what was finished
     assert torch.equal(data.train.images, load("off").train.images)
 
 
-def test_two_that_build_at_once_both_read_the_right_pixels(load, faces, tmp_path):
+class Killed(BaseException):
+    """As abrupt as a kill, except that the test continues."""
+
+
+@pytest.mark.parametrize("call", range(1, 8))
+def test_a_kill_between_the_last_steps_of_a_build_loses_nothing(load, faces, monkeypatch, call):
+    """Before: an old note goes, its last note gets its name (2), the old index goes (4), two files get their names."""
+    load()
+    write(faces / "train/fear/1.png", 200)
+    calls = []
+
+    def killing(real):
+        def step(*arguments):
+            if "-train-" in str(arguments[0]) and not str(arguments[0]).endswith(".lock"):
+                calls.append(real)
+                if len(calls) == call:
+                    raise Killed
+            return real(*arguments)
+
+        return step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killing(os.replace))
+        patch.setattr(os, "unlink", killing(os.unlink))
+        with pytest.raises(Killed) if call < 7 else contextlib.nullcontext():
+            load()
+    assert call < 7 or len(calls) == 6
+    data = load()
+    assert load.decoded == (call <= 2) and sorted(tones(data.train)) == [10, 50, 70, 90, 110, 200]
+
+
+def test_two_that_build_at_once_both_read_the_right_pixels(load, faces, tmp_path, caplog):
+    caplog.set_level("INFO", "trainer")
     child = multiprocessing.get_context("fork").Process(target=slow, args=(faces, tmp_path / "cache"))
     child.start()
+    while not (tmp_path / "cache").exists() or not cache.parts(tmp_path / "cache"):
+        time.sleep(0.01)
     data = load()
     child.join()
     assert child.exitcode == 0 and torch.equal(data.train.images, load("off").train.images)
+    assert "another process reads the images of " in caplog.text
 
 
 def test_damage_is_found_and_a_lost_index_rebuilt(load, tmp_path, capsys):
@@ -195,6 +258,45 @@ def test_where_nothing_can_be_written_images_are_decoded_in_memory(load, monkeyp
     assert sorted(tones(load().train)) == [10, 30, 50, 70, 90, 110]
     assert "decoded images are not kept" in caplog.text and "No space left on device" in caplog.text
     monkeypatch.undo()
+
+
+def test_a_disk_that_is_full_loses_nothing(load, faces, tmp_path, monkeypatch, capsys):
+    load()
+    before = [(f / name).read_bytes() for f in cache.parts(tmp_path / "cache") for name in ("index.json", "pixels.npy")]
+    write(faces / "train/fear/1.png", 200)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "NamedTemporaryFile", full)  # what a note is written with
+        assert sorted(tones(load().train)) == [10, 50, 70, 90, 110, 200]
+        options = [f"--data.path={faces}", f"--image-size={SIZE}", f"--output.cache={tmp_path}/cache"]
+        capsys.readouterr()
+        assert main(["cache", "--data=imagefolder", *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: output.cache: {tmp_path}/cache/faces-train-16px-") and error.count("\n") == 1
+    assert error.endswith(" can't be written: No space left on device\n")
+    parts = cache.parts(tmp_path / "cache")
+    assert before == [(f / name).read_bytes() for f in parts for name in ("index.json", "pixels.npy")]
+
+
+def test_what_is_not_the_cache_s_is_not_deleted(load, tmp_path, capsys):
+    load()
+    place = tmp_path / "cache"
+    (place / "site").mkdir()
+    (place / "site/index.json").write_text("{}")
+    mine = cache.parts(place)[0] / "mine.txt"
+    mine.write_text("years of work")
+    assert main(["cache", "--delete", f"--output.cache={place}"]) == 0
+    assert (place / "site/index.json").exists() and mine.read_text() == "years of work"
+    assert sorted(f.name for f in place.iterdir()) == [mine.parent.name, "site"]
+    assert [f.name for f in mine.parent.iterdir()] == ["mine.txt"]
+
+
+def test_images_that_are_no_files_are_refused_by_the_command(capsys):
+    assert main(["cache", "--data=synthetic"]) == 2
+    assert capsys.readouterr().err == "error: data: got synthetic, which has no files; expected a data set of files\n"
 
 
 def test_predict_keeps_nothing(faces, tmp_path):

@@ -3,18 +3,20 @@
 A part of a data set (its train, its test …) at one size is a folder with ``pixels.npy``, (K, size, size, C) uint8,
 which runs map into memory, and ``index.json``: of each image its name, a stamp by which a change of its source is
 noticed, the digest of its content and a checksum of its pixels. While a part is built, finished rows are in
-``pixels.part`` and ``part.json``, so that a build that was killed continues; only a complete one replaces the last.
+``pixels.part`` and ``part.json``, so that a build that was killed at any moment continues; only a complete one takes
+the place of the last.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import logging
 import os
-import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
@@ -27,16 +29,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import checkpoint
-from ..config import UserError
-from . import listed
+from ..config import UserError, printable
 
 logger = logging.getLogger(__name__)
 
 OFF = "off"
-SAVE_EVERY = 500  # images between two notes of what is finished
+VERSION = 1  # of what pixels are made of a file: a change of decode.py that changes them raises it
+PIXELS, INDEX, LOCK = "pixels.npy", "index.json", ".lock"
+PIXELS_PART, INDEX_PART = "pixels.part", "part.json"  # of a build in progress
+CHUNK = 256  # images that are handed to the threads at a time
+SAVE_SECONDS = 10.0  # between two notes of what is finished: they name all of it, 38 MB for AffectNet
 
 #: Where decoded images are kept while a data set is read, None for nowhere; see :func:`kept_in`.
 _directory: ContextVar[Path | None] = ContextVar("directory", default=None)
+_must_keep = ContextVar("must_keep", default=False)
 
 
 @contextlib.contextmanager
@@ -48,6 +54,16 @@ def kept_in(place: str) -> Iterator[Path | None]:
         yield directory
     finally:
         _directory.reset(token)
+
+
+@contextlib.contextmanager
+def must_keep() -> Iterator[None]:
+    """Where decoded images can't be kept, it is an error and not a note."""
+    token = _must_keep.set(True)
+    try:
+        yield
+    finally:
+        _must_keep.reset(token)
 
 
 def default() -> Path:
@@ -69,14 +85,14 @@ class Part(NamedTuple):
     def folder(self) -> str:
         """Name of its folder, the same for the same data."""
         root = self.root.resolve()
-        key = hashlib.sha256(f"{root}\0{self.channels}".encode()).hexdigest()[:8]
-        return f"{root.name}-{self.name}-{self.size}px-{key}"
+        key = hashlib.sha256(os.fsencode(f"{root}\0{self.channels}\0{VERSION}")).hexdigest()[:8]
+        return f"{printable(root.name)}-{self.name}-{self.size}px-{key}"
 
 
 class Sources(NamedTuple):
     """The images of a part."""
 
-    names: Sequence[str]
+    names: Sequence[str]  #: no two are the same
     stamps: Sequence[str]  #: which differ if an image may have changed
     #: (pixels (size, size, channels) uint8, digest of the content) of the image at an index.
     decode: Callable[[int], tuple[np.ndarray, str]]
@@ -96,34 +112,39 @@ def read(part: Part, sources: Sources) -> tuple[Tensor, tuple[str, ...]]:
 
     Raises:
         UserError: too little memory, or images that can't be decoded: all of them are counted, the first 20 named.
+            Within :func:`must_keep`, also a cache that can't be written.
     """
     directory = _directory.get()
     if directory is not None and sources.names:
+        folder = directory / part.folder
         try:
-            with _locked(directory / part.folder) as folder:
+            with _locked(folder):
                 return _read(part, sources, folder)
         except OSError as error:
             reason = error.strerror or str(error)
-            logger.warning("note: decoded images are not kept: %s: %s", directory / part.folder, reason)
+            if _must_keep.get():
+                raise UserError(f"output.cache: {folder} can't be written: {reason}") from error
+            logger.warning("note: decoded images are not kept: %s: %s", folder, reason)
     return _decoded_in_memory(part, sources)
 
 
 def _read(part: Part, sources: Sources, folder: Path) -> tuple[Tensor, tuple[str, ...]]:
+    _finish(folder)
     names, index = list(sources.names), load_index(folder)
     old = {name: (i, entry) for i, (name, entry) in enumerate(index.items())} if index else {}
     unchanged = [name in old and old[name][1].stamp == s for name, s in zip(names, sources.stamps, strict=True)]
     if list(old) != names or not all(unchanged):
         index = _build(part, sources, folder, old)
-    pixels = np.load(folder / "pixels.npy", mmap_mode="c")  # copy on write: the file never changes
+    pixels = np.load(folder / PIXELS, mmap_mode="c")  # copy on write: the file never changes
     return torch.from_numpy(pixels), tuple(entry.digest for entry in index.values())
 
 
 def load_index(folder: Path) -> dict[str, Entry]:
     """Name -> entry in the order of the rows; empty if the part was never finished, or its files do not fit."""
     try:
-        stored = json.loads((folder / "index.json").read_text())
+        stored = json.loads((folder / INDEX).read_text())
         entries = {name: Entry(*entry) for name, entry in stored["images"].items()}
-        shape = np.load(folder / "pixels.npy", mmap_mode="r").shape
+        shape = np.load(folder / PIXELS, mmap_mode="r").shape
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     return entries if shape == tuple(stored["shape"]) and len(entries) == shape[0] else {}
@@ -132,7 +153,7 @@ def load_index(folder: Path) -> dict[str, Entry]:
 def _build(part: Part, sources: Sources, folder: Path, old: dict[str, tuple[int, Entry]]) -> dict[str, Entry]:
     """Writes the part anew; what has not changed is copied, what an interrupted build has finished is kept."""
     shape = (len(sources.names), part.size, part.size, part.channels)
-    before: Any = np.load(folder / "pixels.npy", mmap_mode="r") if old else ()
+    before: Any = np.load(folder / PIXELS, mmap_mode="r") if old else ()
     with _rows_file(folder, sources.names, shape) as (file, done):
 
         def one(i: int) -> Entry | str:
@@ -151,13 +172,17 @@ def _build(part: Part, sources: Sources, folder: Path, old: dict[str, tuple[int,
             return Entry(stamp, digest, checksum(pixels))
 
         entries = _in_parallel(sources.names, one, file.note)
-    index = {"shape": shape, "images": entries}
-    (folder / "index.json").unlink(missing_ok=True)  # of other pixels than those that follow
-    os.replace(folder / "pixels.part", folder / "pixels.npy")
-    with checkpoint.replacing(folder / "index.json") as out:
-        out.write(json.dumps(index, ensure_ascii=False).encode())
-    (folder / "part.json").unlink(missing_ok=True)
+        file.note(entries)
+    (folder / INDEX).unlink(missing_ok=True)  # of other pixels than those that follow
+    os.replace(folder / PIXELS_PART, folder / PIXELS)
+    _finish(folder)
     return entries
+
+
+def _finish(folder: Path) -> None:
+    """The last step of a build, also of one that was killed just before it: its index gets its name."""
+    if (folder / INDEX_PART).exists() and not (folder / INDEX).exists() and not (folder / PIXELS_PART).exists():
+        os.replace(folder / INDEX_PART, folder / INDEX)
 
 
 class _Rows:
@@ -169,18 +194,22 @@ class _Rows:
     def write(self, i: int, pixels: np.ndarray) -> None:
         content = np.ascontiguousarray(pixels).tobytes()
         assert len(content) == self.row_bytes
-        os.pwrite(self.file.fileno(), content, self.offset + i * self.row_bytes)
+        if os.pwrite(self.file.fileno(), content, self.offset + i * self.row_bytes) < self.row_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def note(self, done: dict[str, Entry]) -> None:
         os.fsync(self.file.fileno())
-        with checkpoint.replacing(self.path) as out:
-            out.write(json.dumps({**self.about, "images": done}, ensure_ascii=False).encode())
+        try:
+            with checkpoint.replacing(self.path) as out:
+                out.write(json.dumps({**self.about, "images": done}, ensure_ascii=False).encode())
+        except UserError as error:
+            raise error.__cause__ or error from None  # the OSError: read says what follows
 
 
 @contextlib.contextmanager
 def _rows_file(folder: Path, names: Sequence[str], shape: tuple[int, ...]) -> Iterator[tuple[_Rows, dict[str, Entry]]]:
     """``pixels.part``, as large as it will be, and the entries that an interrupted build of the same rows finished."""
-    path, note = folder / "pixels.part", folder / "part.json"
+    path, note = folder / PIXELS_PART, folder / INDEX_PART
     about = {"shape": list(shape), "names": hashlib.sha256("\0".join(names).encode()).hexdigest()}
     done: dict[str, Entry] = {}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -189,6 +218,8 @@ def _rows_file(folder: Path, names: Sequence[str], shape: tuple[int, ...]) -> It
             done = {name: Entry(*entry) for name, entry in stored["images"].items()}
     if not done:
         note.unlink(missing_ok=True)
+    for stale in folder.glob(".*.tmp"):  # of a process that was killed while it wrote a note
+        stale.unlink()
     with path.open("r+b" if done else "w+b") as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
@@ -232,24 +263,28 @@ def _reason(error: Exception, name: str) -> str:
 def _in_parallel(
     names: Sequence[str], one: Callable[[int], Entry | str], note: Callable[[dict[str, Entry]], None]
 ) -> dict[str, Entry]:
-    """The entries by name; ``note`` is called with those so far. What ``one`` returns as a text is a bad image."""
+    """The entries by name; ``note`` is called with those so far. What ``one`` returns as a text is a bad image.
+
+    Threads are enough: Pillow decodes and resizes without holding Python's lock.
+    """
     entries: dict[str, Entry] = {}
-    bad = []
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes without holding Python's lock
-        found = pool.map(one, range(len(names)))
-        for name, entry in zip(
-            names, tqdm(found, "reading images", len(names), leave=False, disable=None), strict=True
-        ):
-            if isinstance(entry, str):
-                bad.append(f"{name}: {entry}")
-                continue
-            entries[name] = entry
-            if len(entries) % SAVE_EVERY == 0:
+    bad, rows, noted = [], range(len(names)), time.monotonic()
+    progress = tqdm(total=len(names), desc="reading images", leave=False, disable=None)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, progress:
+        for chunk in (rows[i : i + CHUNK] for i in rows[::CHUNK]):
+            for i, entry in zip(chunk, pool.map(one, chunk), strict=True):
+                if isinstance(entry, str):
+                    bad.append(f"{names[i]}: {entry}")
+                else:
+                    entries[names[i]] = entry
+            progress.update(len(chunk))
+            if time.monotonic() - noted > SAVE_SECONDS:
                 note(entries)
+                noted = time.monotonic()
     if bad:
         note(entries)
-        text = listed(bad, 20).replace(", /", "\n  /")
-        raise UserError(f"data: got {len(bad)} files that can't be read as images:\n  {text}")
+        more = [f"and {len(bad) - 20} more"] if len(bad) > 20 else []
+        raise UserError("\n  ".join([f"data: got {len(bad)} files that can't be read as images:", *bad[:20], *more]))
     return entries
 
 
@@ -258,30 +293,43 @@ def checksum(pixels: np.ndarray) -> str:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[Path]:
-    """``folder``, made if need be, which no other process builds at the same time."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Makes ``folder`` if need be; no other process reads or builds it at the same time."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield folder
+    with (folder / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("another process reads the images of %s: waiting for it", folder)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def parts(directory: Path) -> list[Path]:
-    """The folders of all parts."""
-    return sorted(f.parent for f in directory.glob("*/index.json")) if directory.is_dir() else []
+    """The folders of all parts, finished or not; folders that this program has not made are none."""
+    locks = directory.glob(f"*/{LOCK}") if directory.is_dir() else []
+    return sorted(f.parent for f in locks if (f.parent / INDEX).exists() or (f.parent / PIXELS_PART).exists())
 
 
 def damaged(folder: Path) -> list[str]:
-    """The names of images whose pixels are not those that were written."""
+    """The names of images whose pixels are not those that were written; [] while a part is unfinished."""
+    if not (folder / INDEX).exists():
+        return []
     index = load_index(folder)
     if not index:
-        return ["index.json, which does not fit pixels.npy"]
-    pixels = np.load(folder / "pixels.npy", mmap_mode="r")
+        return [f"{INDEX}, which does not fit {PIXELS}"]
+    pixels = np.load(folder / PIXELS, mmap_mode="r")
     return [name for i, (name, entry) in enumerate(index.items()) if checksum(pixels[i]) != entry.checksum]
 
 
 def delete(folder: Path) -> None:
-    shutil.rmtree(folder)
+    """The files of a part, and its folder unless something else is in it."""
+    for file in (PIXELS, INDEX, PIXELS_PART, INDEX_PART, LOCK):
+        (folder / file).unlink(missing_ok=True)
+    for stale in folder.glob(".*.tmp"):
+        stale.unlink()
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def size_of(folder: Path) -> int:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import warnings
 from collections.abc import Sequence
 from itertools import compress
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from ..config import UserError
+from ..config import UserError, printable
 from . import Split, cache
 from .labels import natural
 
 SYSTEM = {"@eaDir", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db", "desktop.ini"}
 Image.init()
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # LARGEST is what holds here
 SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 Box = tuple[float, float, float, float]  # left, upper, width and height in pixels
 SMALLEST, LONGEST, LARGEST = 8, 8, 100_000_000  # pixels of the short side; long side over short; pixels in all
@@ -66,7 +68,7 @@ def decode(content: bytes, size: int, box: Box | None = None) -> np.ndarray:
         ValueError: an image too small, too long or too large, or of floating-point pixels. Whatever Pillow raises for
         content that it can't decode.
     """
-    with Image.open(io.BytesIO(content)) as image:
+    with _open(content) as image:
         short, long = sorted(image.size)
         if short < SMALLEST or long > LONGEST * short or short * long > LARGEST:
             raise ValueError(
@@ -81,6 +83,13 @@ def decode(content: bytes, size: int, box: Box | None = None) -> np.ndarray:
         rgba = upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", rgba.size, (128, 128, 128, 255)), rgba)
     return _resized(upright.convert("RGB"), size)
+
+
+def _open(content: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(content))
+    except UnidentifiedImageError:
+        raise ValueError("no image, or of a kind that Pillow does not read" if content else "empty") from None
 
 
 def _resized(image: Image.Image, size: int) -> np.ndarray:
@@ -145,10 +154,11 @@ def read(
         stamps = [stamp(i) for i in range(len(files))]
     except OSError as error:
         raise UserError(f"data: got {error.filename}, which can't be read: {error.strerror}") from error
-    names = tuple(f.relative_to(root).as_posix() for f in files)
-    shown = [str(f) for f in files]
-    sources = cache.Sources(shown, stamps, decoded, unchanged)
-    images, digests = cache.read(cache.Part(root, part, size, 3), sources)
+    names = tuple(printable(f.relative_to(root).as_posix()) for f in files)
+    place = printable(str(root.resolve()))  # the same however it was spelt
+    sources = cache.Sources([os.path.join(place, name) for name in names], stamps, decoded, unchanged)
+    kept = cache.Part(root, f"{part}-cropped" if boxes else part, size, 3)  # the same files have other pixels then
+    images, digests = cache.read(kept, sources)
     return Split(images, labels, names, digests)
 
 
