@@ -249,17 +249,22 @@ def test_a_checkpoint_that_lacks_newer_options_has_their_defaults(copy, capsys):
     assert main(["evaluate", str(copy / "one"), "--device=cpu"]) == 0
 
 
-def test_more_epochs_continue_where_no_step_depends_on_their_number(tmp_path, capsys):
-    for name, more in (("exponential", 0), ("constant", 0), ("cosine", 2)):
-        flags = [f"--name={name}", f"--optim.schedule={name}"]
+def test_an_option_of_a_newer_version_is_named(copy, capsys):
+    edit(copy / "one/last.pt", lambda saved: saved["config"]["optim"].update(newer=1))
+    assert resume(copy) == 2
+    assert error(capsys).startswith("newer: got an unknown option, expected one of ")
+
+
+def test_more_epochs_continue_where_no_step_depends_on_their_number(finished, tmp_path, capsys):
+    assert runs.train(tmp_path, "--name=a", "--epochs=1") == 0
+    assert runs.train(tmp_path, "--name=a", "--epochs=2", "--resume") == 0
+    assert runs.differ(runs.state(tmp_path / "a"), runs.state(finished)) == []
+    for schedule, status in (("constant", 0), ("cosine", 2)):
+        flags = [f"--name={schedule}", f"--optim.schedule={schedule}"]
         assert runs.train(tmp_path, *flags) == 0
         capsys.readouterr()
-        assert runs.train(tmp_path, *flags, "--epochs=2", "--resume") == more
-        if more:
-            assert error(capsys).endswith("epochs 1 -> 2, which its schedule follows")
-            continue
-        assert runs.train(tmp_path, f"--optim.schedule={name}", "--name=whole", "--epochs=2", "--overwrite") == 0
-        assert runs.differ(runs.state(tmp_path / name), runs.state(tmp_path / "whole")) == []
+        assert runs.train(tmp_path, *flags, "--epochs=2", "--resume") == status
+    assert error(capsys).endswith("epochs 1 -> 2, which its schedule follows")
 
 
 def test_fewer_epochs_than_done_change_nothing(copy, monkeypatch):
