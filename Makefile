@@ -44,12 +44,16 @@ lint: $(READY)
 test-oldest:
 	$(MAKE) tests VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
-# Triton reads TRITON_INTERPRET when it is imported; its interpreter works on one core.
-INTERPRET := TRITON_INTERPRET=1 $(RUN) -m pytest -k triton
+# Two at a time, which is what two cores need: what trains and Triton's interpreter have one thread, the kernels all.
+# Triton reads TRITON_INTERPRET when it is imported.
+TRAINS := tests/trainer tests/bench tests/test_integrations.py
+INTERPRET := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN) -m pytest -k triton
 tests: $(READY)
-	$(RUN) -m pytest
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest $(TRAINS) & first=$$!; \
+	  OMP_WAIT_POLICY=passive $(RUN) -m pytest $(TRAINS:%=--ignore=%) tests; second=$$?; \
+	  wait $$first && exit $$second
 	@$(INTERPRET) tests/test_laws.py & first=$$!; \
-	  $(INTERPRET) --ignore=tests/test_laws.py --ignore=tests/resources tests; second=$$?; \
+	  $(INTERPRET) --ignore=tests/test_laws.py --ignore=tests/resources $(TRAINS:%=--ignore=%) tests; second=$$?; \
 	  wait $$first && exit $$second
 
 mutants: $(READY)
