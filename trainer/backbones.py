@@ -144,7 +144,7 @@ def _create(config: Config, options: dict, recipe: weights.Recipe) -> Backbone:
         raise UserError(f"backbone.options: got {useless[0]}, which has no effect: the classifier is replaced")
     if recipe.model not in ("", name):
         raise UserError(f"backbone: got {name!r}, expected {recipe.model}, which the weights are of")
-    if lacking := {key: value for key, value in recipe.options if options.get(key) != value}:
+    if lacking := {key: value for key, value in recipe.needs if options.get(key) != value}:
         raise UserError(f"backbone.options: got {options}, expected {lacking} too, which the weights need")
     try:
         model: Any = timm.create_model(name, num_classes=5, **options).eval()

@@ -38,16 +38,23 @@ class Recipe:
     """What the weights of one origin need, and how their files are recognised."""
 
     what: str  #: they were trained for
-    licence: str  #: as far as it is known
+    licence: str = "that of its authors"
     model: str = ""  #: of timm; "" for any
-    options: tuple[tuple[str, Any], ...] = ()  #: of timm.create_model that they need
     #: Mean and standard deviation of pixels in [0, 1], RGB or one for all; None: what timm says for its own weights.
     pixels: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    has: tuple[str, ...] = ()  #: tensors that tell its files from others; "name 8" has 8 rows
+    lacks: tuple[str, ...] = ()  #: tensors that they do not have
+    drop: tuple[str, ...] = ()  #: starts of the names of layers that a classifier of its own replaces
+    needs: tuple[tuple[str, Any], ...] = ()  #: options of timm.create_model
     bgr: str = ""  #: the convolution whose input has blue first, which is turned round
     prepare: Callable[[Any], None] = lambda model: None  #: changes the model
     rename: Callable[[Tensors, nn.Module], Tensors] = lambda tensors, model: tensors  #: to timm's names
-    drop: tuple[str, ...] = ()  #: starts of the names of layers that a classifier of its own replaces
-    knows: Callable[[Tensors, str], bool] = lambda tensors, container: False  #: whether a file is of this origin
+
+    def knows(self, tensors: Tensors) -> bool:
+        """Whether a file with these tensors is of this origin."""
+        wanted = [name.partition(" ") for name in self.has]
+        there = all(n in tensors and (not rows or len(tensors[n]) == int(rows)) for n, _, rows in wanted)
+        return bool(wanted) and there and not any(name in tensors for name in self.lacks)
 
 
 def _caffe(model: Any) -> None:
@@ -93,87 +100,72 @@ HALF = (0.5,), (0.5,)
 
 #: By name, which a checkpoint and a converted file keep.
 RECIPES = {
-    "scratch": Recipe("random weights", "none", pixels=HALF),
-    "timm": Recipe("weights under timm's names, normalised as timm's own", "that of the file"),
+    "scratch": Recipe("trained from random weights", pixels=HALF),
+    "timm": Recipe("weights under timm's names, normalised as timm's own"),
     "vggface2_resnet50": Recipe(
         "face identity, VGGFace2",
-        "its authors' terms; trained on VGGFace2",
+        "that of its authors; trained on VGGFace2",
         "resnet50",
-        pixels=((131.0912 / 255, 103.8827 / 255, 91.4953 / 255), (1 / 255,)),
+        ((131.0912 / 255, 103.8827 / 255, 91.4953 / 255), (1 / 255,)),
+        has=("layer1.0.conv3.weight", "fc.weight 8631"),
+        drop=("fc.",),
         bgr="conv1.weight",
         prepare=_caffe,
-        drop=("fc.",),
-        knows=lambda tensors, container: (
-            "layer1.0.conv3.weight" in tensors
-            and (container == "arrays" or len(tensors.get("fc.weight", ())) == 8631)  # its identities
-        ),
     ),
     "dream_resnet18": Recipe(
         "face identity, MS-Celeb-1M (DREAM)",
-        "its authors' terms; trained on MS-Celeb-1M",
+        "that of its authors; trained on MS-Celeb-1M",
         "resnet18",
-        pixels=((0.0,), (1.0,)),
+        ((0.0,), (1.0,)),
+        has=("feature.weight", "layer4.1.conv2.weight"),
         drop=("fc.", "feature."),
-        knows=lambda tensors, container: {"feature.weight", "layer4.1.conv2.weight"} <= tensors.keys(),
     ),
     "vggface2_efficientnet_b0": Recipe(
         "face identity, VGGFace2 (EmotiEffLib)",
-        "its authors' terms; trained on VGGFace2",
+        "that of its authors; trained on VGGFace2",
         "tf_efficientnet_b0",
-        pixels=IMAGENET,
-        knows=lambda tensors, container: (
-            {"conv_stem.weight", "blocks.0.0.se.conv_reduce.weight"} <= tensors.keys()
-            and "classifier.weight" not in tensors
-            and tensors["conv_stem.weight"].shape[0] == 32
-            and "blocks.1.2.conv_pw.weight" not in tensors  # B1 is deeper
-        ),
+        IMAGENET,
+        has=("conv_stem.weight 32", "blocks.0.0.se.conv_reduce.weight"),
+        lacks=("classifier.weight", "blocks.1.2.conv_pw.weight"),  # EfficientNet-B1 has the latter
     ),
     "swinface": Recipe(
         "face identity (SwinFace)",
-        "its authors' terms",
-        "swin_tiny_patch4_window7_224",
-        (("patch_size", 2),),
+        model="swin_tiny_patch4_window7_224",
         pixels=HALF,
-        rename=_swin,
+        has=("layers.0.downsample.reduction.weight", "feature.0.weight"),
         drop=("feature.",),
-        knows=lambda tensors, container: {"layers.0.downsample.reduction.weight", "feature.0.weight"} <= tensors.keys(),
+        needs=(("patch_size", 2),),
+        rename=_swin,
     ),
     "sface": Recipe(
         "face identity (SFace, OpenCV Zoo)",
         "Apache-2.0",
         "mobilenetv1_100",
-        pixels=((0.5,), (128 / 255,)),
+        ((0.5,), (128 / 255,)),
+        has=("conv_1_conv2d.weight", "conv_14_dw_conv2d.weight"),
+        drop=("pre_fc1.", "fc1."),
         prepare=_sface,
         rename=_in_order,
-        drop=("pre_fc1.", "fc1."),
-        knows=lambda tensors, container: {"conv_1_conv2d.weight", "conv_14_dw_conv2d.weight"} <= tensors.keys(),
     ),
     "mobilenet_v2": Recipe(
         "ImageNet (torchvision)",
         "BSD-3-Clause",
         "mobilenetv2_100",
-        pixels=IMAGENET,
-        rename=_in_order,
+        IMAGENET,
+        has=("features.1.conv.0.0.weight", "features.18.0.weight"),
         drop=("classifier.",),
-        knows=lambda tensors, container: {"features.1.conv.0.0.weight", "features.18.0.weight"} <= tensors.keys(),
+        rename=_in_order,
     ),
     "efficientnet_lite0": Recipe(
         "ImageNet (TensorFlow)",
         "Apache-2.0",
         "tf_efficientnet_lite0",
-        pixels=HALF,
-        rename=_in_order,
+        HALF,
+        has=("_conv_stem.weight", "_blocks.0._depthwise_conv.weight"),
+        lacks=("_blocks.0._se_reduce.weight",),
         drop=("_fc.",),
-        knows=lambda tensors, container: (
-            {"_conv_stem.weight", "_blocks.0._depthwise_conv.weight"} <= tensors.keys()
-            and "_blocks.0._se_reduce.weight" not in tensors
-        ),
+        rename=_in_order,
     ),
-}
-
-#: A tensor's name -> whose file it is, and why it can't be used.
-REFUSED = {
-    "input_layer.0.weight": "the IR network of face.evoLVe, which timm has no model for",
 }
 
 
@@ -222,19 +214,19 @@ def read(path: Path) -> Weights:
     Raises:
         UserError: a file that can't be read without running its code, or that no recipe can use.
     """
-    tensors, container, about = _contents(path)
+    tensors, kind, about = _contents(path)
     if about:
         return Weights(path, _stripped(tensors), about["recipe"], True, about["sha256"])
-    return recognised(path, tensors, container)
+    found = recognised(path, tensors)
+    return found._replace(recipe="vggface2_resnet50") if kind == "arrays" else found  # the one such file
 
 
-def recognised(path: Path, tensors: Tensors, container: str) -> Weights:
+def recognised(path: Path, tensors: Tensors) -> Weights:
     """Tensors under the names of their program, with the recipe that knows them."""
     tensors = _stripped(tensors)
-    for name, reason in REFUSED.items():
-        if name in tensors:
-            raise UserError(f"backbone.weights: got {path}: {reason}")
-    known = next((name for name, r in RECIPES.items() if r.knows(tensors, container)), "timm")
+    if "input_layer.0.weight" in tensors:
+        raise UserError(f"backbone.weights: got {path}: the IR network of face.evoLVe, which timm has no model for")
+    known = next((name for name, r in RECIPES.items() if r.knows(tensors)), "timm")
     return Weights(path, tensors, known, False, digest(path))
 
 
@@ -280,44 +272,20 @@ def fitted(model: Any, weights: Weights) -> tuple[Tensors, str]:
         tensors = of.rename(tensors, model)
         if of.bgr in tensors:
             tensors[of.bgr] = tensors[of.bgr].flip(1)
-    report = _Match.of(tensors, model.state_dict(), dropped)
-    said = f"{weights.path} ({of.what}): {report}"
-    if report.shapes or report.share < LEAST:
+    ours, theirs = ({n: tuple(t.shape) for n, t in x.items() if _counts(n)} for x in (model.state_dict(), tensors))
+    matched = [n for n in ours if ours[n] == theirs.get(n)]
+    others = {
+        "missing": [n for n in ours if n not in theirs],
+        "unexpected": [n for n in theirs if n not in ours],
+        "of another shape": [f"{n} {theirs[n]}, not {ours[n]}" for n in ours if ours[n] != theirs.get(n, ours[n])],
+        "left out": dropped,
+    }
+    share = len(matched) / max(1, len(ours | theirs))
+    notes = [f"{len(names)} {what}: {listed(names, 4)}" for what, names in others.items() if names]
+    said = "; ".join([f"{weights.path} ({of.what}): {len(matched)} tensors match ({share:.1%})", *notes])
+    if others["of another shape"] or share < LEAST:
         raise UserError(f"backbone.weights: got {said}; expected at least {LEAST:.0%} in the same shapes")
     return {name: tensor for name, tensor in tensors.items() if name in model.state_dict()}, said
-
-
-class _Match(NamedTuple):
-    """Tensors by name; those that only count batches are left out."""
-
-    matched: list[str]
-    missing: list[str]
-    unexpected: list[str]
-    shapes: list[str]
-    dropped: list[str]
-
-    @classmethod
-    def of(cls, tensors: Tensors, model: Tensors, dropped: list[str]) -> _Match:
-        ours, theirs = ({n: tuple(t.shape) for n, t in x.items() if _counts(n)} for x in (model, tensors))
-        both = [n for n in ours if n in theirs]
-        return cls(
-            [n for n in both if ours[n] == theirs[n]],
-            [n for n in ours if n not in theirs],
-            [n for n in theirs if n not in ours],
-            [f"{n} {theirs[n]}, not {ours[n]}" for n in both if ours[n] != theirs[n]],
-            dropped,
-        )
-
-    @property
-    def share(self) -> float:
-        """Of the tensors that the model or the file has."""
-        return len(self.matched) / max(1, len(self.matched + self.missing + self.unexpected + self.shapes))
-
-    def __str__(self) -> str:
-        parts = {"missing": self.missing, "unexpected": self.unexpected, "of another shape": self.shapes}
-        parts["left out"] = self.dropped
-        said = [f"{len(names)} {what}: {listed(names, 4)}" for what, names in parts.items() if names]
-        return "; ".join([f"{len(self.matched)} tensors match ({self.share:.1%})", *said])
 
 
 def _counts(name: str) -> bool:
@@ -359,7 +327,7 @@ def _kind(path: Path) -> str:
 
 
 def _contents(path: Path) -> tuple[Tensors, str, dict[str, str]]:
-    """Names as in the file; its container; what it says of itself if this program wrote it."""
+    """Names as in the file; its kind; what it says of itself if this program wrote it."""
     try:
         kind = _kind(path)
         if kind == "safetensors":

@@ -46,7 +46,7 @@ class Sface:
             self.convolution(f"conv_{i}_dw", channels, channels, 3, stride, channels)
             self.convolution(f"conv_{i}", channels, out, 1)
             channels = out
-        self.batchnorm("bn1", channels, 2e-5)
+        self.batchnorm("bn1", channels, 2e-5, variance=0.01)  # so small that epsilon counts
         make = onnx.helper
         value = make.make_tensor_value_info
         graph = make.make_graph(
@@ -91,9 +91,14 @@ class Sface:
         slope = self.constant(f"{name}_slope", self.random.uniform(0.1, 0.5, (out, 1, 1)).astype(np.float32))
         self.layer("PRelu", f"{name}_relu", slope)
 
-    def batchnorm(self, name, channels, epsilon):
+    def batchnorm(self, name, channels, epsilon, variance=1):
         positive = [self.random.uniform(0.5, 1.5, channels).astype(np.float32) for _ in range(2)]
-        values = [positive[0], self.normal(channels, 0.2), self.normal(channels, 0.2), positive[1]]
+        values = [
+            positive[0],
+            self.normal(channels, 0.2),
+            self.normal(channels, 0.2),
+            positive[1] * np.float32(variance),
+        ]
         names = [self.constant(f"{name}_{i}", value) for i, value in enumerate(values)]
         self.layer("BatchNormalization", name, *names, epsilon=epsilon)
 

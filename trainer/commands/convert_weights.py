@@ -30,14 +30,14 @@ class Options:
             raise UserError(f"out: got {self.out!r}, expected a name that ends with .safetensors")
         source, out = weights.locate(self.source), new_file(self.out, self.overwrite)
         if source.suffix.lower() == ".onnx":
-            found = weights.recognised(source, onnx_tensors(source), "onnx")
+            found = weights.recognised(source, onnx_tensors(source))
         else:
             found = weights.read(source)
         recipe = weights.recipe(found.recipe)
         name = recipe.model or self.model
         if name not in timm.list_models():
             raise UserError(f"model: got {name!r}, expected a model of timm: {source} does not say which it is of")
-        model: Any = timm.create_model(name, num_classes=0, **dict(recipe.options), **self.options)
+        model: Any = timm.create_model(name, num_classes=0, **dict(recipe.needs), **self.options)
         recipe.prepare(model)
         tensors, said = weights.fitted(model, found)
         about = {"model": name, "what": recipe.what, "licence": recipe.licence, "source": source.name}
@@ -65,14 +65,17 @@ def onnx_tensors(path: Path) -> weights.Tensors:
     known = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     tensors = {}
     for node in graph.node:
-        values = [known.get(name) for name in node.input]
-        if node.op_type in FOLDED and all(value is not None for value in values):
-            settings = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-            known[node.output[0]] = FOLDED[node.op_type](*values, **settings)
+        values: list[Any] = [known.get(name) for name in node.input]
+        settings = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        if values[0] is not None and settings.get("block_size"):
+            x, scale, zero = values
+            known[node.output[0]] = _dequantised(x, scale, zero, settings["axis"], settings["block_size"])
+        elif values[0] is not None and node.op_type == "Reshape":
+            known[node.output[0]] = values[0].reshape(values[1])
         for kind, value in zip(KINDS.get(node.op_type, ()), values[1:], strict=False):
             if value is not None:
-                flat = value.reshape(-1) if node.op_type == "PRelu" else value
-                tensors[f"{node.output[0]}.{kind}"] = torch.from_numpy(flat.copy())
+                slopes = node.op_type == "PRelu"  # (C, 1, 1)
+                tensors[f"{node.output[0]}.{kind}"] = torch.from_numpy(value.flatten() if slopes else value.copy())
     return tensors
 
 
@@ -85,22 +88,7 @@ KINDS = {
 }
 
 
-def _dequantised(
-    x: np.ndarray, scale: np.ndarray, zero: np.ndarray | None = None, axis: int = 1, block_size: int = 0
-) -> np.ndarray:
-    """(x - zero) * scale; both of the shape of ``x`` but for one value a block, of one for each index of ``axis``, or
-    of one for all."""
-
-    def spread(values: np.ndarray) -> np.ndarray:
-        if block_size:
-            return values.repeat(block_size, axis).take(range(x.shape[axis]), axis)
-        return values.reshape([-1 if i == axis % x.ndim and values.size > 1 else 1 for i in range(x.ndim)])
-
-    shifted = x.astype(np.float32) - (0 if zero is None else spread(zero).astype(np.float32))
-    return shifted * spread(scale)
-
-
-FOLDED: dict[str, Any] = {
-    "DequantizeLinear": _dequantised,
-    "Reshape": lambda x, shape, allowzero=0: x.reshape(shape),
-}
+def _dequantised(x: np.ndarray, scale: np.ndarray, zero: np.ndarray, axis: int, block: int) -> np.ndarray:
+    """(x - zero) * scale, which have one value for each ``block`` values of ``x`` along ``axis``."""
+    scale, zero = (v.repeat(block, axis).take(range(x.shape[axis]), axis).astype(np.float32) for v in (scale, zero))
+    return (x.astype(np.float32) - zero) * scale
