@@ -4,12 +4,15 @@ that shares no code with the trainer. What would run code, or match too little, 
 import dataclasses
 import os
 import pickle
+import re
+import shlex
 
 import pytest
 import timm
 import torch
 import torchvision
 from support import runs
+from support.machine import ROOT
 from support.weight_files import (
     IMAGENET,
     TINY,
@@ -28,8 +31,8 @@ from support.weight_files import (
 from torch import nn
 from torch.nn import functional as F
 
-from trainer import backbones, checkpoint, loop, weights
-from trainer.__main__ import main
+from trainer import backbones, checkpoint, loop, presets, weights
+from trainer.__main__ import main, parse
 from trainer.config import Backbone, UserError
 from trainer.presets import baseline
 
@@ -388,3 +391,16 @@ def test_synchronised_batchnorm_keeps_the_activations_inside(tmp_path):
         )
     assert any(isinstance(module, nn.SyncBatchNorm) for module in method[1].modules())
     assert_near(method[1].backbone(images), method[0].backbone(images))
+
+
+def test_the_guide_names_the_model_of_all_weights():
+    guide, readme = ((ROOT / name).read_text() for name in ("docs/weights.md", "README.md"))
+    for name, recipe in weights.RECIPES.items():
+        if recipe.model:
+            assert f"--backbone {recipe.model}" in guide, name
+    commands = re.findall(r"--backbone (\w+)(?: --image-size \d+)? --backbone\.weights (\w+)", guide + readme)
+    assert {name for _, name in commands} == {"sface", "mobilenet_v2", "efficientnet_lite0"}
+    assert all(weights.RECIPES[name].model == model for model, name in commands)
+    (swin,) = re.findall(r"`(--image-size 112 --backbone swin[^`]*)`", guide)
+    config = parse(["train", *shlex.split(swin)]).config
+    assert config.backbone == presets.released().backbone and config.image_size == 112
