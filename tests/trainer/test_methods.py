@@ -1,9 +1,11 @@
 """Each method's loss and gradients against its formula in float64, written here from the papers without the library."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
+from scipy.stats import multivariate_normal
 from torch import Tensor, nn
 
 from trainer import backbones, presets
@@ -102,6 +104,47 @@ def adjusted(tau):
     return one_view(lambda z, t: cross_entropy(z + tau * share.log(), t).mean())
 
 
+def with_consistency(classification, lam=2.0):
+    """Of both views, and Eq. 5."""
+
+    def losses(f, w, b, t):
+        z = logits(f, w, b)
+        consistency = (B[:, None, None] * difference(f, w) ** 2).mean()
+        return summed((classification(z[:N], t) + classification(z[N:], t)).mean(), lam, consistency)
+
+    return losses
+
+
+def focal(gamma):
+    return lambda z, t: (t * B * -z.log_softmax(1) * (1 - z.softmax(1)) ** gamma).sum(1)
+
+
+def nla(f, w, b, t, mix=0.5, offset=0.0):
+    """By scipy's normal density, sample by sample; EPOCH of EPOCHS."""
+    z = logits(f, w, b)
+    p, q = z.softmax(1).split(N)
+    epsilon = 1 - math.exp(-15 * EPOCH / EPOCHS)
+    classification = 0
+    for i in range(N):
+        y = int(t[i].argmax())
+        others = [float(p[i, k].detach()) for k in range(L) if k != y]
+        point = float(p[i, y].detach()), max(others)
+        if point[0] > point[1]:
+            normal = multivariate_normal([0.5, 0.5], [[0.8, -0.5 * epsilon], [-0.5 * epsilon, 0.8]])
+        else:
+            normal = multivariate_normal([0.30, 0.15], [[0.85, 0.80], [0.80, 0.85]])
+        classification = classification + (normal.pdf(point) + offset) * cross_entropy(z[i : i + 1], t[i : i + 1])[0]
+    m = (p + q) / 2
+    consistency = ((p * (p / m).log() + q * (q / m).log()) / 2).sum(1).mean()
+    classification = classification / N
+    return {
+        "loss": mix * classification + (1 - mix) * consistency,
+        "classification": classification,
+        "consistency": consistency,
+    }
+
+
+EPOCH, EPOCHS = 3, 60
 B = effective()
 FORMULAS = {
     "baseline": ("baseline", {}, one_view(lambda z, t: cross_entropy(z, t).mean())),
@@ -128,6 +171,22 @@ FORMULAS = {
         {"convention": "released", "alpha": 0.2, "consistency_weight": 1.0},
         lambda *a: released(*a, lam=1.0, alpha=0.2),
     ),
+    "rac_cb": ("rac_cb", {}, with_consistency(lambda z, t: cross_entropy(z, t * B))),
+    "rac_logit_adjust": (
+        "rac_logit_adjust",
+        {"consistency_weight": 3.0, "tau": 0.5},
+        with_consistency(
+            lambda z, t: cross_entropy(z + 0.5 * (torch.tensor(COUNTS).double() / sum(COUNTS)).log(), t), 3.0
+        ),
+    ),
+    "rac_focal": ("rac_focal", {}, with_consistency(focal(2.0))),
+    "rac_focal, other options": (
+        "rac_focal",
+        {"gamma": 0.5, "consistency_weight": 1.0},
+        with_consistency(focal(0.5), 1.0),
+    ),
+    "nla": ("nla", {}, nla),
+    "nla, as in the text": ("nla", {"mix": 0.7, "offset": 1.0}, lambda *a: nla(*a, mix=0.7, offset=1.0)),
     "logit_adjust": ("logit_adjust", {}, adjusted(1.0)),
     "logit_adjust, tau 0.5": ("logit_adjust", {"tau": 0.5}, adjusted(0.5)),
 }
@@ -147,6 +206,8 @@ class Features(nn.Module):
 class Views:
     """A batch whose views are given."""
 
+    epoch = EPOCH
+
     def __init__(self, pair, labels):
         self.views, self.labels = pair, labels
 
@@ -162,7 +223,7 @@ class Views:
 
 def built(name, options) -> TableMethod:
     torch.manual_seed(0)
-    return found("methods")[name](**options).build(Features(), Task(COUNTS, backend="reference"))
+    return found("methods")[name](**options).build(Features(), Task(COUNTS, EPOCHS, "reference"))
 
 
 def features():
@@ -196,7 +257,7 @@ def test_every_method_of_one_head_has_its_formula_here():
 
 def _built_or_none(options):
     try:
-        return options().build(Features(), Task(COUNTS, backend="reference"))
+        return options().build(Features(), Task(COUNTS, EPOCHS, "reference"))
     except Exception:  # it needs more of a backbone than Features has
         return None
 

@@ -81,3 +81,10 @@ def prior(counts: tuple[int, ...]) -> Tensor:
     """(L,) share of each class among the training images."""
     n = torch.tensor(counts, dtype=torch.float64)
     return (n / n.sum()).float()
+
+
+def soft(labels: Tensor, num_classes: int) -> Tensor:
+    """(N, L) float32 distributions of labels (N,) int64, or those that labels (N, L) are."""
+    if labels.is_floating_point():
+        return labels
+    return torch.nn.functional.one_hot(labels, num_classes).float()
