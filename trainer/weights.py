@@ -362,12 +362,15 @@ def _torch(path: Path) -> tuple[Tensors, str, dict[str, str]]:
     return {str(n): t.detach() for n, t in content.items() if isinstance(t, Tensor)}, "torch", about
 
 
+RECONSTRUCT = np.empty(0).__reduce__()[0]  # numpy's function that makes an array for its pickle
+
+
 class _Arrays(pickle.Unpickler):
     """A pickle of nothing but numpy arrays by name, as Python 2 wrote it; anything else is refused, not run."""
 
     ALLOWED: dict[tuple[str, str], Any] = {
-        ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
-        ("numpy._core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
+        ("numpy.core.multiarray", "_reconstruct"): RECONSTRUCT,
+        ("numpy._core.multiarray", "_reconstruct"): RECONSTRUCT,
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,
         ("collections", "OrderedDict"): OrderedDict,
