@@ -168,6 +168,16 @@ def test_clang_accepts_the_cpu_kernels(isa):
     assert result.returncode == 0, result.stderr[:3000]
 
 
+@COMPILER
+def test_the_builds_of_the_views_share_no_function(tmp_path):
+    """Of a function in all of them the linker keeps one, perhaps that for a wider CPU. Unoptimised, none is inlined."""
+    own = next(own for file, own in native.cpu_recipe().objects.values() if file == "views.cpp")
+    command = ["g++", *f"{native.cpu_recipe().flags} {own} -O0 -c".split(), ROOT / "csrc/cpu/views.cpp"]
+    subprocess.run([*command, "-o", tmp_path / "built.o"], check=True, capture_output=True)
+    symbols = subprocess.run(["nm", "-C", tmp_path / "built.o"], check=True, capture_output=True, text=True).stdout
+    assert "rebalfer::views_" in symbols and [line for line in symbols.splitlines() if " W " in line] == []
+
+
 # Names: what is stored is found, and nothing stale --------------------------------------------------------------------
 
 

@@ -123,6 +123,18 @@ def test_tiles():
     assert not policy(Problem(512, 49, 100, True, torch.bfloat16, "sm_90")).one_tile
 
 
+@pytest.mark.parametrize("backend", TRITON)
+def test_views_agree(backend):
+    """With the reference, for the injected faults; test_views.py compares every option with the float64 truth."""
+    images = torch.randint(0, 256, (3, 9, 7, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    augment = rk.Augment(crop_scale=(0.5, 1.0), flip=0.5, noise=0.1, erase_probability=0.5)
+    options = dict(out_size=6, mean=0.5, std=0.25, seed=1, epoch=2, augment=augment, transform="rot90")
+    at = torch.tensor([2, 0])
+    expected = rk.paired_views(images, at, backend="reference", **options)
+    moved = images.to(backend.device), at.to(backend.device)
+    torch.testing.assert_close(rk.paired_views(*moved, backend=backend.name, **options).cpu(), expected)
+
+
 @pytest.fixture
 def launched(monkeypatch) -> list[str]:
     """The kernels that are launched on tensors without memory, by name."""

@@ -204,6 +204,7 @@ def test_area_and_place_of_crops(backend, scale):
     view = many(backend, image, 32, crop_scale=scale, crop_ratio=4 / 3) * (255 / 4)
     wide, high = 2 * (view[:, 0, 16, 24] - view[:, 0, 16, 8]), 2 * (view[:, 1, 24, 16] - view[:, 1, 8, 16])
     area = (wide * high / 64**2).double()
+    assert wide.max() < 64 + 0.05 and high.max() < 64 + 0.05  # within the image
     assert area.min() > scale[0] - 1e-3 and area.max() < scale[1] + 1e-3
     within(area, sum(scale) / 2, (scale[1] - scale[0]) / math.sqrt(12))
     assert area.min() < scale[0] + 0.02 and area.max() > scale[1] - 0.02

@@ -21,21 +21,6 @@ constexpr int64_t kBlockBytes = 8 * 1024;  // of one view: the block of a pair s
 constexpr int64_t kMaxColumns = 4;
 constexpr int kTile = kAccumulators >= 24 ? 3 : 2;  // vectors of positions, or rows of channels_last
 
-// Hands out pieces of the scratch, each on a cache line.
-class Scratch {
- public:
-  explicit Scratch(void* memory) : next_(static_cast<char*>(memory)) {}
-  template <typename E>
-  E* take(int64_t count) {
-    E* piece = reinterpret_cast<E*>(next_);
-    next_ += round_up(count * int64_t(sizeof(E)), 64);
-    return piece;
-  }
-
- private:
-  char* next_;
-};
-
 // The kernels for features stored as T. Template parameters that count: LG classes, TV vectors of positions, HT rows of
 // channels_last, CH channels, CV vectors of channels.
 template <typename T>

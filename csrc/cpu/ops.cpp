@@ -30,6 +30,7 @@
 #include "../head_math.h"
 #include "../operators.h"
 #include "kernels.h"
+#include "views.h"
 
 namespace rebalfer {
 namespace {
@@ -41,6 +42,7 @@ constexpr int64_t kChannelChunk = 128;         // channels of one task in sums o
 struct Isa {
   const char* name;
   const Kernels& (*kernels)(Storage);
+  const ViewKernels& (*views)();
 };
 
 // The widest instruction set of this CPU, or the one that REBALFER_CPU_ISA names.
@@ -53,10 +55,10 @@ const Isa& isa() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (avx512) available.push_back({"avx512", kernels_avx512});
-    if (avx2) available.push_back({"avx2", kernels_avx2});
+    if (avx512) available.push_back({"avx512", kernels_avx512, views_avx512});
+    if (avx2) available.push_back({"avx2", kernels_avx2, views_avx2});
 #endif
-    available.push_back({"baseline", kernels_baseline});
+    available.push_back({"baseline", kernels_baseline, views_baseline});
     const char* asked = std::getenv("REBALFER_CPU_ISA");
     if (!asked || !*asked) return available.front();
     std::string names;
@@ -106,7 +108,7 @@ Tensor output(std::vector<int64_t> shape, ScalarType dtype, bool wanted = true) 
   return empty(shape, strides, dtype);
 }
 
-// A gradient of the features. A large fresh one costs more in page faults than in stores, so it is allocated on whole
+// A gradient of the features, or views. A large fresh one costs more in page faults than in stores, so it is allocated on whole
 // huge pages of its own: the ends of a mapping that begins anywhere would be small pages.
 Tensor feature_output(int64_t M, int64_t C, int64_t H, int64_t W, ScalarType dtype, bool channels_last, bool wanted) {
   if (!wanted) return output({0}, dtype);
@@ -658,6 +660,61 @@ Tensor cross_entropy_backward(Tensor d_loss, Tensor logits, Tensor targets, Tens
   return run(d_loss, logits, targets, target_table, mean);
 }
 
+// A task is one image. Its index is outside [0, K) only in compiled calls, which cannot check it before: NaN.
+Tensor paired_views(const Tensor& images, const Tensor& indices, const Tensor& samples,
+                    const OptionalTensor& epoch_tensor, int64_t epoch, int64_t seed, const std::vector<int64_t>& size,
+                    const std::vector<double>& mean, const std::vector<double>& std,
+                    const std::vector<int64_t>& chances, const std::vector<int64_t>& reach,
+                    const std::vector<double>& crop, double brightness, double contrast, double noise,
+                    const std::vector<double>& erase, const std::vector<int64_t>& twin_map, bool both,
+                    ScalarType dtype) {
+  const auto rectangle = [](const std::vector<double>& x) {
+    return Rectangle{float(x[0]), float(x[1]), float(x[2])};
+  };
+  if (epoch_tensor) epoch = *static_cast<const int64_t*>(epoch_tensor->data_ptr());
+  const int64_t K = images.size(0), N = indices.size(0), C = images.size(3), H = size[0], W = size[1];
+  Tensor out = feature_output(N * (both ? 2 : 1), C, H, W, dtype, true, true);
+  ViewPlan plan{images.size(1),
+                      images.size(2),
+                      C,
+                      H,
+                      W,
+                      {},
+                      {},
+                      {chances[0], chances[1], chances[2]},
+                      {reach[0], reach[1]},
+                      rectangle(crop),
+                      float(brightness),
+                      float(contrast),
+                      float(noise),
+                      rectangle(erase),
+                      uint64_t(seed),
+                      uint32_t(epoch),
+                      twin_map_on(twin_map, out)};
+  std::copy(mean.begin(), mean.end(), plan.mean);
+  std::copy(std.begin(), std.end(), plan.std);
+  const auto* from = static_cast<const uint8_t*>(images.data_ptr());
+  const auto* index = static_cast<const int64_t*>(indices.data_ptr());
+  const auto* sample = static_cast<const int64_t*>(samples.data_ptr());
+  const int64_t view_bytes = H * W * C * bytes_of(dtype);
+  const Views views(out, view_bytes);
+  const ViewKernels& k = isa().views();
+  torch::stable::parallel_for(0, N, 1, [&](int64_t begin, int64_t end) {
+    Buffer<char> scratch(k.scratch_bytes(plan));
+    for (int64_t i = begin; i < end; ++i) {
+      void* const twin = both ? views[N + i] : nullptr;
+      if (index[i] >= 0 && index[i] < K) {
+        k.write(plan, storage_of(dtype), from + index[i] * plan.h * plan.w * C, sample[i], views[i], twin,
+                scratch.get());
+        continue;
+      }
+      for (int64_t j = 0; j < H * W * C; ++j) write(views[i], dtype, j, NAN);
+      if (both) std::memcpy(twin, views[i], view_bytes);
+    }
+  });
+  return out;
+}
+
 std::string cpu_isa() { return isa().name; }
 
 }  // namespace
@@ -668,6 +725,7 @@ STABLE_TORCH_LIBRARY_IMPL(rebalfer_kernels, CPU, m) {
   m.impl("head_backward_cpu", TORCH_BOX(&rebalfer::head_backward_operator<rebalfer::head_backward>));
   m.impl("cam_forward_cpu", TORCH_BOX(&rebalfer::cam_forward));
   m.impl("cam_backward_cpu", TORCH_BOX(&rebalfer::cam_backward));
+  m.impl("paired_views_cpu", TORCH_BOX(&rebalfer::paired_views));
   m.impl("cross_entropy_forward_cpu", TORCH_BOX(&rebalfer::cross_entropy_forward));
   m.impl("cross_entropy_backward_cpu", TORCH_BOX(&rebalfer::cross_entropy_backward));
 }

@@ -272,5 +272,20 @@ inline A lane_sum(Vec<A> v) {
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+// Hands out pieces of the scratch, each on a cache line.
+class Scratch {
+ public:
+  explicit Scratch(void* memory) : next_(static_cast<char*>(memory)) {}
+  template <typename E>
+  E* take(int64_t count) {
+    E* piece = reinterpret_cast<E*>(next_);
+    next_ += round_up(count * int64_t(sizeof(E)), 64);
+    return piece;
+  }
+
+ private:
+  char* next_;
+};
+
 }  // namespace
 }  // namespace rebalfer

@@ -1,14 +1,19 @@
-// Every function of the kernels' table and of head_math.h, on buffers of exactly the size they are promised, so that
-// AddressSanitizer sees a read or a write past an end; results are checked against plain loops in double. Outputs and
-// scratch begin as NaN. Built by test_sanitizers.py, for one instruction set at a time.
+// Every function of the kernels' table and of head_math.h, and the views, on buffers of exactly the size they are
+// promised, so that AddressSanitizer sees a read or a write past an end; results are checked against plain loops in
+// double, views by their range and their twin. Outputs and scratch begin as NaN. Built by test_sanitizers.py, for one instruction set at a time.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
 #include <vector>
 
+#undef REBALFER_ISA
+#define REBALFER_ISA kernels_under_test
 #include "cpu/kernels.cpp"
 #include "head_math.h"
+#undef REBALFER_ISA
+#define REBALFER_ISA views_under_test
+#include "cpu/views.cpp"
 
 namespace rebalfer {
 namespace {
@@ -269,7 +274,7 @@ void run_head_math(int64_t L) {
 
 template <typename T>
 void run_all(Storage storage) {
-  const Kernels& k = REBALFER_ISA(storage);
+  const Kernels& k = kernels_under_test(storage);
   const Shape shapes[] = {{1, 1, 1, 2},   {3, 1, 1, 7},   {5, 3, 3, 3},   {17, 5, 3, 4},  {32, 4, 4, 7},
                           {37, 7, 7, 8},  {33, 2, 2, 16}, {70, 7, 7, 11}, {130, 3, 5, 5}, {2, 9, 8, 2},
                           {64, 1, 17, 3}, {515, 2, 3, 2}, {16, 3, 5, 4},  {3, 4, 5, 600}};
@@ -284,6 +289,48 @@ void run_all(Storage storage) {
   for (int64_t count : {1, 7, 16, 37, 128}) run_accumulate<T>(k, 3, 9, count), run_accumulate<T>(k, 1, 1, count);
 }
 
+// Views of one image: whole pixels unless they are resized, every element written, the twin where the map says.
+template <typename T>
+void run_views(Storage storage, int64_t C, int64_t h, int64_t w, int64_t H, int64_t W, bool changed, TwinMap twin) {
+  ViewPlan plan{h, w, C, H, W, {0.25f, 0.25f, 0.25f}, {0.5f, 0.5f, 0.5f}};
+  plan.seed = 7;
+  plan.twin = twin;
+  plan.crop = changed ? Rectangle{0.3f, 0.6f, 0.4f} : Rectangle{1, 0, 0};
+  plan.erase = {0.1f, 0.4f, 1};
+  if (changed)
+    for (int64_t& chance : plan.chances) chance = int64_t(1) << 31, plan.noise = 0.25f, plan.contrast = 0.5f;
+  else
+    plan.reach[0] = h / 3, plan.reach[1] = w / 3;
+  Array<uint8_t> image(h * w * C);
+  for (int64_t i = 0; i < h * w * C; ++i) image[i] = uint8_t(generator());
+  Array<T> view(H * W * C), other(H * W * C);
+  const ViewKernels& k = views_under_test();
+  Bytes scratch(k.scratch_bytes(plan));
+  for (int64_t sample : {0, 1, 2, 3}) {
+    k.write(plan, storage, image.get(), sample, view.get(), other.get(), scratch.data);
+    bool right = true;
+    for (int64_t y = 0; y < H; ++y)
+      for (int64_t x = 0; x < W; ++x)
+        for (int64_t c = 0; c < C; ++c) {
+          const double value = decode(view[(y * W + x) * C + c]);
+          right = right && value >= -0.51 && value <= 1.51 && value == decode(other[twin_index(twin, y, x) * C + c]);
+        }
+    k.write(plan, storage, image.get(), sample, view.get(), nullptr, scratch.data);
+    ++checks;
+    if (!right) ++failures, std::printf("views: %dx%dx%d to %dx%d\n", int(h), int(w), int(C), int(H), int(W));
+  }
+}
+
+template <typename T>
+void run_all_views(Storage storage) {
+  const int64_t sizes[][4] = {{1, 1, 1, 1}, {1, 5, 1, 5}, {7, 9, 7, 9}, {6, 4, 67, 67}, {9, 70, 5, 3}};
+  for (int64_t C : {1, 3})
+    for (bool changed : {false, true})
+      for (const auto& [h, w, H, W] : sizes)
+        for (TwinMap twin : {TwinMap{W - 1, W, -1}, TwinMap{H * W - 1, -W, -1}, TwinMap{0, W, 1}, TwinMap{0, 1, H}})
+          if (twin.stride_h != 1 || H == W) run_views<T>(storage, C, h, w, H, W, changed, twin);
+}
+
 }  // namespace
 }  // namespace rebalfer
 
@@ -293,6 +340,9 @@ int main() {
   run_all<double>(Storage::f64);
   run_all<BFloat16>(Storage::bf16);
   run_all<Half>(Storage::f16);
+  run_all_views<float>(Storage::f32);
+  run_all_views<BFloat16>(Storage::bf16);
+  run_all_views<Half>(Storage::f16);
   for (int64_t L : {2, 3, 7, 17}) run_head_math<float>(L), run_head_math<double>(L);
   std::printf("%d checks, %d failures\n", checks, failures);
   return failures != 0;

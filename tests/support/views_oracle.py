@@ -1,4 +1,4 @@
-"""Float64 truth of ``paired_views``, one pixel at a time, written from docs/design.md, section 4.
+"""Float64 truth of ``paired_views``, one pixel at a time, written from docs/design.md, section 10.
 
 Shares no code with the package; whole numbers are Python's own. Slow and small.
 """

@@ -108,4 +108,25 @@ MUTANTS = [
         "weight)",
         "test_head.py::test_options",
     ),
+    Mutant(
+        "views: a root that is not rounded correctly",
+        "rebalfer_kernels/reference.py",
+        "return x.double().sqrt().float()",
+        "return x.sqrt()",
+        "test_views.py::test_without_noise_cpu_equals_the_reference_bit_for_bit",
+    ),
+    Mutant(
+        "views: no view is mirrored",
+        "rebalfer_kernels/reference.py",
+        "x = torch.where((flip < plan.chances[0])[:, None], width - 1 - x, x)",
+        "x = x.expand(len(flip), -1)",
+        "test_views.py::test_share_of_mirrored_views",
+    ),
+    Mutant(
+        "views: samples are ignored",
+        "rebalfer_kernels/views.py",
+        "(indices if samples is None else samples).contiguous(),",
+        "indices.contiguous(),",
+        "test_views.py::test_a_view_depends_on_nothing_else_in_the_batch",
+    ),
 ]

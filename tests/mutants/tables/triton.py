@@ -101,4 +101,11 @@ MUTANTS = [
         "counts = (k < L)[None, :]",
         "test_triton.py::test_a_zero_target_takes_no_part",
     ),
+    Mutant(
+        "Triton: the twin of views is not transformed",
+        "rebalfer_kernels/triton/views.py",
+        "twin_pixel = twin_offset + y * twin_stride_h + x * twin_stride_w",
+        "twin_pixel = pixel + 0 * (twin_offset + y * twin_stride_h + x * twin_stride_w)",
+        "test_triton.py::test_views_agree",
+    ),
 ]
