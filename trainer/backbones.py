@@ -42,6 +42,7 @@ class Backbone(nn.Module):
         self.amp = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.compute.amp)
         self.frozen_batchnorm, self.separate_views = config.backbone.frozen_batchnorm, config.backbone.separate_views
         self.channels: int = model.num_features
+        self.map_size: tuple[int, ...] = ()  #: H, W of the features
 
     def forward(self, images: Tensor) -> Tensor:
         with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
@@ -180,7 +181,7 @@ def _create(config: Config, options: dict, recipe: weights.Recipe) -> Backbone:
     if not off < 1e-4:
         raise refuse(f"its logits differ from W . GAP(features) + b by {off:.0%}, so a layer follows the pooling")
     model.reset_classifier(0)
-    backbone.channels = features.shape[1]
+    backbone.channels, backbone.map_size = features.shape[1], tuple(features.shape[2:])
     return backbone.train()
 
 

@@ -44,6 +44,8 @@ class Method(nn.Module):
 
     #: Whether its losses follow the number of epochs, so that a run with another one is another run.
     follows_progress = False
+    #: Whether a step does the same whatever the epoch, but for numbers on the device, so that a graph can replay it.
+    capturable = True
     #: Whether it looks at both views of an image.
     paired = True
     #: Start of a parameter's name -> factor of its learning rate.
