@@ -58,8 +58,8 @@ def activation_maps(
     """
     method.eval()
     backbone, device = method.backbone, next(method.parameters()).device
-    features = backbone(backbone.views(backbone.coloured(images.to(device)), both=True)).float()
-    maps, predicted = method.head.maps(features).cpu(), method.head(features).argmax(1).tolist()
+    views = backbone.views(backbone.coloured(images.to(device)), both=True)
+    maps, predicted = method.maps(views).float().cpu(), method(views).argmax(1).tolist()
     _draw_maps(images, maps, labels, predicted, legible(classes), title, path)
 
 
