@@ -82,8 +82,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     report = commands.add_parser("report", help="write docs/benchmark.md and the README's line")
     report.add_argument("--check", action="store_true", help="fail if one differs, write nothing")
+    scale = commands.add_parser("scale", help="write docs/scale.md, a plan for several GPUs")
+    scale.add_argument("--check", action="store_true", help="fail if it differs, write nothing")
     options = parser.parse_args(arguments)
-    command_of = {"op": _op, "step": _step, "gpu-check": _gpu_check, "tune": _tune, "report": _report}
+    command_of = {"op": _op, "step": _step, "gpu-check": _gpu_check, "tune": _tune, "report": _report, "scale": _scale}
     try:
         return command_of[options.command](options)
     except Refused as refusal:
@@ -137,6 +139,16 @@ def _gpu_check(options: argparse.Namespace) -> int:
     from .verify import gpu_check
 
     return gpu_check.main(options.out, options.device, options.seconds, options.only)
+
+
+def _scale(options: argparse.Namespace) -> int:
+    from . import scale
+
+    text = scale.page()
+    if options.check:
+        return int(not scale.PAGE.exists() or scale.PAGE.read_text() != text)
+    scale.PAGE.write_text(text)
+    return 0
 
 
 def _tune(options: argparse.Namespace) -> int:
