@@ -1,8 +1,6 @@
 """RAF-DB, FERPlus, AffectNet and FER2013 in their real formats, each as a tiny tree, and the traps of each."""
 
-import csv
 import dataclasses
-import json
 import shlex
 from pathlib import Path
 
@@ -10,6 +8,24 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.trees import (
+    VOTES,
+    affect_2017,
+    affect_2021,
+    affectnet_header,
+    copies,
+    faces,
+    fer,
+    pixels,
+    plus,
+    plus_folders,
+    raf,
+    relist,
+    save,
+    tone,
+    train_and_evaluate,
+    write_csv,
+)
 
 from trainer.__main__ import main, parse
 from trainer.config import SplitOptions, UserError, found
@@ -18,16 +34,6 @@ from trainer.data.labels import CANONICAL, EXPRESSIONS
 from trainer.presets import baseline
 
 SIZE = 16
-
-
-def save(path, tone, size=(20, 20)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("L", size, tone).save(path)
-
-
-def tone(index):
-    """A grey value that says which class an image is of."""
-    return 20 + 30 * index
 
 
 def tones(split):
@@ -39,49 +45,7 @@ def expect_each_class_to_have_its_pixels(data):
         assert tones(split) == split.hard.tolist()
 
 
-def write_csv(file, *lines):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", newline="") as text:
-        csv.writer(text).writerows(lines)
-
-
-def train_and_evaluate(root, tmp_path, capsys, *options):
-    """One epoch through the command line, then the accuracies of its best checkpoint; returns these."""
-    tiny = '{"channels": [4, 4, 8, 8], "stem_width": 4}'
-    flags = ["--preset=baseline", f"--output.root={tmp_path}/runs", "--name=a", f"--data.path={root}"]
-    flags += ["--backbone=resnet10t", f"--backbone.options={tiny}", "--image-size=32", "--batch-size=8", "--epochs=1"]
-    flags += ["--no-output.pictures", "--compute.device=cpu", "--compute.backend=reference"]
-    assert main(["train", *flags, *options]) == 0
-    out = tmp_path / "scores.json"
-    assert main(["evaluate", f"{tmp_path}/runs/a", f"--out={out}", "--device=cpu"]) == 0
-    capsys.readouterr()
-    return json.loads(out.read_text())
-
-
-def copies(path, ending=".jpg"):
-    """The system's own files, which belong to no data set."""
-    path.mkdir(parents=True, exist_ok=True)
-    for name in (".DS_Store", "Thumbs.db", f"._train_00001{ending}"):
-        (path / name).write_bytes(b"no image")
-
-
 # RAF-DB
-
-
-def raf(root, aligned="_aligned", suffix=".jpg", numbers=range(1, 8), each=2):
-    """Labels in falling order, so that neither the order of lines nor of names is that of the classes."""
-    lines = []
-    for split in ("test", "train"):
-        for i, number in enumerate(sorted(numbers, reverse=True) * each, 1):
-            lines.append(f"{split}_{i:05d}.jpg {number}")
-            save(root / f"Image/aligned/{split}_{i:05d}{aligned}{suffix}", tone(number - 1))
-    relist(root, lines)
-    return lines
-
-
-def relist(root, lines):
-    (root / "EmoLabel").mkdir(exist_ok=True)
-    (root / "EmoLabel/list_patition_label.txt").write_text("\r\n".join(lines) + "\r\n\r\n")
 
 
 def read_raf(root):
@@ -189,20 +153,6 @@ def test_raf_db_trains_through_the_command_line(tmp_path, capsys):
 # FER2013
 
 
-def pixels(value):
-    return " ".join([str(value)] * 2304)
-
-
-def faces(each=2):
-    """emotion, pixels and Usage of FER2013, of which the tone is that of the class in our order."""
-    order = [(usage, emotion) for usage in fer2013.SPLITS for _ in range(each) for emotion in range(7)]
-    return [[e, pixels(tone(EXPRESSIONS.index(fer2013.NUMBERS[e]))), usage] for usage, e in order]
-
-
-def fer(root, lines, header=("emotion", "pixels", "Usage"), name="fer2013.csv"):
-    write_csv(root / name, header, *lines)
-
-
 def read_fer(root):
     return fer2013.Options(str(root)).read(SIZE, 0)
 
@@ -289,24 +239,6 @@ def test_fer2013_trains_through_the_command_line(tmp_path, capsys):
 
 # FERPlus
 
-VOTES = {name: [8 if c == name else 2 if c == "unknown" else 0 for c in ferplus.COLUMNS] for name in CANONICAL}
-USAGES = {split: usage for usage, split in fer2013.SPLITS.items()}
-
-
-def plus(root, classes=CANONICAL, more=(), order=ferplus.COLUMNS):
-    """Rows of both files, class by class in each split, and ``more`` in train: (name, votes)."""
-    voted, pixel_rows = [], []
-    for split in fer2013.SPLITS.values():
-        named = [(f"fer{split}{name}.png", VOTES[name], CANONICAL.index(name)) for name in reversed(classes)]
-        named += [(name, votes, 7) for name, votes in more] if split == "train" else []
-        for name, votes, index in named:
-            by_column = dict(zip(ferplus.COLUMNS, votes, strict=True))
-            voted.append([USAGES[split], name, *(by_column[c] for c in order)])
-            pixel_rows.append([0, pixels(tone(index)), USAGES[split]])
-    write_csv(root / "fer2013new.csv", ["Usage", "Image name", *order], *voted)
-    fer(root, pixel_rows)
-    return voted, pixel_rows
-
 
 def read_plus(root, *options):
     return ferplus.Options(str(root), *options).read(SIZE, 0)
@@ -383,21 +315,6 @@ def test_ferplus_refuses_tables_of_different_order(tmp_path):
         read_plus(tmp_path)
 
 
-def plus_folders(root, box=True):
-    for split, folder in ferplus.FOLDERS.items():
-        lines = []
-        for i, name in enumerate(CANONICAL):
-            lines.append([f"fer{i:07d}.png", *(["(0, 0, 48, 48)"] if box else []), *VOTES[name]])
-            save(root / folder / f"fer{i:07d}.png", tone(i), (48, 48))
-        if split == "train":
-            lines += [lines[0], [lines[1][0], *lines[2][1:]]]  # the same again; and a contradiction
-            save(root / folder / "fer0000001.png", tone(1), (48, 48))
-            save(root / folder / "fer0000011.png", tone(1), (48, 48))
-            lines.append(["fer0000011.png", *lines[1][1:]])
-        copies(root / folder, ".png")
-        write_csv(root / folder / "label.csv", *lines)
-
-
 @pytest.mark.parametrize("box", [True, False])
 def test_ferplus_from_folders(box, tmp_path):
     plus_folders(tmp_path / "data", box)
@@ -444,25 +361,6 @@ def test_ferplus_trains_on_soft_votes_through_the_command_line(tmp_path, capsys)
 
 
 # AffectNet
-
-BOX = {"face_x": 20, "face_y": 10, "face_width": 30, "face_height": 40}
-
-
-def affect_2017(root, train=range(11), val=range(11)):
-    """Each image is white around the face box, which has the tone of its class; most columns as in the release."""
-    header = ["subDirectory_filePath", *BOX, "facial_landmarks", "expression", "valence", "arousal"]
-    for name, numbers in (("training", train), ("validation", val)):
-        lines = []
-        for number in numbers:
-            face = CANONICAL.index(affectnet.NUMBERS[number]) if number < 8 else 0
-            path = f"{number + 1}/{name}{number}.{'JPG' if number % 2 else 'jpg'}"
-            image = Image.new("L", (80, 60), 255)
-            image.paste(tone(face), (20, 10, 50, 50))
-            (root / f"Manually_Annotated_Images/{number + 1}").mkdir(parents=True, exist_ok=True)
-            image.save(root / "Manually_Annotated_Images" / path, "JPEG")
-            box = list(BOX.values()) if number != 10 else ["NULL"] * 4
-            lines.append([path, *box, "1.0;2.0", number, "-2", "-2"])
-        write_csv(root / f"Manually_Annotated_file_lists/{name}.csv", header, *lines)
 
 
 def read_affect(root, *options):
@@ -517,21 +415,6 @@ def test_affectnet_of_2017_names_bad_rows_and_missing_files(tmp_path):
     (lists / "validation.csv").unlink()
     with pytest.raises(UserError, match="got no .*validation.csv, expected it beside training.csv"):
         read_affect(tmp_path)
-
-
-def affectnet_header():
-    return ["subDirectory_filePath", *BOX, "expression"]
-
-
-def affect_2021(root, numbers=range(8)):
-    for split in ("train_set", "val_set"):
-        (root / split / "annotations").mkdir(parents=True)
-        for number in numbers:
-            save(root / split / f"images/{number}.jpg", tone(CANONICAL.index(affectnet.NUMBERS[number])))
-            np.save(root / split / f"annotations/{number}_exp.npy", np.array(str(number)))
-            np.save(root / split / f"annotations/{number}_val.npy", np.array("0.5"))
-        copies(root / split / "images")
-        copies(root / split / "annotations", "_exp.npy")
 
 
 def test_affectnet_of_2021(tmp_path):
@@ -591,8 +474,35 @@ def test_an_artificial_imbalance_and_a_held_out_part_work_on_rows(tmp_path):
     assert counts.max() == 8 and counts.min() == 2
 
 
-def test_every_command_of_the_docs_is_understood():
+def test_every_command_of_the_docs_reads_the_folder_of_its_section(tmp_path, monkeypatch):
+    """Commands that train are taken as far as the images; the others run as they are."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("REBALFER_DATA_CACHE", str(tmp_path / "cache"))
+    raf(tmp_path / "data/basic")
+    for split in ("train", "test"):
+        for number in range(1, 8):
+            save(tmp_path / f"data/DATASET/{split}/{number}/a.png", tone(number - 1))
+            names = ("surprise", "fear", "suprise", "2_happy", "sad", "angry", "unknown")
+            save(tmp_path / f"data/faces/{split}/{names[number - 1]}/a.png", tone(number - 1))
+    plus(tmp_path / "data/ferplus")
+    fer(tmp_path / "data/fer2013", faces())
+    affect_2021(tmp_path / "data/AffectNet")
+
     text = (Path(__file__).parents[2] / "docs/datasets.md").read_text()
-    commands = [line for line in text.splitlines() if line.startswith("python -m trainer ")]
-    names = {parse(shlex.split(line)[3:]).config.data.name for line in commands}
-    assert names == set(found("data"))
+    commands = [shlex.split(line)[3:] for line in text.splitlines() if line.startswith("python -m trainer ")]
+    read = set()
+    for command in commands:
+        options = parse(command)
+        if command[0] == "cache":
+            assert main(command) == 0
+            continue
+        config = options.config
+        sizes = {"train_size": 20, "test_size": 20} if config.data.name == "synthetic" else {}
+        data = prepare(dataclasses.replace(config, image_size=SIZE, data=dataclasses.replace(config.data, **sizes)))
+        if config.data.name not in ("imagefolder", "synthetic"):
+            expect_each_class_to_have_its_pixels(data)
+        assert data.classes[:2] == ("surprise", "fear") and min(data.counts) >= 1
+        read.add(config.data.name)
+    assert read == set(found("data"))
+    assert [c[1] for c in commands if c[0] == "cache"] == ["--data", "--verify", "--delete"]
+    assert not list((tmp_path / "cache").iterdir())

@@ -87,7 +87,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> R
         sets = distributed.first(lambda: data.prepare(config))
         logger.info("%s", data.describe(sets))
         rounding = {"threads": torch.get_num_threads(), "processes": distributed.size()}
-        run.about = {"identity": sets.identity(), "chooser": sets.chooser, "weights": backbone.origin, **rounding}
+        about = {"identity": sets.identity(), "chooser": sets.chooser, "notes": list(sets.notes)}
+        run.about = {**about, "weights": backbone.origin, **rounding}
         if run.saved:
             expect_same(run.saved, run.about, config.backbone.weights)
         method = loop.build(config, sets.counts, device, backbone)

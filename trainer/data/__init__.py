@@ -101,8 +101,11 @@ def prepare(config: Config) -> Data:
     """The data set that ``config`` names, thinned if asked for, with a split that chooses the best epoch."""
     from . import cache  # which imports this file
 
-    with cache.kept_in(config.output.cache):
-        data = config.data.read(config.image_size, config.seed)
+    try:
+        with cache.kept_in(config.output.cache):
+            data = config.data.read(config.image_size, config.seed)
+    except OSError as error:
+        raise UserError(f"data: got {error.filename}, which can't be read: {error.strerror}") from error
     train, notes = data.train, list(data.notes)
     if config.split.imbalance:
         rows, note = imbalance.thin(train.hard, data.counts, config.split.imbalance, config.seed)

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from ..config import UserError, printable
+from ..config import printable
 from . import Split, cache
 from .labels import natural
 
@@ -144,18 +144,18 @@ def read(
         return decode(content, size, box_of(i)), digest(content)
 
     def stamp(i: int) -> str:
-        found = files[i].stat()
+        try:
+            found = files[i].stat()
+        except OSError:
+            return "missing"  # which decoded says
         return f"{found.st_size} {found.st_mtime_ns} {box_of(i) or ''}"
 
     def unchanged(i: int) -> str:
         return "" if boxes else digest(files[i].read_bytes())
 
-    try:
-        stamps = [stamp(i) for i in range(len(files))]
-    except OSError as error:
-        raise UserError(f"data: got {error.filename}, which can't be read: {error.strerror}") from error
     names = tuple(printable(f.relative_to(root).as_posix()) for f in files)
     place = printable(str(root.resolve()))  # the same however it was spelt
+    stamps = [stamp(i) for i in range(len(files))]
     sources = cache.Sources([os.path.join(place, name) for name in names], stamps, decoded, unchanged)
     kept = cache.Part(root, f"{part}-cropped" if boxes else part, size, 3)  # the same files have other pixels then
     images, digests = cache.read(kept, sources)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import NOTHING, UserError, option
+from ..config import NOTHING, UserError, option, printable
 from . import TEST, TRAIN, VALIDATION, Data, DataOptions, Split, decode, labels, listed
 
 
@@ -33,7 +33,7 @@ class Options(DataOptions):
             mapped = names if split == "train" else self._evaluated(folder, names)
             splits[split], skipped = _read(root, folder, mapped, classes, image_size, whole=split == "train")
             notes += skipped
-        on_disk = tuple("+".join(f for f in names if names[f] == c) for c in classes)
+        on_disk = tuple("+".join(printable(f) for f in names if names[f] == c) for c in classes)
         return Data(classes, splits, on_disk, tuple(notes))
 
     def _evaluated(self, folder: Path, names: dict[str, str]) -> dict[str, str]:

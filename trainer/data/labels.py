@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 
-from ..config import UserError
+from ..config import UserError, printable
 
 EXPRESSIONS = ("surprise", "fear", "disgust", "happiness", "sadness", "anger", "neutral")
 CANONICAL = (*EXPRESSIONS, "contempt")
@@ -54,7 +54,7 @@ def name_folders(
         raise UserError(f"data.classes: got {unknown[0]!r}, expected one of the folders {', '.join(sorted(folders))}")
     free = [f for f in folders if f not in said]
     assumed = RAFDB if set(free) == set(RAFDB) else {f: name for f in free if (name := canonical(f))}
-    names = {f: name for f in folders if (name := said[f] if f in said else assumed.get(f, f))}
+    names = {f: name for f in folders if (name := said[f] if f in said else assumed.get(f, printable(f)))}
     for name in set(names.values()):
         if len(same := sorted(f for f in names if names[f] == name and f not in said)) > 1:
             raise UserError(
@@ -70,7 +70,7 @@ def _notes(free: Sequence[str], assumed: Mapping[str, str]) -> list[str]:
     if assumed is RAFDB:
         meaning = ", ".join(f"{number} {name}" for number, name in RAFDB.items())
         return [f"the folders 1 to 7 are taken for RAF-DB's: {meaning}; --data.classes says otherwise"]
-    unmapped = sorted((f for f in free if f not in assumed), key=natural)
+    unmapped = sorted((printable(f) for f in free if f not in assumed), key=natural)
     if not unmapped:
         return []
     texts = []
