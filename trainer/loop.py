@@ -34,8 +34,9 @@ def build(
     method = config.method.build(backbone, Task(counts, config.epochs, config.compute.backend)).to(device)
     if config.backbone.separate_views and not method.paired:
         raise UserError(f"backbone.separate_views: got true, but {config.method.name} looks at one view")
-    if config.compute.cuda_graph and not method.capturable:
-        raise UserError(f"compute.cuda_graph: got true, which {config.method.name} can't be part of")
+    if config.compute.cuda_graph and (not method.capturable or distributed.size() > 1):
+        what = "several processes" if method.capturable else config.method.name
+        raise UserError(f"compute.cuda_graph: got true with {what}, which no graph can hold")
     if config.compute.sync_batchnorm:
         method = convert_sync_batchnorm(method)  # timm's, because its BatchNorm may have an activation inside
     if config.compute.compile:
