@@ -3,11 +3,13 @@
 import math
 
 import pytest
+import timm
 import torch
 from torch import nn
 
 from trainer.config import UserError, found
 from trainer.methods import Task
+from trainer.methods.bbn import last_block
 
 COUNTS = (4, 3, 5)
 N, C, SIDE = 10, 6, 2
@@ -33,7 +35,7 @@ class Batch:
 
     def __init__(self, features, epoch=0, rows=None):
         self.features, self.epoch = features, epoch
-        self.rows = torch.arange(len(features)) if rows is None else rows
+        self.rows = torch.arange(N) if rows is None else rows
 
     @property
     def labels(self):
@@ -143,3 +145,122 @@ def test_rul_classifies_by_the_mean_and_has_no_maps(features):
     torch.testing.assert_close(method(features), method.head(method.mean(features)))
     with pytest.raises(UserError, match="rul, which has no class activation maps"):
         method.maps(features)
+
+
+class Blocks(Features):
+    """A backbone of one block, a convolution of single pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Module()
+        self.model.layer4 = nn.Sequential(nn.Identity(), nn.Conv2d(C, C, 1, bias=False))
+
+    def forward(self, images):
+        return self.model.layer4(images)
+
+
+class Sampled(Batch):
+    """Whose views are given for every row."""
+
+    def view(self):
+        return self.features[self.rows % len(self.features)]
+
+    def at(self, rows):
+        return Sampled(self.features, self.epoch, rows)
+
+
+@pytest.mark.parametrize("epoch", [0, 30, 59])
+def test_bbn_weighs_its_branches_by_its_schedule(features, epoch):
+    torch.manual_seed(0)
+    method = found("methods")["bbn"]().build(Blocks(), Task(COUNTS, 60, "reference"))
+    with torch.no_grad():
+        method.rebalancing.weight.mul_(-2)
+    batch = Sampled(features, epoch, torch.arange(N))
+    rows = method.reversed_rows(batch)
+    a = 1 - (epoch / 60) ** 2
+
+    def mean(x, weight):
+        return x.double().mean((2, 3)) @ weight.double()[:, :, 0, 0].T
+
+    first = mean(features, method.backbone.model.layer4[1].weight)
+    second = mean(features[rows % N], method.rebalancing.weight)
+    z = torch.cat([2 * a * first, 2 * (1 - a) * second], 1) @ method.head.weight.double().T + method.head.bias
+    z = z.tolist()
+    conventional = sum(cross_entropy(z[i], int(Source.labels[i])) for i in range(N)) / N
+    rebalanced = sum(cross_entropy(z[i], int(Source.labels[rows[i]])) for i in range(N)) / N
+    losses = method.losses(batch)
+    assert losses["loss"].item() == pytest.approx(a * conventional + (1 - a) * rebalanced, rel=1e-5)
+    gradients = torch.autograd.grad(losses["loss"], [method.backbone.model.layer4[1].weight, method.rebalancing.weight])
+    assert (gradients[0].norm() > 0) and (gradients[1].norm() > 1e-4) == (epoch > 0)
+    both = torch.cat([first, mean(features, method.rebalancing.weight)], 1)
+    expected = both @ method.head.weight.double().T + method.head.bias
+    torch.testing.assert_close(method(features).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_reversed_sampler_draws_classes_by_their_weights():
+    method = found("methods")["bbn"]().build(Blocks(), Task((5, 3, 4), 60, "reference"))
+
+    class Many(Sampled):
+        def uniform(self, draw):
+            return torch.rand(30000, 4, generator=torch.Generator().manual_seed(2))
+
+    rows = method.reversed_rows(Many(None))
+    labels = Source.labels[rows]
+    n = Source.labels.bincount().tolist()
+    assert n == [4, 3, 5]
+    weights = [5 / 5, 5 / 3, 5 / 4]
+    shares = labels.bincount() / 30000
+    assert shares.tolist() == pytest.approx([w / sum(weights) for w in weights], abs=0.01)
+    within = rows.bincount(minlength=12)[Source.labels == 0] / (labels == 0).sum()
+    assert within.tolist() == pytest.approx([0.25] * 4, abs=0.02)
+
+
+def test_the_last_block_of_the_papers_backbones():
+    options = {"resnet18": "layer4.1", "mobilenetv1_100": "blocks.4.1"}
+    for name, place in options.items():
+        model = timm.create_model(name)
+        assert last_block(model)[0] == place and model.get_submodule(place) is last_block(model)[1]
+    swin = timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 2), img_size=64)
+    assert last_block(swin)[0] == "layers.3.blocks.1"
+
+
+class Pairs(Batch):
+    def pair(self):
+        return self.features
+
+
+@pytest.mark.parametrize("epoch", [0, 5, 40])
+def test_a_mean_teacher_chooses_small_losses_and_grows_its_demands(features, epoch):
+    torch.manual_seed(0)
+    options = {"left_out": 0.4, "warmup": 10, "consistency_weight": 3.0, "decay": 0.75}
+    method = found("methods")["mean_teacher"](**options).build(Blocks(), Task(COUNTS, 60, "reference")).train()
+    with torch.no_grad():
+        method.head.weight.mul_(-1.5)  # the teacher has another
+    n = N // 2
+
+    def classified(x, model, head):
+        pooled = x.double().mean((2, 3)) @ model.layer4[1].weight.double()[:, :, 0, 0].T
+        return (pooled @ head.weight.double().T + head.bias.double()).tolist()
+
+    z = classified(features[:n], method.backbone.model, method.head)
+    taught = classified(features[n:], method.teacher["backbone"].model, method.teacher["head"])
+    labels = Source.labels[:n].tolist()
+    grown = min(1, epoch / 10)
+    chosen = sorted(range(n), key=lambda i: cross_entropy(taught[i], labels[i]))[: round((1 - 0.4 * grown) * n)]
+    classification = sum(cross_entropy(z[i], labels[i]) for i in chosen) / len(chosen)
+    p, q = (torch.tensor(x).softmax(1) for x in (z, taught))
+    consistency = float((p - q).square().sum(1).mean())
+    losses = method.losses(Pairs(features, epoch, torch.arange(n)))
+    assert losses["classification"].item() == pytest.approx(classification, rel=1e-5)
+    assert losses["consistency"].item() == pytest.approx(consistency, rel=1e-4)
+    assert losses["loss"].item() == pytest.approx(classification + grown * 3 * consistency, rel=1e-5)
+    before = method.teacher["head"].weight.clone()
+    method.after_step(None)
+    torch.testing.assert_close(method.teacher["head"].weight, 0.75 * before + 0.25 * method.head.weight.detach())
+    torch.testing.assert_close(
+        method(features).double(),
+        torch.tensor(classified(features, method.teacher["backbone"].model, method.teacher["head"])).double(),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    assert all(not p.requires_grad for p in method.teacher.parameters())
