@@ -23,7 +23,7 @@ class Step:
     """
 
     def __init__(self, config: Config, method: Method, device: torch.device) -> None:
-        self.config, self.method, self.taken = config, method, 0
+        self.config, self.method, self.taken, self.eager = config, method, 0, 0
         self.optimizer = optim.create(config, method, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.compute.amp == "fp16")
         self.average = optim.average(config, method)
@@ -39,10 +39,11 @@ class Step:
     def __call__(self, batch: Batch, rate: float) -> Tensor:
         """(k,) float32 on the device: the losses named ``names``, summed over the images of all processes."""
         optim.set_learning_rate(self.optimizer, rate)
-        if self.config.compute.cuda_graph and self.taken >= WARM_UP:
+        if self.config.compute.cuda_graph and self.eager >= WARM_UP:
             sums = self._replayed(batch)
         else:
             sums = self._eager(batch)
+            self.eager += 1  # of this process: a resumed run warms up anew
         self.taken += 1
         if self.average is not None:
             self.average.update(self.method, self.taken)
