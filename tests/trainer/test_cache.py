@@ -155,7 +155,11 @@ def slow(root, place):
         imagefolder.Options(str(root)).read(SIZE, 0)
 
 
-def test_a_build_that_is_killed_continues(load, faces, tmp_path):
+class Killed(BaseException):
+    """As abrupt as a kill, except that the test continues."""
+
+
+def test_a_build_that_is_killed_continues(load, faces, tmp_path, monkeypatch):
     for i in range(6, 40):
         write(faces / "train/anger" / f"{i}.png", i)
     child = multiprocessing.get_context("fork").Process(target=slow, args=(faces, tmp_path / "cache"))
@@ -170,13 +174,20 @@ def test_a_build_that_is_killed_continues(load, faces, tmp_path):
     child.join()
     (unfinished,) = cache.parts(tmp_path / "cache")
     assert not cache.load_index(unfinished) and cache.damaged(unfinished) == []
+
+    def only(rows, done, real=cache._Rows.note):
+        real(rows, done)
+        raise Killed
+
+    with monkeypatch.context() as patch:  # killed again, after a note that comes before what was finished already
+        patch.setattr(cache._Rows, "note", only)
+        patch.setattr(cache, "CHUNK", 1)
+        patch.setattr(cache, "SAVE_SECONDS", 0)
+        with pytest.raises(Killed):
+            load()
     data = load()
     assert 2 <= load.decoded <= 42 - 5  # 40 of train and 2 of test, without what was finished
     assert torch.equal(data.train.images, load("off").train.images)
-
-
-class Killed(BaseException):
-    """As abrupt as a kill, except that the test continues."""
 
 
 @pytest.mark.parametrize("call", range(1, 8))
@@ -284,13 +295,16 @@ def test_a_disk_that_is_full_loses_nothing(load, faces, tmp_path, monkeypatch, c
 def test_what_is_not_the_cache_s_is_not_deleted(load, tmp_path, capsys):
     load()
     place = tmp_path / "cache"
-    (place / "site").mkdir()
-    (place / "site/index.json").write_text("{}")
+    for name in ("site/index.json", "run/.lock"):
+        (place / name).parent.mkdir()
+        (place / name).write_text("{}")
     mine = cache.parts(place)[0] / "mine.txt"
     mine.write_text("years of work")
     assert main(["cache", "--delete", f"--output.cache={place}"]) == 0
-    assert (place / "site/index.json").exists() and mine.read_text() == "years of work"
-    assert sorted(f.name for f in place.iterdir()) == [mine.parent.name, "site"]
+    assert (
+        (place / "site/index.json").exists() and (place / "run/.lock").exists() and mine.read_text() == "years of work"
+    )
+    assert sorted(f.name for f in place.iterdir()) == [mine.parent.name, "run", "site"]
     assert [f.name for f in mine.parent.iterdir()] == ["mine.txt"]
 
 

@@ -154,11 +154,13 @@ def _build(part: Part, sources: Sources, folder: Path, old: dict[str, tuple[int,
     """Writes the part anew; what has not changed is copied, what an interrupted build has finished is kept."""
     shape = (len(sources.names), part.size, part.size, part.channels)
     before: Any = np.load(folder / PIXELS, mmap_mode="r") if old else ()
-    with _rows_file(folder, sources.names, shape) as (file, done):
+    stamps = dict(zip(sources.names, sources.stamps, strict=True))
+    with _rows_file(folder, sources.names, shape) as (file, noted):
+        done = {name: entry for name, entry in noted.items() if entry.stamp == stamps[name]}
 
         def one(i: int) -> Entry | str:
             name, stamp = sources.names[i], sources.stamps[i]
-            if name in done and done[name].stamp == stamp:
+            if name in done:
                 return done[name]
             try:
                 row, entry = old.get(name, (0, Entry("", "", "")))
@@ -171,7 +173,7 @@ def _build(part: Part, sources: Sources, folder: Path, old: dict[str, tuple[int,
             file.write(i, pixels)
             return Entry(stamp, digest, checksum(pixels))
 
-        entries = _in_parallel(sources.names, one, file.note)
+        entries = _in_parallel(sources.names, one, lambda so_far: file.note({**done, **so_far}))
         file.note(entries)
     (folder / INDEX).unlink(missing_ok=True)  # of other pixels than those that follow
     os.replace(folder / PIXELS_PART, folder / PIXELS)
