@@ -1,5 +1,6 @@
 """Checkpoint files: whole or refused by name, replaced at once or not at all, and never run as code."""
 
+import contextlib
 import errno
 import os
 import pickle
@@ -146,33 +147,39 @@ def no_space(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.fixture(params=["write", "write the last block", "fsync", "keep", "rename"])
-def full_disk(request, monkeypatch, file):
-    """Makes every save fail in one of the ways in which a full disk shows."""
-    if request.param.startswith("write"):
-        # The kernel itself refuses the bytes beyond a size, wherever torch.save may be then.
-        size = file.stat().st_size
-        limit = 1000 if request.param == "write" else size - 10
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-        yield "File too large"
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    else:
-        if request.param == "keep":
-            monkeypatch.setattr(os, "link", no_space)
-            monkeypatch.setattr(checkpoint.shutil, "copyfile", no_space)
-        elif request.param == "fsync":
-            monkeypatch.setattr(os, "fsync", no_space)
+@contextlib.contextmanager
+def full_disk(fails, file):
+    """Every save fails in one of the ways in which a full disk shows; what the save must say.
+
+    Only within the block: pytest itself writes between a test and the end of its fixtures.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if fails.startswith("write"):
+            # The kernel itself refuses the bytes beyond a size, wherever torch.save may be then.
+            limit = 1000 if fails == "write" else file.stat().st_size - 10
+            before = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+            try:
+                yield "File too large"
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            return
+        if fails == "keep":
+            patch.setattr(os, "link", no_space)
+            patch.setattr(checkpoint.shutil, "copyfile", no_space)
+        elif fails == "fsync":
+            patch.setattr(os, "fsync", no_space)
         else:
             replace = os.replace
-            monkeypatch.setattr(os, "replace", lambda a, b: no_space() if b == file else replace(a, b))
+            patch.setattr(os, "replace", lambda a, b: no_space() if b == file else replace(a, b))
         yield "No space left on device"
 
 
-def test_a_full_disk_loses_nothing(file, full_disk):
+@pytest.mark.parametrize("fails", ["write", "write the last block", "fsync", "keep", "rename"])
+def test_a_full_disk_loses_nothing(file, fails):
     keep = file.with_name("previous.pt")
     keep.write_bytes(b"older")
-    with pytest.raises(UserError, match=f"{file}: can't be written: {full_disk}"):
+    with full_disk(fails, file) as reason, pytest.raises(UserError, match=f"{file}: can't be written: {reason}"):
         checkpoint.save(file, STATE | {"epoch": 4}, keep)
     assert equal(checkpoint.read(file), STATE)
     assert keep.read_bytes() in (b"older", file.read_bytes())
