@@ -347,7 +347,7 @@ def _help_line(flag: Flag) -> str:
     value = "" if flag.kind is bool or str(flag.value) in ("None", "", "()", "{}") else f" [{flag.value}]"
     switch = "[no-]" if flag.kind is bool and flag.value else ""
     name = key.upper() if flag.metadata.get("positional") else f"--{switch}{key}{what}"
-    return f"  {name:<34}{text}{value}"
+    return f"  {name:<34}" + f"\n{'':<36}".join(textwrap.wrap(f"{text}{value}", 84) or [""])
 
 
 if __name__ == "__main__":

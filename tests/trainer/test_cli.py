@@ -156,7 +156,7 @@ def test_a_misspelt_key_of_a_file_is_named_with_a_suggestion(suffix, tmp_path, c
         ("", "config: got .*, expected a file of options"),
         ("epochs: x", "epochs: got 'x', expected a whole number"),
         ("optim: {decay: x}", "optim.decay: got 'x', expected a finite number"),
-        ("method: {name: cbx}", "method: got 'cbx', expected one of baseline, cb"),
+        ("method: {name: cbx}", "method: got 'cbx', expected one of baseline, bbn, cb"),
     ],
 )
 def test_a_file_that_says_something_else_is_named(text, message, tmp_path):
@@ -202,7 +202,7 @@ def test_a_file_that_is_missing_or_no_file_is_named(tmp_path, capsys):
         ("--compute.device=tpu", "compute.device: got 'tpu', expected auto or cpu or cuda"),
         ("--name=a/b", "name: got 'a/b', expected the name of one folder"),
         ("--name=..", "name: got '..', expected the name of one folder"),
-        ("--method=cbx", "method: got 'cbx', expected one of baseline, cb, "),
+        ("--method=cbx", "method: got 'cbx', expected one of baseline, bbn, cb, "),
         ("--data=mnist", "data: got 'mnist', expected one of affectnet, "),
         ("--preset=papre", "preset: got 'papre', expected one of paper, released, eac, cb, baseline, demo"),
         ("extra", "unrecognized arguments: extra"),
