@@ -5,7 +5,7 @@
     python -m bench op --cases C512 --seconds 5 --out DIR
     python -m bench op --device cuda           the GPU's cases, in CUDA graphs and call by call
     python -m bench step                       a whole training step, and a whole run extrapolated from it
-    python -m bench gpu-check --out DIR        all that a GPU must show: build, doctor, tests, op, step, sanitizers
+    python -m bench gpu-check right --out DIR  what a GPU must show; fast, deep: two more parts, see bench/verify
     python -m bench tune --cases C512          search the Triton tiles of GPU cases, propose rows of triton_tiles.TABLE
     python -m bench report                     docs/benchmark.md and the README's line (--check: only compare)
     python -m pytest tests/bench -o addopts= --benchmark-only      micro-benchmarks of the public functions
@@ -71,15 +71,17 @@ def main(arguments: list[str] | None = None) -> int:
             action="store_true",
             help="try the GPU's program out on a CPU: small sizes, and no time means anything",
         )
-    check = commands.add_parser("gpu-check", help="all that a GPU must show, bounded in time")
+    check = commands.add_parser("gpu-check", help="a part of what a GPU must show, bounded in time")
+    check.add_argument("part", choices=("right", "fast", "deep"), help="complete in itself, 9 minutes at most")
     check.add_argument("--out", type=Path, required=True, help="folder of the results, at most 8 files")
-    check.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses the steps")
-    check.add_argument("--seconds", type=float, default=480.0, help="in all")
-    check.add_argument("--only", nargs="+", metavar="STEP", help='such as "build cuda" memcheck racecheck')
+    check.add_argument("--seconds", type=float, default=540.0, help="in all")
+    check.add_argument("--only", nargs="+", metavar="PIECE", help="such as memcheck-cuda, with the builds they need")
+    check.add_argument("--rehearse", action="store_true", help="try the check out on a CPU, with its kernels")
     tune = commands.add_parser("tune", help="search the tiles of the Triton kernels on a GPU")
     tune.add_argument(
         "--cases", default="", metavar="SUBSTRING", help="those whose name contains it, as in N32-C512-nchw"
     )
+    tune.add_argument("--seconds", type=float, default=3600.0, help="in all; what is the best by then is proposed")
     report = commands.add_parser("report", help="write docs/benchmark.md and the README's line")
     report.add_argument("--check", action="store_true", help="fail if one differs, write nothing")
     scale = commands.add_parser("scale", help="write docs/scale.md, a plan for several GPUs")
@@ -138,7 +140,7 @@ def _step(options: argparse.Namespace) -> int:
 def _gpu_check(options: argparse.Namespace) -> int:
     from .verify import gpu_check
 
-    return gpu_check.main(options.out, options.device, options.seconds, options.only)
+    return gpu_check.main(options.part, options.out, options.seconds, options.rehearse, options.only)
 
 
 def _scale(options: argparse.Namespace) -> int:
@@ -154,9 +156,12 @@ def _scale(options: argparse.Namespace) -> int:
 def _tune(options: argparse.Namespace) -> int:
     from . import tune
 
-    clock = _clock("cuda")
-    for case in _cases("cuda", options.cases):
-        print(tune.main(case, clock), flush=True)
+    clock, start = _clock("cuda"), time.monotonic()
+    cases = _cases("cuda", options.cases)
+    for i, case in enumerate(cases):
+        now = time.monotonic()
+        if now < start + options.seconds:  # each case may use as much as the later ones
+            print(tune.main(case, clock, now + (start + options.seconds - now) / (len(cases) - i)), flush=True)
     return 0
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -121,10 +121,9 @@ def fused_backends(device: str) -> list[str]:
     return [backend.name for backend in BACKENDS.values() if backend.fused and device in backend.devices()]
 
 
-def on_each_backend(device: str) -> dict[str, Formulation]:
+def on_each_backend(names: Iterable[str]) -> dict[str, Formulation]:
     """The library's head on each of these that is available, by its name."""
-    available = (name for name in fused_backends(device) if BACKENDS[name].available().ok)
-    return {name: functools.partial(ours, backend=name) for name in available}
+    return {name: functools.partial(ours, backend=name) for name in names if BACKENDS[name].available().ok}
 
 
 def truth(name: str, problem: Problem) -> list[Tensor | None]:

@@ -10,12 +10,19 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 #: Given to what is timed: called between two phases, it ends one and begins the next.
 Mark = Callable[[], object]
+
+
+class Launch(NamedTuple):
+    """What ran on the device, and for how many microseconds."""
+
+    name: str
+    us: float
 
 
 class Clock(Protocol):
@@ -33,8 +40,8 @@ class Clock(Protocol):
     def capture(self, run: Callable[[], object], repetitions: int) -> Callable[[], object]:
         """The call that replays ``run`` this many times."""
 
-    def launches(self, run: Callable[[], object]) -> list[str]:
-        """Names of the kernels, copies and fills that one ``run`` puts on the device."""
+    def launches(self, run: Callable[[], object]) -> list[Launch]:
+        """The kernels, copies and fills that one ``run`` puts on the device."""
 
     def peak_bytes(self, run: Callable[[], object]) -> int:
         """Most bytes held at once beyond those held before, the results among them."""
@@ -65,7 +72,7 @@ class WallClock:
 
         return replay
 
-    def launches(self, run: Callable[[], object]) -> list[str]:
+    def launches(self, run: Callable[[], object]) -> list[Launch]:
         raise NotImplementedError("a CPU launches no kernels")
 
     def peak_bytes(self, run: Callable[[], object]) -> int:
@@ -120,7 +127,7 @@ class CudaClock:
             raise
         return graph.replay
 
-    def launches(self, run: Callable[[], object]) -> list[str]:
+    def launches(self, run: Callable[[], object]) -> list[Launch]:
         """The profiler stays attached to the process: later calls may take the host a little longer."""
         # As PyTorch's profiler sets for its own CUDA graphs: CUPTI crashes when it comes back beside one.
         os.environ.update(DISABLE_CUPTI_LAZY_REINIT="1", TEARDOWN_CUPTI="0")
@@ -129,10 +136,10 @@ class CudaClock:
         with torch.profiler.profile(activities=activities) as profile:
             run()
             self.wait()
-        names = device_events(_trace(profile))
-        if not names:
+        found = device_events(_trace(profile))
+        if not found:
             raise RuntimeError("the profiler saw nothing on the device")
-        return names
+        return found
 
     def peak_bytes(self, run: Callable[[], object]) -> int:
         self.wait()
@@ -158,12 +165,13 @@ def _start(event: dict) -> float:
     return float(event["ts"])
 
 
-def device_events(trace: list[dict]) -> list[str]:
-    """Names of what the events of a profiler's trace show on a device, in the order of time.
+def device_events(trace: list[dict]) -> list[Launch]:
+    """What the events of a profiler's trace show on a device, in the order of time.
 
-    >>> device_events([{"name": "b", "cat": "kernel", "ts": 2}, {"name": "op", "cat": "cpu_op"},
-    ...                {"name": "Memset", "cat": "gpu_memset", "ts": 1}, {"name": "x", "ph": "M"}])
-    ['Memset', 'b']
+    >>> device_events([{"name": "b", "cat": "kernel", "ts": 2, "dur": 1.5}, {"name": "op", "cat": "cpu_op"},
+    ...                {"name": "Memset", "cat": "gpu_memset", "ts": 1, "dur": 1}, {"name": "x", "ph": "M"}])
+    [Launch(name='Memset', us=1.0), Launch(name='b', us=1.5)]
     """
     kinds = ("kernel", "gpu_memcpy", "gpu_memset")
-    return [e["name"] for e in sorted((e for e in trace if str(e.get("cat", "")).lower() in kinds), key=_start)]
+    found = sorted((e for e in trace if str(e.get("cat", "")).lower() in kinds), key=_start)
+    return [Launch(e["name"], float(e["dur"])) for e in found]

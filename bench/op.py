@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,7 +23,7 @@ import rebalfer_kernels as rk
 from rebalfer_kernels.backend import BACKENDS
 from rebalfer_kernels.doctor.environment import copy_gb_per_s
 
-from . import baselines, goals, measure, results
+from . import baselines, goals, measure, results, sm_clock
 from .baselines import Formulation
 from .cases import Case, Problem, problem, rotated
 from .clocks import Clock
@@ -31,15 +33,32 @@ from .measure import LoadMeter, Rotation
 FOREIGN_LIMIT = 0.1
 #: Calls captured in one graph, at least.
 REPETITIONS = 20
+#: Calls under the profiler for the durations of kernels, and the share of a GPU's time that is kept for them.
+PROFILED, KERNELS_SHARE = 6, 0.2
 
 Row = dict[str, Any]
+Say = Callable[[str, str, str], None]
 
 
-def contenders(kind: str) -> dict[str, Formulation]:
-    """Every formulation, both eager ones compiled too, and on a GPU ours on each backend available there."""
-    if kind == "rehearsal":
-        return baselines.FORMULATIONS  # compiling would be most of it
-    return {**baselines.contenders(), **(baselines.on_each_backend("cuda") if kind == "cuda" else {})}
+def contenders(kind: str, chosen: Sequence[str] | None = None) -> dict[str, Formulation]:
+    """Every formulation, both eager ones compiled too, and on a GPU ours on each backend available there.
+
+    Or those that are ``chosen``: no other backend is then touched.
+
+    Raises:
+        ValueError: one of those is not known, or is a backend that is not available.
+    """
+    known = baselines.FORMULATIONS  # in a rehearsal, where compiling would be most of it
+    if kind != "rehearsal":
+        known = baselines.contenders()
+    if kind == "cuda":
+        backends = [name for name in baselines.fused_backends("cuda") if chosen is None or name in chosen]
+        known = {**known, **baselines.on_each_backend(backends)}
+    if chosen is None:
+        return known
+    if unknown := [name for name in chosen if name not in known]:
+        raise ValueError(f"contenders: got {', '.join(unknown)}, expected some of {', '.join(known)}")
+    return {name: known[name] for name in chosen}
 
 
 def run(
@@ -52,33 +71,47 @@ def run(
     clock: Clock,
     contenders: Callable[[str], dict[str, Formulation]] = contenders,
     memory: str | None = None,
+    chosen: Sequence[str] | None = None,
+    resume: bool = False,
+    say: Say = lambda case, state, text: None,
 ) -> tuple[dict[str, Any], Path]:
     """Measure the cases, ``seconds`` of timing each, until ``limit`` seconds are over; the result and its file.
 
     The file is written after every case. A case that fails is recorded and the next one tried; one that would not
     end in time, by the longest so far, is left out and named. ``kind`` is "cpu", "cuda" or "rehearsal", a GPU's
-    program on a CPU; ``memory`` says how malloc was set when the process began and is only written down.
+    program on a CPU; ``memory`` says how malloc was set when the process began and is only written down, as are the
+    contenders that were ``chosen``. ``resume`` adds to the file of an earlier process of the same run. ``say`` hears
+    of each case that it has "begun", then that it has "passed" or "failed", and why.
     """
     end, longest = time.monotonic() + limit, 0.0
-    result = _begin(kind, cases[0].device, clock, memory)
-    path = directory / results.file_name("op", result)
+    last = end if kind == "cpu" else end - KERNELS_SHARE * limit  # to begin a case
+    found = {**results.environment(kind), "memory": memory, "chosen": chosen}
+    path = directory / results.file_name("op", found)
+    result = _earlier(path) if resume and path.exists() else _begin(found, cases[0].device, clock)
     proven: dict[Case, dict[str, Formulation]] = {}
     for i, case in enumerate(cases):
         start = time.monotonic()
-        if start + longest > end:
+        if start + longest > last:
             result["left_out"].append(case.name)
             continue
         print(f"{case.name}: proving and compiling", flush=True)
+        say(case.name, "begun", "")
+        failure = ""
         try:
             proven[case] = _add(result, case, contenders(kind), seconds, clock)
+            clock.wait()  # what a refused contender did to the device shows here, if not before
         except Exception as error:
-            result["errors"].append({"case": case.name, "error": results.reason(error)})
-            print(f"  failed: {results.reason(error)}", flush=True)
+            failure = results.reason(error)
+            result["errors"].append({"case": case.name, "error": failure})
+            print(f"  failed: {failure}", flush=True)
             if isinstance(error, torch.AcceleratorError):  # the device cannot be used again by this process
                 result["left_out"] += [later.name for later in cases[i + 1 :]]
+                say(case.name, "failed", failure)
                 break
-        longest = max(longest, time.monotonic() - start)
+        if i:  # the first compiles what the others only load
+            longest = max(longest, time.monotonic() - start)
         _save(result, path)
+        say(case.name, "failed" if failure else "passed", failure)
     else:
         if kind == "cpu":
             with _foreign_load(result):
@@ -91,13 +124,17 @@ def run(
     return result, _save(result, path)
 
 
-def _begin(kind: str, device: str, clock: Clock, memory: str | None) -> dict[str, Any]:
+def _earlier(path: Path) -> dict[str, Any]:
+    """The result that a process before this one left."""
+    return {**json.loads(path.read_text()), "left_out": []}
+
+
+def _begin(found: dict[str, Any], device: str, clock: Clock) -> dict[str, Any]:
     """A result without rows."""
-    found = results.environment(kind)
     print({key: value for key, value in found.items() if key != "backends"})
-    result = {**found, "memory": memory, "l2_bytes": clock.l2_bytes(), "copy_gb_per_s": None, "quiet": False}
+    result = {**found, "l2_bytes": clock.l2_bytes(), "copy_gb_per_s": None, "quiet": False}
     result |= {name: [] for name in ("rows", "rejected", "errors", "left_out", "foreign_cores")}
-    result |= {"served_by": {}, "bfloat16_over_float32": {}}
+    result |= {"served_by": {}, "bfloat16_over_float32": {}, "sm_mhz": {}}
     with _foreign_load(result):
         try:
             result["copy_gb_per_s"] = copy_gb_per_s(device)
@@ -123,16 +160,19 @@ def _add(
     result: dict[str, Any], case: Case, contenders: dict[str, Formulation], seconds: float, clock: Clock
 ) -> dict[str, Formulation]:
     """Measure one case into the result; the contenders that passed."""
-    one = problem(case._replace(N=1))  # the batch size never changes the choice
-    result["served_by"][case.name] = rk.explain(one.features, one.weight, one.targets).backend
+    if not result["chosen"] or any(name in BACKENDS for name in contenders):  # or no backend is to be touched
+        one = problem(case._replace(N=1))  # the batch size never changes the choice
+        result["served_by"][case.name] = rk.explain(one.features, one.weight, one.targets).backend
     clock.release()
     data = problem(case)
     errors, refused = baselines.prove(data, contenders)
     result["rejected"] += [{"case": case.name, **r} for r in refused]
     passed = {name: contenders[name] for name in errors}
     timed = call_by_call if result["kind"] == "cpu" else in_graphs
-    with _foreign_load(result):
+    on_gpu = sm_clock.sampled() if result["kind"] == "cuda" else contextlib.nullcontext(lambda: None)
+    with _foreign_load(result), on_gpu as sm_mhz:
         rows = timed(case, data, passed, seconds, clock)
+        result["sm_mhz"][case.name] = sm_mhz()
     for row in rows:
         row["error"] = errors[row["contender"]]
         print(f"  {row['contender']:<22} {goals.median_ms(row) or math.nan:9.4f} ms", flush=True)
@@ -200,15 +240,23 @@ def in_graphs(case: Case, data: Problem, passed: dict[str, Formulation], seconds
 
 
 def count_launches(case: Case, passed: dict[str, Formulation], rows: list[Row], clock: Clock) -> None:
-    """Add ``kernels``, what is launched for a forward and a backward, to our rows of a case, and how many."""
+    """Add ``kernels``, the name and µs of what is launched for a forward and a backward, to our rows, and how many."""
     for row in rows:
         if row["contender"] == "ours" or row["contender"] in BACKENDS:
             _try(row, "kernels", functools.partial(_kernels, passed[row["contender"]], case, clock))
             row["launches"] = None if row["kernels"] is None else len(row["kernels"])
 
 
-def _kernels(formulation: Formulation, case: Case, clock: Clock) -> list[str]:
-    return [name[:100] for name in clock.launches(Rotation(formulation, [problem(case)]).both)]
+def _kernels(formulation: Formulation, case: Case, clock: Clock) -> list[dict[str, Any]]:
+    """Of the calls after the first, with inputs that are not in the L2 cache, the median duration of each launch."""
+    rotation = Rotation(formulation, rotated(problem(case), clock.l2_bytes()))
+    calls = [clock.launches(rotation.both) for _ in range(PROFILED)][1:]
+    if any(len(call) != len(calls[0]) for call in calls):
+        raise RuntimeError(f"the calls differ in their number of launches: {[len(call) for call in calls]}")
+    return [
+        {"name": turns[0].name[:100], "us": statistics.median(launch.us for launch in turns)}
+        for turns in zip(*calls, strict=True)
+    ]
 
 
 def _try(row: Row, key: str, figure: Callable[[], object]) -> None:

@@ -45,8 +45,9 @@ Microseconds per call of a CUDA graph that holds 20 calls or more, over inputs a
 the L2 cache. "Ours" is the backend that the library chooses."""
 NO_GPU = """## On a GPU
 
-The kernels, tests and benchmarks for GPUs are not yet run on a GPU: `python -m bench gpu-check --out bench/results/gpu`
-runs all of them within 8 minutes."""
+The kernels, tests and benchmarks for GPUs are not yet run on a GPU. `python -m bench gpu-check PART --out DIR` runs
+them in three parts of at most 9 minutes: `right` (every operation, the tests, the doctor), `fast` (this table, the
+duration of each kernel, better tiles) and `deep` (sanitizers, the profiler's counters, a training step)."""
 
 STEP = """## A whole training step
 

@@ -48,7 +48,10 @@ def version() -> dict[str, Any]:
 
 def _git(*arguments: str) -> str | None:
     try:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        # A checkout around a folder that is none has another commit.
+        settings = {**os.environ, "GIT_CEILING_DIRECTORIES": str(ROOT.parent)}
+        done = subprocess.run(["git", *arguments], cwd=ROOT, env=settings, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -63,12 +66,13 @@ def reason(error: Exception) -> str:
 
 
 def file_name(program: str, result: dict[str, Any]) -> str:
-    """A file for each kind, device and, on a CPU, memory.
+    """A file for each kind, device and, on a CPU, memory; where only some contenders were chosen, for the first.
 
-    >>> file_name("op", {"kind": "cuda", "device": "NVIDIA H200 (SXM)"})
-    'op-cuda-nvidia-h200-sxm.json'
+    >>> file_name("op", {"kind": "cuda", "device": "NVIDIA H200 (SXM)", "chosen": ["triton", "identity"]})
+    'op-cuda-nvidia-h200-sxm-triton.json'
     """
-    words = (program, result["kind"], result["device"], result.get("memory") or "")
+    chosen = result.get("chosen") or [""]
+    words = (program, result["kind"], result["device"], result.get("memory") or "", chosen[0])
     return re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower()).strip("-") + ".json"
 
 
@@ -88,8 +92,34 @@ def newest_cpu(directory: Path = RESULTS) -> list[dict[str, Any]]:
 
 
 def newest_gpu(directory: Path = RESULTS) -> list[dict[str, Any]]:
-    """For each GPU the latest result of the loss."""
-    return list({r["device"]: r for r in _read(directory, "op", "cuda")}.values())
+    """For each GPU the latest result of the loss, of several runs if its contenders were measured apart."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for result in _read(directory, "op", "cuda"):
+        runs.setdefault(result["device"], []).append(result)
+    return [merged(of_one) for of_one in runs.values()]
+
+
+def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The latest of a GPU's runs; or those of its commit that measured the contenders apart, as if it were one.
+
+    "Ours" is the backend that the library chooses, and the identity op that of its run.
+    """
+    newest = runs[-1]
+    if not newest.get("chosen"):
+        return newest
+    apart = [r for r in runs if r.get("chosen") and r["commit"] == newest["commit"]]
+    latest = list({r["chosen"][0]: r for r in apart}.values())
+    served = {case: backend for r in latest for case, backend in r["served_by"].items()}
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for r in latest:
+        for row in r["rows"]:
+            key = row["case"], row["contender"]
+            if key not in rows or served.get(row["case"]) in r["chosen"]:
+                rows[key] = row
+    ours = [{**rows[key], "contender": "ours"} for key in served.items() if key in rows]
+    lists = {key: [x for r in latest for x in r[key]] for key in ("rejected", "errors", "left_out")}
+    lists["left_out"] = list(dict.fromkeys(lists["left_out"]))
+    return {**newest, **lists, "chosen": None, "served_by": served, "rows": [*ours, *rows.values()]}
 
 
 def newest_steps(directory: Path = RESULTS) -> list[dict[str, Any]]:

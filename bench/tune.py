@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from unittest import mock
@@ -40,18 +42,26 @@ def first(row: Row) -> AbstractContextManager[object]:
     return mock.patch.object(triton_tiles, "TABLE", (row, *triton_tiles.TABLE))
 
 
-def search(of: triton_tiles.Problem, milliseconds: Callable[[str, Row], float]) -> tuple[Row, dict[str, list[float]]]:
-    """The best row, and for each pass the milliseconds of the present and of the best tiles; inf if they failed."""
+def search(
+    of: triton_tiles.Problem, milliseconds: Callable[[str, Row], float], end: float = math.inf
+) -> tuple[Row, dict[str, list[float]]]:
+    """The best row, and for each pass the milliseconds of the present and of the best tiles; inf if they failed.
+
+    After ``end`` on the monotonic clock only the present tiles are measured, if they were not before.
+    """
     times: dict[str, list[tuple[float, Row]]] = {"forward": [], "backward": []}
     for kind, row in rows(of):
+        if times[kind] and time.monotonic() > end:
+            continue
         times[kind].append((milliseconds(kind, row), row))
+        print(f"{kind} {times[kind][-1][0]:.4f} ms: {row}", flush=True)
     best = {kind: min(tried, key=lambda t: t[0]) for kind, tried in times.items()}
     row = best["forward"][1]._replace(backward=best["backward"][1].backward)
     return row, {kind: [times[kind][0][0], best[kind][0]] for kind in times}
 
 
-def main(case: Case, clock: Clock) -> str:
-    """What to write into the table for ``case``."""
+def main(case: Case, clock: Clock, end: float = math.inf) -> str:
+    """What to write into the table for ``case``, as far as is known at ``end`` on the monotonic clock."""
     from rebalfer_kernels.triton import host
 
     tensors = problem(case)
@@ -79,6 +89,6 @@ def main(case: Case, clock: Clock) -> str:
             times = [replay_ms(clock, replay) / REPETITIONS for _ in range(20)]
         return statistics.median(times) if close else float("inf")
 
-    row, times = search(of, milliseconds)
+    row, times = search(of, milliseconds, end)
     times_ms = ", ".join(f"{kind} {now:.4f} -> {best:.4f} ms" for kind, (now, best) in times.items())
     return f"# {case.name} on {torch.cuda.get_device_name()}: {times_ms} (the backward's with a forward)\n{row!r},"

@@ -1,193 +1,194 @@
-"""Everything that a machine with a GPU must show, in one command and a bounded time, the most important first.
+"""One part of what a machine with a GPU must show, within a time; whatever ends early, the rest is kept.
 
-Each step is a process of its own with a limit, so that one that hangs, crashes or is slow costs the others little, and
-a run that is cut off leaves what was done until then: ``summary.json`` is written anew after every step. At most eight
-files: summary.json, every-op.txt, doctor.txt, doctor.json, gpu-tests.txt, op-*.json, step-*.json, sanitizer.txt.
+``PART.json`` is written anew, whole, before and after every piece: each piece's state, reason, seconds and the end of
+its output, and the goals. ``PART.txt`` gets all output while it is printed. With the files of the pieces themselves
+(doctor.json, op-*.json, step-*.json) a part writes at most five.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import json
+import contextlib
 import os
-import shutil
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 from rebalfer_kernels.doctor import bounded
 from rebalfer_kernels.doctor.environment import environment
 
-from ..baselines import fused_backends
+from .. import results
 from ..goals import judged
 from ..goals import summary as goal_summary
-from ..results import ROOT, version, write
+from .parts import PARTS, PYTHON, WRITES, Piece, choose
 
-PYTHON = sys.executable
-#: Kept of a step's output in summary.json, characters.
-TAIL = 1500
-
-
-class Step(NamedTuple):
-    """One part of the check; ``command`` is made from the seconds it may take."""
-
-    name: str
-    share: float  #: of the time that is left for this and the later steps
-    command: Callable[[float], list[str]]
-    log: str | None = None  #: the file that gets its output
-    skip: str | None = None  #: why it is not run here
-    environment: dict[str, str] = {}
-    #: what an exit status other than 0 means, where it is no failure
-    statuses: dict[int, str] = {}
+#: Kept of a piece's output in the JSON, characters.
+TAIL = 3000
+#: Files that may be in the folder: more might not be brought home.
+FILES = 8
+#: Less time is not worth beginning a piece.
+LEAST_S = 2.0
+CUT_OFF = "the run ended while this piece ran"  #: true of a file that is found so
+NOT_BEGUN = "the run ended before its turn"
 
 
-def steps(out: Path, device: str) -> list[Step]:
-    """The steps on a "cuda" device, or on a "cpu" those that can be rehearsed there, at small sizes."""
-    bench = [PYTHON, "-m", "bench"]
-    rehearse = [] if device == "cuda" else ["--rehearse"]
-    no_gpu = None if device == "cuda" else "needs a GPU"
-    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    no_sanitizer = no_gpu or (None if Path(sanitizer).exists() else "compute-sanitizer is not installed")
-    no_pytest = no_gpu or (None if importlib.util.find_spec("pytest") else "pytest is not installed")
-
-    kernels = fused_backends("cuda")
-    built = {"REBALFER_BUILD": "0"}  # what could not be built in its own step is not tried again in every other
-
-    def tests(backend: str, share: float) -> Step:
-        """A process for each backend: after a bad access nothing in its process can be trusted."""
-        command = [PYTHON, "-m", "pytest", "-m", "gpu", "-k", backend, "-o", "addopts=", "-v", "-rs", "--tb=short"]
-        command += ["-p", "no:cacheprovider", "tests/gpu", "tests"]  # the GPU's own first
-        if importlib.util.find_spec("xdist"):
-            command += ["-n", str(min(8, os.cpu_count() or 1))]
-        own = {"HYPOTHESIS_PROFILE": "short", **built}
-        return Step(f"{backend} tests", share, lambda _: command, "gpu-tests.txt", no_pytest, own, {5: "no test"})
-
-    def sanitize(tool: str, share: float) -> Step:
-        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
-        if tool == "memcheck":  # PyTorch asks the driver for things it may refuse
-            command += ["--report-api-errors", "no"]
-        command += [PYTHON, "-m", "bench.verify.every_op", "--small", *kernels]
-        # Every tensor an allocation of its own, or an access beyond one falls into another.
-        own = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **built}
-        return Step(tool, share, lambda _: command, "sanitizer.txt", no_sanitizer, own, {9: "errors found"})
-
-    return [
-        Step("build cpu", 0.25, lambda _: [PYTHON, "-m", "rebalfer_kernels", "build", "cpu"]),
-        # Only for the present GPU, as on first use: a quarter of what `build cuda` compiles.
-        Step(
-            "build cuda", 0.35,
-            lambda _: [PYTHON, "-c", "from rebalfer_kernels import native; print(native.build('cuda'))"], skip=no_gpu,
-        ),
-        Step(
-            "every op", 0.2, lambda _: [PYTHON, "-m", "bench.verify.every_op", *kernels], "every-op.txt", no_gpu,
-            built, {1: "a result is wrong, see every-op.txt"},
-        ),
-        Step(
-            "doctor", 0.25,
-            lambda limit: [PYTHON, "-m", "rebalfer_kernels", "doctor", "--json", str(out / "doctor.json"), "--seconds",
-                           f"{max(0.9 * limit - 10, 1):.0f}"],
-            "doctor.txt", None, built, {1: "something is wrong or unchecked, see doctor.txt"},
-        ),
-        *(tests(name, 0.2 / (1 - 0.2 * earlier)) for earlier, name in enumerate(kernels)),  # the same time each
-        Step(
-            "op", 0.45,
-            lambda limit: [*bench, "op", "--device", "cuda", "--seconds", "1.5", "--limit", f"{0.9 * limit:.0f}",
-                           "--out", str(out), *rehearse],
-            environment=built, statuses={1: "a contender was refused or a case failed; the others are measured"},
-        ),
-        Step(
-            "step", 0.35,
-            lambda limit: [*bench, "step", "--seconds", f"{min(0.4 * limit, 20):.0f}", "--out", str(out), *rehearse],
-            environment=built, statuses={1: "a head was refused or a part failed; the others are measured"},
-        ),
-        sanitize("memcheck", 0.5),
-        sanitize("racecheck", 1.0),
-    ]  # fmt: skip
+class Ended(BaseException):
+    """This process is to end, by the signal that it names."""
 
 
-def run(out: Path, device: str, seconds: float, todo: list[Step]) -> dict:
-    """Run the steps within ``seconds``; what summary.json holds."""
-    end = time.monotonic() + seconds
-    out.mkdir(parents=True, exist_ok=True)
-    for name in {step.log for step in todo if step.log}:
-        (out / name).unlink(missing_ok=True)
-    found = environment()
-    gpus = found["gpus"] or []
-    summary = {
-        "kind": "gpu-check" if device == "cuda" else "rehearsal",
-        "device": gpus[0].split(",")[0] if device == "cuda" and gpus else found["cpu"],
-        **{key: found[key] for key in ("gpus", "driver", "torch", "triton", "cuda", "python", "nvcc")},
-        **version(),
-        "limit_s": seconds,
-        "steps": [],
-        "goals": all_goals(out),
-    }
-    for step in todo:
-        left = end - time.monotonic()
-        record = {"step": step.name, "state": "skipped", "reason": step.skip, "seconds": 0.0}
-        if step.skip is None and left < 5:
-            record["reason"] = "no time left"
-        elif step.skip is None:
-            record |= perform(step, left * step.share, out)
-        summary["steps"].append(record)
-        summary["goals"] = all_goals(out)
-        summary["files"] = sorted(p.name for p in out.iterdir() if p.is_file())
-        write(summary, out / "summary.json")
-        print(f"{record['step']:<11} {record['state']} {record['reason'] or ''}", flush=True)
-    return summary
+class Check:
+    """A part while it runs."""
 
+    def __init__(self, part: str, pieces: list[Piece], out: Path, seconds: float, rehearse: bool) -> None:
+        self.pieces, self.out, self.end = pieces, out, time.monotonic() + seconds
+        self.path, self.log = out / f"{part}.json", out / f"{part}.txt"
+        found = environment()
+        gpus = found["gpus"] or []
+        self.summary: dict[str, Any] = {
+            "kind": "rehearsal" if rehearse else "gpu-check",
+            "part": part,
+            "device": gpus[0].split(",")[0] if gpus and not rehearse else found["cpu"],
+            **{key: found[key] for key in ("gpus", "driver", "torch", "triton", "cuda", "python", "nvcc")},
+            **results.version(),
+            "limit_s": seconds,
+            "pieces": [_record(piece) for piece in pieces],
+            "goals": [],
+        }
 
-def perform(step: Step, limit: float, out: Path) -> dict:
-    """Run one step; its state, reason, seconds, and the end of its output unless that is in a file."""
-    command = step.command(limit)
-    # From a bare checkout, and what is printed before a step is stopped must be in its log.
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    settings = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **step.environment}
-    try:
-        log = out / step.log if step.log else None
-        outcome = bounded.run(command, limit, environment=settings, directory=ROOT, log=log)
-    except OSError as error:  # the program does not exist after all
-        outcome = bounded.Outcome(127, str(error), 0.0)
-    meaning = step.statuses.get(outcome.status) if outcome.status else None
-    state = "passed" if outcome.failure is None else "stopped" if outcome.status is None else "failed"
-    times = {"seconds": round(outcome.seconds, 1), "limit_s": round(limit, 1)}
-    shown = {"command": [part.replace(PYTHON, "python") for part in command], "output": outcome.output[-TAIL:]}
-    return {"state": state, "reason": meaning or outcome.failure, **times, **shown}
-
-
-def all_goals(out: Path) -> list[dict]:
-    """Every goal for a GPU, from the result files in ``out``; without them, not met."""
-    goals = []
-    for program in ("op", "step"):
+    def run(self) -> dict[str, Any]:
+        """Run the pieces one after the other; what the JSON holds. SIGTERM and Ctrl-C end it, and are written down."""
+        self._write()
         try:
-            newest = max(out.glob(f"{program}-cuda-*.json"), key=lambda p: p.stat().st_mtime)
-            goals += json.loads(newest.read_text())["goals"]
-        except (ValueError, OSError, KeyError):  # none is written yet, or not a whole one
-            goals += judged(program, {"kind": "cuda", "rows": []})
-    return goals
+            with _signals():
+                for i, (piece, record) in enumerate(zip(self.pieces, self.summary["pieces"], strict=True)):
+                    left = self.end - time.monotonic()
+                    if piece.skip:
+                        record |= {"state": "skipped", "reason": piece.skip}
+                    elif left < LEAST_S:
+                        record["reason"] = "no time left"
+                    else:
+                        record |= {"state": "lost", "reason": CUT_OFF}
+                        self._write()
+                        later = sum(p.weight for p in self.pieces[i:] if not p.skip)
+                        record |= self._perform(piece, left * piece.weight / later)
+                    self._write()
+                    print(f"{_line(record)}", flush=True)
+        except Ended as signal_name:
+            lost = next((r for r in self.summary["pieces"] if r["reason"] == CUT_OFF), None)
+            if lost:
+                lost["reason"] = f"{signal_name} ended the run while this piece ran"
+            self.summary["ended_by"] = str(signal_name)
+            self._write()
+        return self.summary
+
+    def _perform(self, piece: Piece, limit: float) -> dict[str, Any]:
+        """Run one piece; its state, reason, seconds and the end of its output."""
+        command = piece.command(limit)
+        # From a bare checkout, and what is printed before the end must be in the log.
+        path = os.pathsep.join(filter(None, (str(results.ROOT), os.environ.get("PYTHONPATH"))))
+        # What could not be built in its own piece is not tried again in every other.
+        build = {} if piece.name.startswith("build-") else {"REBALFER_BUILD": "0"}
+        settings = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **build, **piece.environment}
+        try:
+            log = self._open_log(f"\n=== {piece.name}, at most {limit:.0f} s\n")
+            outcome = bounded.run(command, limit, environment=settings, directory=results.ROOT, log=log)
+        except OSError as error:  # the program cannot be started
+            outcome = bounded.Outcome(127, str(error), 0.0)
+        state = "passed" if outcome.failure is None else "stopped" if outcome.status is None else "failed"
+        last = outcome.output.strip().splitlines()[-1:]
+        return {
+            "state": state,
+            "reason": None if outcome.failure is None else ": ".join([outcome.failure, *last])[:500],
+            "seconds": round(outcome.seconds, 1),
+            "limit_s": round(limit, 1),
+            "command": [part.replace(PYTHON, "python") for part in command],
+            "output": outcome.output[-TAIL:],
+        }
+
+    def _open_log(self, line: str) -> Path | None:
+        """The log with one more line; None if it cannot be written: the piece's output is then only in the JSON."""
+        try:
+            with self.log.open("a") as file:
+                file.write(line)
+        except OSError as error:
+            print(f"the log cannot be written: {error}", flush=True)
+            return None
+        return self.log
+
+    def _write(self) -> None:
+        """Write the JSON; a folder that is full or gone must not end the run, whose output may still be read."""
+        self.summary["goals"] = all_goals(self.out)
+        with contextlib.suppress(OSError):
+            self.summary["files"] = sorted(p.name for p in self.out.iterdir())
+        try:
+            results.write(self.summary, self.path)
+        except OSError as error:
+            print(f"{self.path.name} cannot be written: {error}", flush=True)
 
 
-def table(summary: dict) -> str:
+def _record(piece: Piece) -> dict[str, Any]:
+    return {"piece": piece.name, "state": "not run", "reason": NOT_BEGUN, "seconds": 0.0}
+
+
+def _line(record: dict[str, Any]) -> str:
+    return f"{record['piece']:<18} {record['state']:<8} {record['seconds']:6.1f} s  {record['reason'] or ''}".rstrip()
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """Within, SIGTERM, SIGHUP and SIGINT raise :class:`Ended`."""
+
+    def end(number: int, _: object) -> None:
+        raise Ended(signal.Signals(number).name)
+
+    names = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    before = {name: signal.signal(name, end) for name in names}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+def all_goals(out: Path) -> list[dict[str, Any]]:
+    """A GPU's goals, judged by the result files in ``out`` of the programs that have any."""
+    measured = {"op": results.newest_gpu(out), "step": results.newest_steps(out)}
+    return [goal for program, found in measured.items() if found for goal in judged(program, found[-1])]
+
+
+def table(summary: dict[str, Any]) -> str:
     """What is printed last."""
     lines = [f"{summary['device']}, driver {summary['driver']}, torch {summary['torch']}, commit {summary['commit']}"]
-    for step in summary["steps"]:
-        lines.append(f"{step['step']:<11} {step['state']:<8} {step['seconds']:6.1f} s  {step['reason'] or ''}".rstrip())
-    return "\n".join([*lines, *map(goal_summary, summary["goals"])])
+    return "\n".join([*lines, *map(_line, summary["pieces"]), *map(goal_summary, summary["goals"])])
 
 
-def main(out: Path, device: str, seconds: float, only: list[str] | None = None) -> int:
-    """Run the check, or ``only`` the steps of these names; 2 without a GPU, 1 if a step failed or was stopped."""
-    if device == "cuda" and not environment()["gpus"]:
-        print("error: PyTorch sees no GPU here (--device cpu rehearses the steps that need none)", file=sys.stderr)
-        return 2
+def refusal(part: str, out: Path, rehearse: bool, only: list[str] | None, pieces: list[Piece]) -> str | None:
+    """Why the part cannot be run, before anything is."""
+    if unknown := set(only or ()) - {piece.name for piece in pieces}:
+        names = ", ".join(repr(piece.name) for piece in pieces)
+        return f"--only: got {', '.join(map(repr, sorted(unknown)))}, expected some of {names}"
+    if not results.version()["commit"]:
+        return "the commit is not known: this is no git checkout, so set REBALFER_COMMIT to what it is a copy of"
+    count, own = WRITES[part]
+    others = [path.name for path in out.glob("*") if not path.name.startswith(own)]
+    if len(others) + count > FILES:
+        names = ", ".join(sorted(others))
+        return f"--out: got a folder with {len(others)} other files ({names}), expected at most {FILES - count}"
+    if not rehearse and not environment()["gpus"]:
+        return "PyTorch sees no GPU here (--rehearse tries the check out without one)"
+    return None
+
+
+def main(part: str, out: Path, seconds: float, rehearse: bool = False, only: list[str] | None = None) -> int:
+    """Run a part, or ``only`` its pieces of these names; 2 if it was refused, 1 if a piece failed or was not run."""
     out = out.resolve()
-    todo = steps(out, device)
-    if unknown := set(only or ()) - {step.name for step in todo}:
-        names = ", ".join(repr(step.name) for step in todo)
-        print(f"error: --only: got {', '.join(map(repr, sorted(unknown)))}, expected some of {names}", file=sys.stderr)
+    pieces = PARTS[part](out, rehearse)
+    if why := refusal(part, out, rehearse, only, pieces):
+        print(f"error: {why}", file=sys.stderr)
         return 2
-    summary = run(out, device, seconds, [step for step in todo if not only or step.name in only])
+    out.mkdir(parents=True, exist_ok=True)
+    summary = Check(part, choose(pieces, only), out, seconds, rehearse).run()
     print(table(summary))
-    return int(any(step["state"] in ("failed", "stopped") for step in summary["steps"]))
+    return int(any(piece["state"] not in ("passed", "skipped") for piece in summary["pieces"]))

@@ -87,4 +87,4 @@ def test_bytes_of_the_formulations_are_those_of_the_design():
 def test_each_fused_backend_of_a_device_is_a_contender():
     assert baselines.fused_backends("cuda")[0] == "cuda" and "reference" not in baselines.fused_backends("cpu")
     available = [name for name in baselines.fused_backends("cpu") if rk.backends()[name] == "available"]
-    assert list(baselines.on_each_backend("cpu")) == available
+    assert list(baselines.on_each_backend(baselines.fused_backends("cpu"))) == available

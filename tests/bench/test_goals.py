@@ -1,9 +1,9 @@
 """Goals are judged by the worst of their own cases, and one with a missing figure is not met."""
 
 import pytest
-from support.benchmark import GPU_ROWS, LARGE, rows
+from support.benchmark import GPU_ROWS, LARGE, PAPER, rows
 
-from bench.goals import judged
+from bench.goals import judged, summary
 
 
 def _cpu(rows, memory="fresh", **ratios):
@@ -38,16 +38,22 @@ def test_a_gpus_goals_are_judged_on_their_own_cases():
     def gpu(rows):
         return judged("op", {"kind": "cuda", "rows": rows})
 
-    assert _figures(gpu(GPU_ROWS)) == {
-        "time against the identity op, large": (1.1111, False),
-        "share of the copy bandwidth, large": (0.91, True),
+    assert _figures(gpu([*GPU_ROWS, *rows(PAPER, "paper's batch", launches=1, cuda=10.0)])) == {
+        "time against the identity op, large and wide": (1.1111, False),
+        "share of the copy bandwidth, large and wide": (0.91, True),
         "speed-up over plain eager, compiled": (round(320 / 110, 4), False),
         "speed-up over best eager, compiled, large": (1.6, True),
         "speed-up over best eager, compiled, the paper's batch": (2.9, False),
         "speed-up over the released formulation": (20.0, False),
         "the paper's batch in a CUDA graph": (10.0, True),
-        "nodes of the paper's batch in a CUDA graph": (2, True),
+        "nodes of the paper's batch in a CUDA graph, CUDA kernels": (1, True),  # of ours, by Triton, 2
     }
+    narrow = rows("N512-C512-nchw-bfloat16", "large", share=0.5, ours=10.0, identity=5.0, best=15.9)
+    judged_of_all = _figures(gpu([*GPU_ROWS, *narrow]))
+    assert judged_of_all["share of the copy bandwidth, large and wide"] == (0.91, True)
+    assert judged_of_all["speed-up over best eager, compiled, large"] == (1.59, True)
+    without = gpu([*GPU_ROWS, *rows("N512-C512-nchw-bfloat16", "large", ours=10.0)])
+    assert "NOT speed-up over best eager, compiled, large: measured in 1 of 2 cases" in "\n".join(map(summary, without))
     refused = [r for r in GPU_ROWS if (r["case"], r["contender"]) != (LARGE, "identity")]
     assert gpu(refused)[0]["figure"] is None and not gpu(refused)[0]["met"]
     ungraphed = [{**r, "both": None} for r in GPU_ROWS]

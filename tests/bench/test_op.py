@@ -12,22 +12,25 @@ import rebalfer_kernels as rk
 from bench import baselines, measure, op, results
 from bench.cases import CASES, Case, problem
 from bench.clocks import WallClock
+from rebalfer_kernels.backend import Verdict
 
 TINY = Case(2, 8, "channels_last", torch.float32)
 GPU_CASES = [c for c in CASES if c.device == "cuda"]
 
 
 def test_the_gpus_cases_are_those_of_the_design():
-    groups = {group: [c for c in GPU_CASES if c.group == group] for group in ("paper's batch", "large")}
+    groups = {group: [c for c in GPU_CASES if c.group == group] for group in ("paper's batch", "large and wide")}
     for dtype, (n, layout) in itertools.product(
         (torch.bfloat16, torch.float32), itertools.product((32, 64), ("nchw", "channels_last"))
     ):
         assert Case(n, 512, layout, dtype, "cuda") in groups["paper's batch"]
-        assert Case(512, 2048, layout, dtype, "cuda") in groups["large"]
+        assert Case(512, 2048, layout, dtype, "cuda") in groups["large and wide"]
         assert Case(64, 2048, layout, dtype, "cuda") in GPU_CASES
     assert len(groups["paper's batch"]) == 8
     assert all(c.dtype == torch.bfloat16 for c in GPU_CASES[: len(GPU_CASES) // 2])  # the goals' dtype comes first
-    assert GPU_CASES[0].group == "paper's batch" and GPU_CASES[1].group == "large"
+    assert GPU_CASES[0].group == "paper's batch" and GPU_CASES[1].group == "large and wide"
+    growing = {c.N for c in GPU_CASES if (c.C, c.dtype, c.layout) == (512, torch.bfloat16, "channels_last")}
+    assert growing == {32, 64, 256, 512, 1024, 4096}
 
 
 def test_the_dtypes_take_turns_at_each_size_that_has_both(monkeypatch):
@@ -84,7 +87,8 @@ def test_a_run_has_rows_of_proven_contenders_only(tmp_path, monkeypatch):
     assert ours["both"] == pytest.approx([(2 + 80) / 20] * 3) == ours["forward"]
     assert ours["eager"]["both"] == [3.0] * 3
     assert (ours["launches"], ours["peak_extra_bytes"], ours["ratio_to_identity"]) == (2, 1234, 1.0)
-    assert ours["kernels"] == ["forward kernel", "backward kernel"] and "kernels" not in result["rows"][1]
+    kernels = [{"name": "forward kernel", "us": 3.0}, {"name": "backward kernel", "us": 5.0}]
+    assert ours["kernels"] == kernels and "kernels" not in result["rows"][1]
     assert ours["gb_per_s"] == pytest.approx(TINY.floor_bytes / 4.1 / 1e6)
     assert ours["share_of_copy"] == pytest.approx(ours["gb_per_s"] / 50)
     assert result["served_by"][TINY.name] == rk.explain(problem(TINY).features, problem(TINY).weight).backend
@@ -101,14 +105,85 @@ def test_a_case_that_fails_is_recorded_and_the_next_one_measured(tmp_path, monke
     assert json.loads(path.read_text())["errors"] == result["errors"]
 
 
-def test_after_an_error_of_the_device_nothing_is_measured(tmp_path, monkeypatch):
-    def broken(case):
-        raise torch.AcceleratorError("an illegal memory access was encountered")
+def _unusable(*_):
+    raise torch.AcceleratorError("an illegal memory access was encountered")
 
-    monkeypatch.setattr(op, "problem", broken)
+
+@pytest.mark.parametrize("where", ["in a case", "unnoticed until the device is waited for"])
+def test_after_an_error_of_the_device_nothing_is_measured(tmp_path, monkeypatch, where):
+    if where == "in a case":
+        monkeypatch.setattr(op, "problem", _unusable)
+    else:
+        monkeypatch.setattr(FakeClock, "wait", _unusable)
+        monkeypatch.setattr(op, "_add", lambda *a: {})
     result, path = _run(tmp_path, [TINY._replace(C=9), TINY])
     assert [error["case"] for error in result["errors"]] == ["N2-C9-channels_last-float32"]
     assert result["left_out"] == json.loads(path.read_text())["left_out"] == [TINY.name] and result["rows"] == []
+
+
+def test_a_process_that_resumes_adds_to_what_the_one_before_it_left(tmp_path, monkeypatch):
+    said = []
+
+    def run(*cases, **more):
+        options = {"kind": "rehearsal", "clock": FakeClock(), "say": lambda *words: said.append(words), **more}
+        return op.run(cases, 0.0, 1000.0, tmp_path, chosen=["ours", "identity"], **options)
+
+    other = TINY._replace(C=9)
+    first, path = run(TINY, other, contenders=lambda kind: op.contenders(kind, ["ours", "identity"]))
+    monkeypatch.setattr(op, "copy_gb_per_s", _unusable)
+    second, again = run(TINY._replace(C=10), contenders=lambda kind: 1 / 0, resume=True)
+    assert path == again and path.name.endswith("-ours.json")
+    assert second["rows"] == json.loads(json.dumps(first["rows"])) and len(first["rows"]) == 4
+    assert second["copy_gb_per_s"] == first["copy_gb_per_s"] and [e["case"] for e in second["errors"]] == [
+        "N2-C10-channels_last-float32"
+    ]
+    failure = "ZeroDivisionError: division by zero"
+    assert said == [
+        *((case.name, *words) for case in (TINY, other) for words in (("begun", ""), ("passed", ""))),
+        ("N2-C10-channels_last-float32", "begun", ""), ("N2-C10-channels_last-float32", "failed", failure),
+    ]  # fmt: skip
+
+
+def test_only_the_chosen_contenders_are_made(monkeypatch):
+    monkeypatch.setattr(baselines, "contenders", lambda: baselines.FORMULATIONS)
+    asked = []
+    cuda = baselines.BACKENDS["cuda"]
+    monkeypatch.setattr(cuda, "available", lambda: asked.append("cuda") or Verdict(True, ""))
+    monkeypatch.setattr(baselines.BACKENDS["triton"], "available", lambda: asked.append("triton") or Verdict(False, ""))
+    assert list(op.contenders("cuda", ["cuda", "identity"])) == ["cuda", "identity"] and asked == ["cuda"]
+    with pytest.raises(ValueError, match="got triton, expected some of ours"):
+        op.contenders("cuda", ["triton"])
+    assert list(op.contenders("cuda")) == [*baselines.FORMULATIONS, "cuda"]
+
+
+def test_a_gpus_contenders_measured_apart_become_one_result(tmp_path):
+    def save(name, date, chosen, rows, **more):
+        rows = [{"case": case, "contender": contender, "both": [ms] * 3} for case, contender, ms in rows]
+        result = {"kind": "cuda", "device": "H", "commit": "new", "date": date, "chosen": chosen, "rows": rows}
+        lists = {"served_by": {}, "rejected": [], "errors": [], "left_out": []}
+        (tmp_path / f"op-{name}.json").write_text(json.dumps({**result, **lists, **more}))
+
+    save("old", "1", ["triton", "identity"], [("a", "triton", 9)], commit="old", left_out=["b"])
+    save("cuda", "2", ["cuda", "identity"], [("a", "cuda", 1), ("a", "identity", 2), ("b", "cuda", 3)],
+         served_by={"a": "cuda", "b": "triton"}, errors=[1])  # fmt: skip
+    save("eager", "3", ["best eager", "identity"], [("a", "best eager", 5), ("a", "identity", 6)], errors=[2])
+    (merged,) = results.newest_gpu(tmp_path)
+    rows = {(row["case"], row["contender"]): row["both"][0] for row in merged["rows"]}
+    assert len(rows) == len(merged["rows"]) and rows == {
+        ("a", "ours"): 1, ("a", "cuda"): 1, ("a", "identity"): 2, ("b", "cuda"): 3, ("a", "best eager"): 5
+    }  # fmt: skip
+    assert (merged["errors"], merged["left_out"], merged["date"]) == ([1, 2], [], "3")
+    save("whole", "4", None, [("a", "ours", 7)])
+    assert results.newest_gpu(tmp_path)[0]["rows"] == [{"case": "a", "contender": "ours", "both": [7] * 3}]
+
+
+def test_the_first_case_does_not_decide_how_long_the_others_take(tmp_path, monkeypatch):
+    now = iter([0.0, 0.0, 90.0, 91.0, 95.0, 96.0, *[200.0] * 99])  # the first compiles for 90 s, the second takes 4
+    monkeypatch.setattr(op.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(op, "_add", lambda *a: {})
+    cases = [TINY._replace(C=c) for c in (9, 10, 11)]
+    result, _ = op.run(cases, 0.0, 130.0, tmp_path, clock=FakeClock(), contenders=lambda kind: {}, kind="rehearsal")
+    assert result["left_out"] == []
 
 
 def test_cases_there_is_no_time_for_are_left_out_and_named(tmp_path):

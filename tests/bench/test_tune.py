@@ -27,6 +27,12 @@ def test_the_best_tiles_of_each_pass_are_proposed_and_the_table_takes_them():
     assert triton_tiles.policy(PROBLEM) == before
 
 
+def test_what_is_best_when_the_time_is_up_is_proposed(capsys):
+    row, times = tune.search(PROBLEM, lambda kind, row: 2.0, end=0.0)
+    assert row == next(tune.rows(PROBLEM))[1] and times == {"forward": [2.0, 2.0], "backward": [2.0, 2.0]}
+    assert capsys.readouterr().out.count("2.0000 ms: Row(") == 2
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the present GPU would be searched")
 def test_without_a_gpu_it_says_so(capsys):
     assert main(["tune"]) == 2

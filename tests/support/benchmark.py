@@ -2,7 +2,7 @@
 
 import itertools
 
-from bench.clocks import WallClock
+from bench.clocks import Launch, WallClock
 
 
 class FakeClock(WallClock):
@@ -31,7 +31,7 @@ class FakeClock(WallClock):
 
     def launches(self, run):
         run()
-        return ["forward kernel", "backward kernel"]
+        return [Launch("forward kernel", 3.0), Launch("backward kernel", 5.0)]
 
     def peak_bytes(self, run):
         run()
@@ -56,7 +56,7 @@ def rows(case, group="", share=0.95, launches=2, **us):
 
 GPU_ROWS = [
     *rows(PAPER, "paper's batch", share=0.3, ours=10.0, identity=12.0, plain=40.0, best=29.0, released=260.0),
-    *rows(LARGE, "large", share=0.91, ours=110.0, identity=99.0, plain=320.0, best=176.0, released=4000.0),
+    *rows(LARGE, "large and wide", share=0.91, ours=110.0, identity=99.0, plain=320.0, best=176.0, released=4000.0),
     *rows(OTHER, "", share=0.1, launches=9, ours=20.0, identity=1.0, plain=60.0, best=1.0, released=400.0),
     *rows(PAPER.replace("bfloat16", "float32"), "paper's batch", launches=7, ours=1.0, identity=1.0),
 ]
