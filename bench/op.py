@@ -57,7 +57,9 @@ def contenders(kind: str, chosen: Sequence[str] | None = None) -> dict[str, Form
     if chosen is None:
         return known
     if unknown := [name for name in chosen if name not in known]:
-        raise ValueError(f"contenders: got {', '.join(unknown)}, expected some of {', '.join(known)}")
+        why = [f"{name} is not available: {BACKENDS[name].available().reason}" for name in unknown if name in BACKENDS]
+        got = "; ".join(why) or ", ".join(unknown)
+        raise ValueError(f"contenders: got {got}, expected some of {', '.join(known)}")
     return {name: known[name] for name in chosen}
 
 
@@ -81,7 +83,8 @@ def run(
     end in time, by the longest so far, is left out and named. ``kind`` is "cpu", "cuda" or "rehearsal", a GPU's
     program on a CPU; ``memory`` says how malloc was set when the process began and is only written down, as are the
     contenders that were ``chosen``. ``resume`` adds to the file of an earlier process of the same run. ``say`` hears
-    of each case that it has "begun", then that it has "passed" or "failed", and why.
+    of each case that it has "begun", then that it has "passed" or "failed", and why; or that it is "not run" for want
+    of time.
     """
     end, longest = time.monotonic() + limit, 0.0
     last = end if kind == "cpu" else end - KERNELS_SHARE * limit  # to begin a case
@@ -93,6 +96,7 @@ def run(
         start = time.monotonic()
         if start + longest > last:
             result["left_out"].append(case.name)
+            say(case.name, "not run", "no time left")
             continue
         print(f"{case.name}: proving and compiling", flush=True)
         say(case.name, "begun", "")
@@ -100,6 +104,7 @@ def run(
         try:
             proven[case] = _add(result, case, contenders(kind), seconds, clock)
             clock.wait()  # what a refused contender did to the device shows here, if not before
+            failure = _shortcomings(result, case)
         except Exception as error:
             failure = results.reason(error)
             result["errors"].append({"case": case.name, "error": failure})
@@ -179,6 +184,15 @@ def _add(
     _compare(rows, case, result["copy_gb_per_s"])
     result["rows"] += rows
     return passed
+
+
+def _shortcomings(result: dict[str, Any], case: Case) -> str:
+    """Which contenders of a case were refused, or not timed in full, and why."""
+    refused = [r for r in result["rejected"] if r["case"] == case.name]
+    why = ["{contender} was refused: ".format(**r) + (r["reason"] or f"relative error {r['error']}") for r in refused]
+    for row in (row for row in result["rows"] if row["case"] == case.name):
+        why += [f"{row['contender']}, {figure}: {reason}" for figure, reason in row.get("errors", {}).items()]
+    return "; ".join(why)
 
 
 def _compare(rows: list[Row], case: Case, copy: float | None) -> None:

@@ -119,7 +119,8 @@ def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
     ours = [{**rows[key], "contender": "ours"} for key in served.items() if key in rows]
     lists = {key: [x for r in latest for x in r[key]] for key in ("rejected", "errors", "left_out")}
     lists["left_out"] = list(dict.fromkeys(lists["left_out"]))
-    return {**newest, **lists, "chosen": None, "served_by": served, "rows": [*ours, *rows.values()]}
+    clocks = {case: mhz for r in latest for case, mhz in r.get("sm_mhz", {}).items()}
+    return {**newest, **lists, "sm_mhz": clocks, "chosen": None, "served_by": served, "rows": [*ours, *rows.values()]}
 
 
 def newest_steps(directory: Path = RESULTS) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ Not yet run on a GPU.
 from __future__ import annotations
 
 import contextlib
+import os
 import statistics
 import subprocess
 import tempfile
@@ -21,29 +22,24 @@ Figures = dict[str, float] | None
 
 def command() -> list[str]:
     """Prints a line every so often: the present and the highest clock, MHz."""
-    gpu = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+    uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid).removeprefix("GPU-")
     query = ["--query-gpu=clocks.sm,clocks.max.sm", "--format=csv,noheader,nounits"]
-    return ["nvidia-smi", "-i", gpu, *query, "-lms", str(PERIOD_MS)]
+    return ["nvidia-smi", "-i", f"GPU-{uuid}", *query, "-lms", str(PERIOD_MS)]
 
 
 @contextlib.contextmanager
 def sampled(command: Callable[[], list[str]] = command) -> Iterator[Callable[[], Figures]]:
-    """What was seen within, :func:`figures`; to be asked for when it is over."""
-    with tempfile.TemporaryFile("w+") as lines:
+    """Gives what tells, within, what was seen until now: :func:`figures`."""
+    with tempfile.TemporaryFile() as lines:
         process = None
         with contextlib.suppress(OSError, RuntimeError, AttributeError):  # no nvidia-smi, or a torch without uuid
             process = subprocess.Popen(command(), stdin=subprocess.DEVNULL, stdout=lines, stderr=subprocess.DEVNULL)
         try:
-            yield lambda: figures(_text(lines))
+            yield lambda: figures(os.pread(lines.fileno(), 2**20, 0).decode())  # leaves the writer's place alone
         finally:
             if process:
                 process.kill()
                 process.wait()
-
-
-def _text(file) -> str:
-    file.seek(0)
-    return file.read()
 
 
 def figures(text: str) -> Figures:

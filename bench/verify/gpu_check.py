@@ -63,7 +63,8 @@ class Check:
         try:
             with _signals():
                 for i, (piece, record) in enumerate(zip(self.pieces, self.summary["pieces"], strict=True)):
-                    left = self.end - time.monotonic()
+                    begun = time.monotonic()
+                    left = self.end - begun
                     if piece.skip:
                         record |= {"state": "skipped", "reason": piece.skip}
                     elif left < LEAST_S:
@@ -79,6 +80,7 @@ class Check:
             lost = next((r for r in self.summary["pieces"] if r["reason"] == CUT_OFF), None)
             if lost:
                 lost["reason"] = f"{signal_name} ended the run while this piece ran"
+                lost["seconds"] = round(time.monotonic() - begun, 1)
             self.summary["ended_by"] = str(signal_name)
             self._write()
         return self.summary

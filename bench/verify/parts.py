@@ -17,6 +17,7 @@ from ..goals import BEST, PLAIN
 from . import counters
 
 PYTHON = sys.executable
+BENCH = [PYTHON, "-m", "bench"]
 
 
 class Piece(NamedTuple):
@@ -34,7 +35,7 @@ def right(out: Path, rehearse: bool) -> list[Piece]:
     doctor = [PYTHON, "-m", "rebalfer_kernels", "doctor", "--json", str(out / "doctor.json")]
     return [
         _first_build(rehearse),
-        *(_piece("every-op", name, 60, [*_module("verify.every_op"), name]) for name in backends),
+        *(_piece("every-op", name, 60, [*_module("every_op"), name]) for name in backends),
         *(_tests(name, rehearse) for name in backends),
         *([] if rehearse else [_build("cpu", 90)]),
         _piece("doctor", "", 60, doctor),
@@ -43,7 +44,7 @@ def right(out: Path, rehearse: bool) -> list[Piece]:
 
 def fast(out: Path, rehearse: bool) -> list[Piece]:
     """How fast are they: the benchmark of the loss with the duration of each kernel, then a search for better tiles."""
-    measure = [*_module("verify.every_case"), "--out", str(out), *(["--rehearse"] if rehearse else [])]
+    measure = [*_module("every_case"), "--out", str(out), *(["--rehearse"] if rehearse else [])]
     eager = [name for name in FORMULATIONS if name not in ("ours", "identity")]
     if not rehearse:
         eager = [PLAIN, BEST, *eager]
@@ -54,14 +55,14 @@ def fast(out: Path, rehearse: bool) -> list[Piece]:
             for name in _backends(rehearse)
         ),
         _piece("op", "eager", 120, [*measure, *eager, "identity"]),
-        _on_gpu(_piece("tune", "triton", 60, [*_module("__main__"), "tune", "--cases", "bfloat16"]), rehearse),
+        _on_gpu(_piece("tune", "triton", 60, [*BENCH, "tune", "--cases", "bfloat16"]), rehearse),
     ]
 
 
 def deep(out: Path, rehearse: bool) -> list[Piece]:
     """What happens inside: sanitizers, a whole training step, the profiler's counters."""
     first, *others = _backends(rehearse)
-    step = [*_module("__main__"), "step", "--out", str(out), *(["--rehearse"] if rehearse else [])]
+    step = [*BENCH, "step", "--out", str(out), *(["--rehearse"] if rehearse else [])]
     return [
         _first_build(rehearse),
         _sanitizer("memcheck", first, rehearse),
@@ -104,7 +105,7 @@ def _backends(rehearse: bool) -> list[str]:
 
 
 def _module(name: str) -> list[str]:
-    return [PYTHON, "-m", f"bench.{name}"]
+    return [PYTHON, "-m", f"bench.verify.{name}"]
 
 
 def _first_build(rehearse: bool) -> Piece:
@@ -133,7 +134,7 @@ def _tests(backend: str, rehearse: bool) -> Piece:
     """Few random examples where each compiles kernels of its own."""
     where = ["tests/gpu", "--marker", "not gpu"] if rehearse else []
     profile = "few" if backend == "triton" else "short"
-    piece = _piece("tests", backend, 120, [*_module("verify.gpu_tests"), backend, *where])
+    piece = _piece("tests", backend, 120, [*_module("gpu_tests"), backend, *where])
     return piece._replace(
         environment={"HYPOTHESIS_PROFILE": profile},
         skip=None if importlib.util.find_spec("pytest") else "pytest is not installed",
@@ -145,7 +146,7 @@ def _sanitizer(tool: str, backend: str, rehearse: bool) -> Piece:
     command = [str(program), "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
     if tool == "memcheck":  # PyTorch asks the driver for things it may refuse
         command += ["--report-api-errors", "no"]
-    piece = _piece(tool, backend, 40, [*command, *_module("verify.every_op"), "--small", backend])
+    piece = _piece(tool, backend, 40, [*command, *_module("every_op"), "--small", backend])
     # Every tensor an allocation of its own, or an access beyond one falls into another.
     piece = piece._replace(environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     return _on_gpu(piece, rehearse, program)
@@ -153,7 +154,7 @@ def _sanitizer(tool: str, backend: str, rehearse: bool) -> Piece:
 
 def _counters(backend: str, rehearse: bool) -> Piece:
     program = _installed("ncu")
-    command = [*counters.profiled(str(program)), *_module("verify.counters"), backend]
+    command = [*counters.profiled(str(program)), *_module("counters"), backend]
     return _on_gpu(_piece("counters", backend, 50, command), rehearse, program)
 
 

@@ -56,7 +56,8 @@ class Worker:
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold it back
+                    process.wait(10)
                 printed.seek(0)
                 last = printed.read()[-TAIL:].decode(errors="replace").strip()
                 self.ended += f"\n{last}" if last else ""

@@ -12,6 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+#: The longest that the end of a killed process is waited for.
+KILLED_S = 10.0
+
 
 class Outcome(NamedTuple):
     status: int | None  #: exit status, negative for a signal; None if stopped at the limit
@@ -72,7 +75,8 @@ def run(
                 status = None
             finally:  # also after Ctrl-C
                 _kill_session(process.pid)
-                process.wait()
+                with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold a killed process back
+                    process.wait(KILLED_S)
         return Outcome(status, path.read_bytes()[begin:].decode(errors="replace"), time.monotonic() - start)
 
 

@@ -3,12 +3,13 @@
 import contextlib
 import functools
 import itertools
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import baselines, measure
+from bench import baselines, measure, sm_clock
 from bench.cases import Case, problem
 from bench.clocks import CudaClock, WallClock
 
@@ -67,3 +68,19 @@ def test_the_cuda_clock_calls_what_torch_documents(monkeypatch):
     assert did == [*warm_up, "into graph", "run", "run", "out"]
     replay()
     assert did[-1] == "replay"
+
+
+def test_the_multiprocessors_clock_is_sampled_while_something_is_timed():
+    printing = ["sh", "-c", "while :; do echo '1500, 1980'; echo '1400, 1980'; sleep 0.02; done"]
+    with sm_clock.sampled(lambda: printing) as seen:
+        deadline = time.monotonic() + 10
+        while seen() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert seen() == {"low": 1400, "median": pytest.approx(1450, abs=50), "high": 1500, "limit": 1980}
+
+
+@pytest.mark.parametrize("command", [["/nonexistent"], ["sh", "-c", "echo no devices were found; exit 9"]])
+def test_without_a_clock_to_read_the_times_are_still_taken(command):
+    with sm_clock.sampled(lambda: command) as seen:
+        time.sleep(0.05)
+        assert seen() is None

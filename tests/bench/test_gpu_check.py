@@ -1,5 +1,6 @@
 """The bounded check of a GPU, tried without one, with every fault that must not cost what was found beside it."""
 
+import argparse
 import json
 import os
 import signal
@@ -15,7 +16,8 @@ from support.benchmark import GPU_ROWS
 import rebalfer_kernels as rk
 from bench import results
 from bench.__main__ import main
-from bench.verify import every_op, gpu_check, parts, workers
+from bench.cases import CASES
+from bench.verify import counters, every_case, every_op, gpu_check, parts, workers
 from bench.verify.parts import Piece
 from rebalfer_kernels import ops
 from rebalfer_kernels.doctor.cases import ODD, OPERATIONS, SMALL
@@ -268,6 +270,39 @@ def test_the_commands_of_the_pieces(monkeypatch):
     assert "ours" not in commands["op-eager"] and "best eager, compiled" in commands["op-eager"]
     assert pieces["tests-triton"].environment["HYPOTHESIS_PROFILE"] == "few"
     assert "--clock-control none" in commands["counters-cuda"]
+
+
+def test_a_process_after_the_first_adds_to_the_cases(monkeypatch):
+    """What is measured is what `python -m bench op --device cuda` measures, in the same order."""
+    started = {}
+
+    def run(command, items, processes, patience, end):
+        started.update(items=items, processes=processes, patience=patience)
+        started["commands"] = [command(items), command(items[3:])]
+        return iter([])
+
+    monkeypatch.setattr(every_case.workers, "run", run)
+    given = {"contenders": ["triton", "identity"], "out": "/out", "seconds": 100.0, "patience": 9.0, "rehearse": False}
+    assert every_case.main(argparse.Namespace(**given)) == 1  # nothing was measured
+    assert started["items"] == [case.name for case in CASES if case.device == "cuda"]
+    assert (started["processes"], started["patience"]) == (1, 9.0)
+    first, second = started["commands"]
+    assert "--resume" not in first and "--resume" in second and second[-1] == first[-1] and second[-3] in first
+    assert first[3:7] == ["triton", "identity", "--out", "/out"] and first[first.index("--seconds") + 1] == "95"
+
+
+def test_the_profiler_sees_each_case_once_and_not_its_first_call(monkeypatch):
+    did = []
+    monkeypatch.setattr(counters, "problem", lambda case: case.name)
+    monkeypatch.setattr(counters, "once", lambda formulation, name: did.append(name))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda.profiler, "start", lambda: did.append("start"))
+    monkeypatch.setattr(torch.cuda.profiler, "stop", lambda: did.append("stop"))
+    counters.main("cuda", 60.0)
+    names = [f"N{n}-{layout}-bfloat16" for n in ("32-C512", "512-C2048") for layout in ("nchw", "channels_last")]
+    assert did == [word for name in names for word in (name, "start", name, "stop")]
+    counters.main("cuda", -1.0)
+    assert len(did) == 16
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present")

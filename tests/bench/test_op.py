@@ -11,7 +11,7 @@ from support.benchmark import FakeClock
 import rebalfer_kernels as rk
 from bench import baselines, measure, op, results
 from bench.cases import CASES, Case, problem
-from bench.clocks import WallClock
+from bench.clocks import Launch, WallClock
 from rebalfer_kernels.backend import Verdict
 
 TINY = Case(2, 8, "channels_last", torch.float32)
@@ -65,17 +65,22 @@ def _half_the_loss(x):
     return 0.5 * baselines.plain_eager(x)
 
 
-def _run(tmp_path, cases, limit=1000.0):
+def _run(tmp_path, cases, limit=1000.0, clock=None, **more):
     def contenders(kind):
         assert kind == "rehearsal"
         return {**baselines.FORMULATIONS, "wrong": _half_the_loss}
 
-    return op.run(cases, 0.0, limit, tmp_path, clock=FakeClock(), contenders=contenders, kind="rehearsal")
+    clock = clock or FakeClock()
+    return op.run(cases, 0.0, limit, tmp_path, clock=clock, contenders=contenders, kind="rehearsal", **more)
 
 
 def test_a_run_has_rows_of_proven_contenders_only(tmp_path, monkeypatch):
     monkeypatch.setattr(op, "copy_gb_per_s", lambda device: 50.0)
-    result, path = _run(tmp_path, [TINY, TINY._replace(C=9, layout="nchw")])
+    said = []
+    cases = [TINY, TINY._replace(C=9, layout="nchw")]
+    result, path = _run(tmp_path, cases, say=lambda *words: said.append(words))
+    assert [words[:2] for words in said[1::2]] == [(case.name, "failed") for case in cases]
+    assert said[1][2].startswith("wrong was refused: relative error 0.")
     assert json.loads(path.read_text()) == json.loads(json.dumps(result))
     assert list(tmp_path.iterdir()) == [path] and path.name.startswith("op-rehearsal-")
     refused = {(r["contender"], r["reason"]) for r in result["rejected"]}
@@ -94,6 +99,23 @@ def test_a_run_has_rows_of_proven_contenders_only(tmp_path, monkeypatch):
     assert result["served_by"][TINY.name] == rk.explain(problem(TINY).features, problem(TINY).weight).backend
     for field in ("device", "driver", "torch", "triton", "cuda", "commit", "date", "goals"):
         assert field in result
+
+
+def test_the_durations_of_kernels_are_medians_and_only_of_calls_that_are_alike(tmp_path):
+    class Profiled(FakeClock):
+        calls = 0
+
+        def launches(self, run):
+            self.calls += 1
+            us = 1000.0 if self.calls % op.PROFILED == 1 else 10.0 + self.calls  # the first call of each run is cold
+            return [Launch("k" * 200, us), *([Launch("more", 1.0)] if self.calls == 2 * op.PROFILED else [])]
+
+    first, second = (
+        r for r in _run(tmp_path, [TINY, TINY._replace(C=9)], clock=Profiled())[0]["rows"] if "kernels" in r
+    )
+    assert first["kernels"] == [{"name": "k" * 100, "us": 14.0}] and first["launches"] == 1
+    assert second["kernels"] is None and second["launches"] is None
+    assert second["errors"]["kernels"].endswith("differ in their number of launches: [1, 1, 1, 1, 2]")
 
 
 def test_a_case_that_fails_is_recorded_and_the_next_one_measured(tmp_path, monkeypatch):
@@ -149,9 +171,11 @@ def test_only_the_chosen_contenders_are_made(monkeypatch):
     asked = []
     cuda = baselines.BACKENDS["cuda"]
     monkeypatch.setattr(cuda, "available", lambda: asked.append("cuda") or Verdict(True, ""))
-    monkeypatch.setattr(baselines.BACKENDS["triton"], "available", lambda: asked.append("triton") or Verdict(False, ""))
+    monkeypatch.setattr(
+        baselines.BACKENDS["triton"], "available", lambda: asked.append("triton") or Verdict(False, "no")
+    )
     assert list(op.contenders("cuda", ["cuda", "identity"])) == ["cuda", "identity"] and asked == ["cuda"]
-    with pytest.raises(ValueError, match="got triton, expected some of ours"):
+    with pytest.raises(ValueError, match="got triton is not available: no, expected some of ours"):
         op.contenders("cuda", ["triton"])
     assert list(op.contenders("cuda")) == [*baselines.FORMULATIONS, "cuda"]
 
@@ -187,7 +211,9 @@ def test_the_first_case_does_not_decide_how_long_the_others_take(tmp_path, monke
 
 
 def test_cases_there_is_no_time_for_are_left_out_and_named(tmp_path):
-    result, path = _run(tmp_path, [TINY, TINY._replace(C=9)], limit=-1.0)
+    said = []
+    result, path = _run(tmp_path, [TINY, TINY._replace(C=9)], limit=-1.0, say=lambda *words: said.append(words))
+    assert said == [(name, "not run", "no time left") for name in result["left_out"]]
     assert result["left_out"] == json.loads(path.read_text())["left_out"] == [TINY.name, "N2-C9-channels_last-float32"]
     assert result["rows"] == []
 
