@@ -43,7 +43,7 @@ Say = Callable[[str, str, str], None]
 def contenders(kind: str, chosen: Sequence[str] | None = None) -> dict[str, Formulation]:
     """Every formulation, both eager ones compiled too, and on a GPU ours on each backend available there.
 
-    Or those that are ``chosen``: no other backend is then touched.
+    Or those that are ``chosen``: nothing of the others is then run.
 
     Raises:
         ValueError: one of those is not known, or is a backend that is not available.
@@ -165,9 +165,8 @@ def _add(
     result: dict[str, Any], case: Case, contenders: dict[str, Formulation], seconds: float, clock: Clock
 ) -> dict[str, Formulation]:
     """Measure one case into the result; the contenders that passed."""
-    if not result["chosen"] or any(name in BACKENDS for name in contenders):  # or no backend is to be touched
-        one = problem(case._replace(N=1))  # the batch size never changes the choice
-        result["served_by"][case.name] = rk.explain(one.features, one.weight, one.targets).backend
+    one = problem(case._replace(N=1))  # the batch size never changes the choice
+    result["served_by"][case.name] = rk.explain(one.features, one.weight, one.targets).backend
     clock.release()
     data = problem(case)
     errors, refused = baselines.prove(data, contenders)
@@ -188,8 +187,10 @@ def _add(
 
 def _shortcomings(result: dict[str, Any], case: Case) -> str:
     """Which contenders of a case were refused, or not timed in full, and why."""
-    refused = [r for r in result["rejected"] if r["case"] == case.name]
-    why = ["{contender} was refused: ".format(**r) + (r["reason"] or f"relative error {r['error']}") for r in refused]
+    why = []
+    for refused in (r for r in result["rejected"] if r["case"] == case.name):
+        reason = refused["reason"] or f"relative error {refused['error']}"
+        why.append(f"{refused['contender']} was refused: {reason}")
     for row in (row for row in result["rows"] if row["case"] == case.name):
         why += [f"{row['contender']}, {figure}: {reason}" for figure, reason in row.get("errors", {}).items()]
     return "; ".join(why)

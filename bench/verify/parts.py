@@ -18,6 +18,8 @@ from . import counters
 
 PYTHON = sys.executable
 BENCH = [PYTHON, "-m", "bench"]
+#: The case whose Triton tiles are searched: Triton comes first there, and all is large.
+TUNED = "N512-C2048-channels_last-bfloat16"
 
 
 class Piece(NamedTuple):
@@ -55,7 +57,7 @@ def fast(out: Path, rehearse: bool) -> list[Piece]:
             for name in _backends(rehearse)
         ),
         _piece("op", "eager", 120, [*measure, *eager, "identity"]),
-        _on_gpu(_piece("tune", "triton", 60, [*BENCH, "tune", "--cases", "bfloat16"]), rehearse),
+        _on_gpu(_piece("tune", "triton", 60, [*BENCH, "tune", "--cases", TUNED]), rehearse),
     ]
 
 
@@ -74,7 +76,7 @@ def deep(out: Path, rehearse: bool) -> list[Piece]:
             piece
             for name in others
             for piece in (
-                _sanitizer("memcheck", name, rehearse),
+                _sanitizer("memcheck", name, rehearse, 80),  # it compiles what the later ones load
                 _counters(name, rehearse),
                 _sanitizer("racecheck", name, rehearse),
                 _sanitizer("synccheck", name, rehearse),
@@ -109,7 +111,9 @@ def _module(name: str) -> list[str]:
 
 
 def _first_build(rehearse: bool) -> Piece:
-    return _build("cpu", 90) if rehearse else _build("cuda", 120)
+    return (
+        _build("cpu", 90) if rehearse else _build("cuda", 240)
+    )  # twice of what it needs, so that little time in all is still enough
 
 
 def _build(part: str, weight: float) -> Piece:
@@ -141,12 +145,12 @@ def _tests(backend: str, rehearse: bool) -> Piece:
     )
 
 
-def _sanitizer(tool: str, backend: str, rehearse: bool) -> Piece:
+def _sanitizer(tool: str, backend: str, rehearse: bool, weight: float = 40) -> Piece:
     program = _installed("compute-sanitizer")
     command = [str(program), "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
     if tool == "memcheck":  # PyTorch asks the driver for things it may refuse
         command += ["--report-api-errors", "no"]
-    piece = _piece(tool, backend, 40, [*command, *_module("every_op"), "--small", backend])
+    piece = _piece(tool, backend, weight, [*command, *_module("every_op"), "--small", backend])
     # Every tensor an allocation of its own, or an access beyond one falls into another.
     piece = piece._replace(environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     return _on_gpu(piece, rehearse, program)

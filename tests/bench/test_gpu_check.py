@@ -175,6 +175,12 @@ def test_goals_are_judged_by_the_files_of_the_pieces(tmp_path):
     assert "met share of the copy bandwidth, large and wide: 0.91 (at least 0.9)" in gpu_check.table(summary)
 
 
+def test_a_file_that_is_not_what_its_name_says_ends_nothing(tmp_path, capsys):
+    (tmp_path / "op-cuda-h.json").write_text("{")
+    assert _states(_check(tmp_path, [_sh("a", "true")]).run()) == {"a": ("passed", None)}
+    assert "the goals cannot be judged: JSONDecodeError" in capsys.readouterr().out
+
+
 @pytest.fixture
 def unknown(monkeypatch):
     """A checkout without .git."""
@@ -270,6 +276,7 @@ def test_the_commands_of_the_pieces(monkeypatch):
     assert "ours" not in commands["op-eager"] and "best eager, compiled" in commands["op-eager"]
     assert pieces["tests-triton"].environment["HYPOTHESIS_PROFILE"] == "few"
     assert "--clock-control none" in commands["counters-cuda"]
+    assert [c.name for c in CASES if c.device == "cuda" and parts.TUNED in c.name] == [parts.TUNED]
 
 
 def test_a_process_after_the_first_adds_to_the_cases(monkeypatch):

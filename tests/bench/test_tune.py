@@ -27,6 +27,13 @@ def test_the_best_tiles_of_each_pass_are_proposed_and_the_table_takes_them():
     assert triton_tiles.policy(PROBLEM) == before
 
 
+def test_both_passes_have_their_share_of_the_time(monkeypatch):
+    tried = []
+    monkeypatch.setattr(tune.time, "monotonic", lambda: 100.0 + len(tried))  # each try is a second
+    tune.search(PROBLEM, lambda kind, row: tried.append(kind) or 1.0, end=119.5)
+    assert tried == ["forward"] * 15 + ["backward"] * 5
+
+
 def test_what_is_best_when_the_time_is_up_is_proposed(capsys):
     row, times = tune.search(PROBLEM, lambda kind, row: 2.0, end=0.0)
     assert row == next(tune.rows(PROBLEM))[1] and times == {"forward": [2.0, 2.0], "backward": [2.0, 2.0]}
