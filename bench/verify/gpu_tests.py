@@ -26,7 +26,9 @@ def collect(paths: Sequence[str], marker: str, backend: str, patience: float, en
     command = [*PYTEST, "--collect-only", "--continue-on-collection-errors", "-m", marker, "-k", backend, *paths]
     worker = workers.Worker(command, patience, end)
     found = list(worker)
-    return found if found else [Report("collection", "lost", worker.ended)]
+    if not any(report.state == "collected" for report in found):
+        found.append(Report("the collection of the tests", "lost", worker.ended))
+    return found
 
 
 def run(

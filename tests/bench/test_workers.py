@@ -166,6 +166,15 @@ def test_the_tests_of_a_backend_survive_each_others_faults(tmp_path, monkeypatch
     assert found["cuda_hangs"].text.startswith("hangs: stopped after 4 s")
 
 
+def test_a_collection_that_finds_nothing_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "test_hangs.py").write_text("print('begun', flush=True); import time; time.sleep(60)")
+    (lost,) = gpu_tests.run("cuda", ["."], 1, 2.0, time.monotonic() + 60)
+    assert (lost.item, lost.state) == ("the collection of the tests", "lost")
+    assert lost.text.startswith("hangs: stopped after 2 s")
+
+
 def test_no_two_files_of_tests_have_one_name():
     """pytest would collect only one of them where both are asked for, as for a GPU."""
     names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
