@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,27 +142,27 @@ def head(
     features: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    targets: Tensor | None,
-    target_table: Tensor | None,
-    map_weights: Tensor | None,
-    lam: float | Tensor,
+    targets: Any,  # as the next two a tensor, or None where not whole
+    target_table: Any,
+    map_weights: Any,
     p: int,
     transform: str,
     views: str,
     detach_cam_weight: bool,
     reduction_: str,
     return_maps: bool,
+    *,
+    whole: bool = True,
 ) -> None:
-    """The arguments of the head's loss; what is None is not checked."""
+    """The arguments of the head's loss but lambda; ``whole``: targets, table and map weights must be given."""
     features_and_weight(features, weight, pair=True)
     bias_vector(bias, weight)
-    if target_table is not None:
+    if whole or target_table is not None:
         table_matrix(target_table, weight.shape[0], features)
-    if map_weights is not None:
+    if whole or map_weights is not None:
         map_weight_vector(map_weights, weight)
-    if targets is not None:
+    if whole or targets is not None:
         targets_of(targets, features.shape[0] // 2, weight.shape[0], features)
-    consistency_weight(lam, features)
     consistency_options(p, transform, detach_cam_weight, features)
     option("views", views, ("both", "original"))
     reduction(reduction_)

@@ -79,8 +79,7 @@ def _limits(device: str) -> tuple[tuple[int, ...], ...]:
 
 
 def _context() -> str:
-    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
-    return EXPORT if exporting else ""
+    return EXPORT if torch.compiler.is_exporting() or torch.jit.is_tracing() else ""
 
 
 def _in_context(r: Request) -> Request:
@@ -90,6 +89,16 @@ def _in_context(r: Request) -> Request:
     if torch._C._are_functorch_transforms_active():
         return r._replace(context="torch.func transforms (vmap, grad, ...)")
     return r._replace(context="forward-mode differentiation") if forward_ad._current_level >= 0 else r
+
+
+def ordinary() -> bool:
+    """Whether the request says all there is to a choice: nothing is compiled, exported, traced or transformed."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
 
 def backends() -> dict[str, str]:
@@ -105,7 +114,11 @@ def forced_by(backend: str | None) -> tuple[str | None, str]:
     """The backend that must serve, if any, and who says so: the argument, else ``REBALFER_BACKEND``."""
     if backend is not None:
         return backend, "backend"
-    return os.environ.get("REBALFER_BACKEND") or None, "REBALFER_BACKEND"
+    return default_backend() or None, "REBALFER_BACKEND"
+
+
+def default_backend() -> str | None:
+    return os.environ.get("REBALFER_BACKEND")
 
 
 def choose(r: Request, backend: str | None) -> str:

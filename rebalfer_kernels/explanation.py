@@ -65,7 +65,8 @@ def explain(
     bytes floor  12,845,056
     """
     inputs = HeadInputs(features, weight, bias, targets, target_table, map_weights)
-    checks.head(*inputs, consistency_weight, p, transform, views, detach_cam_weight, reduction, return_maps)
+    checks.head(*inputs, p, transform, views, detach_cam_weight, reduction, return_maps, whole=False)
+    checks.consistency_weight(consistency_weight, features)
     request = dispatch.request("head", features, weight)
     name = dispatch.choose(request, backend)
     forced, _ = dispatch.forced_by(backend)

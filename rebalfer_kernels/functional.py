@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, ops, reference
-from .backend import Request
-from .ops import HeadOptions
+from . import checks, dispatch, ops, reference, signatures
+from .ops import HeadOptions, HeadPlan, Wanted
 from .reference import HeadLoss, compute_dtype
 from .transforms import TWIN_MAPS
 
@@ -33,14 +33,18 @@ def class_activation_maps(features: Tensor, weight: Tensor, *, backend: str | No
     tensor([[ 4.,  4.,  4.],
             [-1., -1., -1.]])
     """
-    checks.features_and_weight(features, weight, pair=False)
-    request = dispatch.request("cam", features, weight)
-    name = dispatch.choose(request, backend)
+    name, layout = signatures.once(_cam_plan, (features, weight), (backend,))
     if name == "reference":
         return reference.class_activation_maps(features, weight)
-    features = features.contiguous() if request.layout == "strided" else features
-    channels_last = request.layout == "channels_last"
-    return ops.ClassActivationMapsFunction.apply(features, weight.contiguous(), name, channels_last)[0]
+    features = features.contiguous() if layout == "strided" else features
+    return ops.ClassActivationMapsFunction.apply(features, weight.contiguous(), name, layout == "channels_last")[0]
+
+
+def _cam_plan(features: Tensor, weight: Tensor, backend: str | None) -> tuple[str, str]:
+    """The backend and the layout of the features."""
+    checks.features_and_weight(features, weight, pair=False)
+    request = dispatch.request("cam", features, weight)
+    return dispatch.choose(request, backend), request.layout
 
 
 def attention_consistency(
@@ -77,20 +81,33 @@ def attention_consistency(
     >>> attention_consistency(features, weight, torch.ones(2))  # S = W [0 - 3, 1 - 2]
     tensor(12.5000)
     """
-    checks.features_and_weight(features, weight, pair=True)
-    checks.map_weight_vector(map_weights, weight)
-    checks.consistency_options(p, transform, detach_cam_weight, features)
-    checks.reduction(reduction)
-    request = dispatch.request("head", features, weight)
-    name = dispatch.choose(request, backend)
-    if name == "reference":
+    plan = signatures.once(
+        _consistency_plan,
+        (features, weight, map_weights),
+        (p, transform, detach_cam_weight, reduction, backend, torch.is_grad_enabled()),
+    )
+    if plan.backend == "reference":
         return reference.attention_consistency(
             features, weight, map_weights, p=p, transform=transform, detach_cam_weight=detach_cam_weight,
             reduction=reduction,
         )  # fmt: skip
-    inputs = HeadInputs(features, weight.detach() if detach_cam_weight else weight, None, None, None, map_weights)
-    options = HeadOptions(0.0, p, TWIN_MAPS[transform], True, reduction == "mean")
-    return _head(inputs, options, request, name, detach=detach_cam_weight, maps=False)[2]
+    cam_weight = weight.detach() if detach_cam_weight else weight
+    return _head(HeadInputs(features, cam_weight, None, None, None, map_weights), 0.0, plan)[2]
+
+
+def _consistency_plan(
+    features: Tensor, weight: Tensor, map_weights: Tensor, p: int, transform: str, detach_cam_weight: bool,
+    reduction: str, backend: str | None, recording: bool,
+) -> HeadPlan:  # fmt: skip
+    checks.features_and_weight(features, weight, pair=True)
+    checks.map_weight_vector(map_weights, weight)
+    checks.consistency_options(p, transform, detach_cam_weight, features)
+    checks.reduction(reduction)
+    inputs = HeadInputs(features, weight, None, None, None, map_weights)
+    options = HeadOptions(p, tuple(TWIN_MAPS[transform]), True, reduction == "mean")
+    weight_gradient = recording and weight.requires_grad and not detach_cam_weight
+    residual = weight_gradient or recording and features.requires_grad
+    return _plan(inputs, options, Wanted(False, residual, weight_gradient, weight_gradient), backend)
 
 
 def rebalanced_cross_entropy(
@@ -120,6 +137,17 @@ def rebalanced_cross_entropy(
     >>> rebalanced_cross_entropy(torch.zeros(1, 4), torch.tensor([2]), torch.eye(4))  # log 4
     tensor(1.3863)
     """
+    name = signatures.once(_rows_plan, (logits, targets, target_table), (reduction, backend))
+    if name == "reference":
+        return reference.rebalanced_cross_entropy(logits, targets, target_table, reduction=reduction)
+    dtype = compute_dtype(logits.dtype)
+    return ops.CrossEntropyFunction.apply(
+        logits.contiguous(), _targets(targets, dtype), target_table.to(dtype).contiguous(), name, reduction == "mean"
+    )
+
+
+def _rows_plan(logits: Tensor, targets: Tensor, target_table: Tensor, reduction: str, backend: str | None) -> str:
+    """The backend."""
     checks.tensor("logits", logits, "(M, L)")
     if logits.dim() != 2 or logits.shape[1] < 2:
         raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected (M, L) with L >= 2")
@@ -128,13 +156,7 @@ def rebalanced_cross_entropy(
     checks.table_matrix(target_table, logits.shape[1], logits)
     checks.targets_of(targets, logits.shape[0], logits.shape[1], logits)
     checks.reduction(reduction)
-    name = dispatch.choose(dispatch.request_of_rows(logits), backend)
-    if name == "reference":
-        return reference.rebalanced_cross_entropy(logits, targets, target_table, reduction=reduction)
-    dtype = compute_dtype(logits.dtype)
-    return ops.CrossEntropyFunction.apply(
-        logits.contiguous(), _targets(targets, dtype), target_table.to(dtype).contiguous(), name, reduction == "mean"
-    )
+    return dispatch.choose(dispatch.request_of_rows(logits), backend)
 
 
 def rebalanced_head_loss(
@@ -186,10 +208,14 @@ def rebalanced_head_loss(
     tensor(1.3863)
     """
     inputs = HeadInputs(features, weight, bias, targets, target_table, map_weights)
-    checks.head(*inputs, consistency_weight, p, transform, views, detach_cam_weight, reduction, return_maps)
-    request = dispatch.request("head", features, weight)
-    name = dispatch.choose(request, backend)
-    if name == "reference":
+    plan = signatures.once(
+        _head_plan,
+        inputs,
+        (p, transform, views, detach_cam_weight, reduction, return_maps, backend, torch.is_grad_enabled()),
+    )
+    if type(consistency_weight) is not float:
+        checks.consistency_weight(consistency_weight, features)
+    if plan.backend == "reference":
         return reference.rebalanced_head_loss(
             features, weight, bias, targets, target_table=target_table, map_weights=map_weights,
             consistency_weight=consistency_weight, p=p, transform=transform, views=views,
@@ -197,14 +223,26 @@ def rebalanced_head_loss(
         )  # fmt: skip
     # Outside the operator a lambda is differentiable if it is a tensor and, compiled, may change from call to call.
     scheduled = isinstance(consistency_weight, Tensor) or torch.compiler.is_compiling()
-    lam = 0.0 if scheduled else float(consistency_weight)
-    options = HeadOptions(lam, p, TWIN_MAPS[transform], views == "both", reduction == "mean")
-    loss, classification, consistency, logits, maps = _head(
-        inputs, options, request, name, detach=detach_cam_weight, maps=return_maps
-    )
+    outputs = _head(inputs, 0.0 if scheduled else float(consistency_weight), plan)
+    loss, classification, consistency, logits = outputs[:4]
     if scheduled:
         loss = reference.combine(classification, consistency, consistency_weight)
-    return HeadLoss(loss, classification, consistency, logits, maps if return_maps else None)
+    return HeadLoss(loss, classification, consistency, logits, outputs[4] if return_maps else None)
+
+
+def _head_plan(
+    features: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, target_table: Tensor, map_weights: Tensor,
+    p: int, transform: str, views: str, detach_cam_weight: bool, reduction: str, return_maps: bool,
+    backend: str | None, recording: bool,
+) -> HeadPlan:  # fmt: skip
+    inputs = HeadInputs(features, weight, bias, targets, target_table, map_weights)
+    checks.head(*inputs, p, transform, views, detach_cam_weight, reduction, return_maps)
+    options = HeadOptions(p, tuple(TWIN_MAPS[transform]), views == "both", reduction == "mean")
+    weight_gradient = recording and weight.requires_grad
+    bias_gradient = recording and bias is not None and bias.requires_grad
+    residual = weight_gradient or bias_gradient or recording and features.requires_grad
+    wanted = Wanted(return_maps, residual, weight_gradient, cam_grad=weight_gradient and not detach_cam_weight)
+    return _plan(inputs, options, wanted, backend)
 
 
 class HeadInputs(NamedTuple):
@@ -231,19 +269,18 @@ class HeadInputs(NamedTuple):
         )
 
 
-def _head(inputs: HeadInputs, options: HeadOptions, request: Request, backend: str, *, detach: bool, maps: bool):
-    recording = torch.is_grad_enabled()
-    features, weight, bias = inputs[:3]
-    weight_gradient = recording and weight.requires_grad
-    gradient = weight_gradient or recording and (features.requires_grad or bias is not None and bias.requires_grad)
-    outputs = ops.HeadLossFunction.apply(
-        *inputs.as_served(request.layout),
-        backend,
-        options,
-        ops.Wanted(maps, residual=gradient, pooled=weight_gradient, cam_grad=weight_gradient and not detach),
-        request.layout == "channels_last",
-    )
-    return outputs[:5]
+def _plan(inputs: HeadInputs, options: HeadOptions, wanted: Wanted, backend: str | None) -> HeadPlan:
+    features = inputs.features
+    request = dispatch.request("head", features, inputs.weight)
+    name = dispatch.choose(request, backend)
+    known = name != "reference" and not torch.compiler.is_compiling()
+    as_served = known and all(map(operator.is_, inputs, inputs.as_served(request.layout)))
+    return HeadPlan(name, request.layout, as_served, features.dtype, options, wanted)
+
+
+def _head(inputs: HeadInputs, lam: float, plan: HeadPlan) -> tuple[Tensor, ...]:
+    """loss, classification, consistency, logits, and the maps if they are wanted."""
+    return ops.HeadLossFunction.apply(*(inputs if plan.as_served else inputs.as_served(plan.layout)), lam, plan)
 
 
 def _targets(targets: Tensor, dtype: torch.dtype) -> Tensor:

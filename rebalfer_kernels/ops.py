@@ -17,17 +17,15 @@ from torch import Tensor
 
 from .backend import BACKENDS
 from .reference import compute_dtype
-from .transforms import TwinMap
 
 _EXACT_STRIDES = (torch.Tag.needs_exact_strides,)
 
 
 class HeadOptions(NamedTuple):
-    """What the head's forward and backward share besides tensors."""
+    """What the head's forward and backward share besides tensors and lambda."""
 
-    consistency_weight: float  #: lambda of Eq. 6
     p: int  #: of Eq. 5, 1 or 2
-    twin_map: TwinMap  #: undoes the twin's transform
+    twin_map: tuple[int, ...]  #: a TwinMap, undoes the twin's transform; PyTorch reads a plain tuple 3 us faster
     both_views: bool  #: the twin is classified too (Eq. 1)
     mean: bool  #: losses are means over the batch, not per sample
 
@@ -41,13 +39,24 @@ class Wanted(NamedTuple):
     cam_grad: bool
 
 
+class HeadPlan(NamedTuple):
+    """All that a call of the head's operators needs besides tensors and lambda."""
+
+    backend: str
+    layout: str  #: as in Request
+    as_served: bool  #: the tensors already have the layouts and dtypes that the backend reads
+    dtype: torch.dtype  #: of the features
+    options: HeadOptions
+    wanted: Wanted
+
+
 # Kept by the namespace, which outlives this module, so that a reload finds the operators defined.
 _namespace: Any = torch.ops.rebalfer_kernels
 if not hasattr(_namespace, "library"):
     _namespace.library = torch.library.Library("rebalfer_kernels", "DEF")
 _library = _namespace.library
 
-# consistency_weight ... mean are a HeadOptions, with_maps ... save_cam_grad a Wanted; targets is (N,) int64, or (N, L)
+# p ... mean are a HeadOptions, with_maps ... save_cam_grad a Wanted; targets is (N,) int64, or (N, L)
 # in the compute dtype, or None where only the consistency is asked for.
 _SCHEMAS = {
     "head_forward": (
@@ -244,36 +253,36 @@ class HeadLossFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx, features, weight, bias, targets, target_table, map_weights, backend: str, options: HeadOptions,
-        wanted: Wanted, channels_last: bool,
-    ):  # fmt: skip
-        outputs = OPERATORS[backend]["head_forward"](
-            features, weight, bias, targets, target_table, map_weights, *options, *wanted
+    def forward(ctx, features, weight, bias, targets, target_table, map_weights, lam: float, plan: HeadPlan):
+        outputs = OPERATORS[plan.backend]["head_forward"](
+            features, weight, bias, targets, target_table, map_weights, lam, *plan.options, *plan.wanted
         )
         _, _, _, logits, maps, residual, pooled, cam_grad = outputs
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(maps, residual, pooled, cam_grad)
         ctx.save_for_backward(weight, bias, targets, target_table, map_weights, logits, residual, pooled, cam_grad)
-        ctx.backend, ctx.options, ctx.channels_last, ctx.dtype = backend, options, channels_last, features.dtype
-        return outputs
+        ctx.call = lam, plan
+        if not plan.wanted.maps:
+            return outputs[:4]
+        ctx.mark_non_differentiable(maps)
+        return outputs[:5]
 
     @staticmethod
     def backward(ctx, d_loss, d_classification, d_consistency, d_logits, *_):
         weight, bias, targets, target_table, map_weights, logits, residual, pooled, cam_grad = ctx.saved_tensors
+        lam, plan = ctx.call
         if targets is None:  # only the consistency was asked for: torch.compile passes empty gradients of empty outputs
             d_loss = d_classification = d_logits = None
         if d_logits is not None:
             d_logits = d_logits.contiguous()
         upstream = (d_loss, d_classification, d_consistency, d_logits)
         need = ctx.needs_input_grad[:3]
-        saved = (weight, targets, target_table, map_weights, logits, residual, pooled, cam_grad)
-        d_features, d_weight, d_bias = OPERATORS[ctx.backend]["head_backward"](
-            *upstream, *saved, *ctx.options, ctx.dtype, ctx.channels_last, *need
-        )
+        d_features, d_weight, d_bias = OPERATORS[plan.backend]["head_backward"](
+            *upstream, weight, targets, target_table, map_weights, logits, residual, pooled, cam_grad,
+            lam, *plan.options, plan.dtype, plan.layout == "channels_last", *need,
+        )  # fmt: skip
         grads = (d_features if need[0] else None, d_weight if need[1] else None, d_bias if need[2] else None)
         d_features, d_weight, d_bias = _first_order("rebalanced_head_loss", grads, (logits, weight, bias, *upstream))
-        return d_features, d_weight, d_bias, *(None,) * 7
+        return d_features, d_weight, d_bias, *(None,) * 5
 
 
 class ClassActivationMapsFunction(torch.autograd.Function):

@@ -267,7 +267,7 @@ def test_a_reload_finds_the_operators_defined():
     """As a notebook's autoreload does, or a test that imports the package anew."""
     features, weight, *_ = case(1, 6, 3, 3, 3, torch.float32)
     expected = rk.class_activation_maps(features, weight)
-    for name in ("ops", "backend", "dispatch", "functional", "explanation", "modules"):
+    for name in ("ops", "backend", "dispatch", "signatures", "functional", "explanation", "modules"):
         importlib.reload(importlib.import_module(f"rebalfer_kernels.{name}"))
     importlib.reload(rk)
     assert torch.equal(rk.class_activation_maps(features, weight), expected)

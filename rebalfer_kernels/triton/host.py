@@ -133,8 +133,8 @@ def _or_empty(tensor: Tensor | None, like: Tensor, dtype: torch.dtype = torch.fl
     return like.new_empty(0, dtype=dtype) if tensor is None else tensor
 
 
-def head_forward(features, weight, bias, targets, target_table, map_weights, *flags):
-    options, wanted = ops.HeadOptions(*flags[:5]), ops.Wanted(*flags[5:])
+def head_forward(features, weight, bias, targets, target_table, map_weights, consistency_weight, *flags):
+    options, wanted = ops.HeadOptions(*flags[:4]), ops.Wanted(*flags[4:])
     n, (height, width) = len(features) // 2, features.shape[2:]
     _check_labels(targets, len(weight))
     losses, outputs, cam_grad = _forward_outputs(features, len(weight), targets is not None, wanted)
@@ -148,7 +148,7 @@ def head_forward(features, weight, bias, targets, target_table, map_weights, *fl
         bias=bias,
         targets=targets,
         target_table=target_table,
-        consistency_weight=options.consistency_weight,
+        consistency_weight=consistency_weight,
         BOTH_VIEWS=options.both_views,
         **losses,
         **outputs,
@@ -271,10 +271,11 @@ def head_backward(
     residual,
     pooled,
     cam_grad,
+    consistency_weight,
     *flags,
 ):
-    options = ops.HeadOptions(*flags[:5])
-    dtype, channels_last, need_features, need_weight, need_bias = flags[5:]
+    options = ops.HeadOptions(*flags[:4])
+    dtype, channels_last, need_features, need_weight, need_bias = flags[4:]
     n, classes, height, width = residual.shape
     channels = weight.shape[1]
     shape, cut = _cut(channels, height, width, classes, channels_last, dtype, weight.device)
@@ -314,7 +315,7 @@ def head_backward(
         d_loss_stride=_stride(d_loss),
         d_classification_stride=_stride(d_classification),
         d_consistency_stride=_stride(d_consistency),
-        consistency_weight=options.consistency_weight,
+        consistency_weight=consistency_weight,
         share=1.0 / max(n, 1) if options.mean else 1.0,
         w_programs=w_programs,
         SHAPE=shape,

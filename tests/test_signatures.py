@@ -1,0 +1,264 @@
+"""A call like an earlier one is not checked again, and yet every error is raised, with the same text."""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+
+import rebalfer_kernels as rk
+from rebalfer_kernels import checks, signatures
+
+
+class Word(str):
+    """Equal to a str, and hashed alike."""
+
+
+def tensors(**names):
+    """Good arguments: features of a pair, 3 channels, 2 x 2 maps, 3 classes."""
+    return dict(features=torch.ones(2, 3, 2, 2), weight=torch.ones(3, 3)) | names
+
+
+MAP_WEIGHTS, TABLE = torch.ones(3), torch.eye(3)
+HEAD = rk.RebalancedHead(3, 3, [5, 3, 2])
+#: name -> the function and its good arguments, every option among them
+CALLS = {
+    "class_activation_maps": (rk.class_activation_maps, tensors(backend=None)),
+    "attention_consistency": (
+        rk.attention_consistency,
+        tensors(
+            map_weights=MAP_WEIGHTS, p=2, transform="hflip", detach_cam_weight=True, reduction="mean", backend=None
+        ),
+    ),
+    "rebalanced_cross_entropy": (
+        rk.rebalanced_cross_entropy,
+        dict(logits=torch.ones(2, 3), targets=torch.tensor([0, 2]), target_table=TABLE, reduction="mean", backend=None),
+    ),
+    "rebalanced_head_loss": (
+        rk.rebalanced_head_loss,
+        tensors(
+            bias=torch.ones(3), targets=torch.tensor([2]), target_table=TABLE, map_weights=MAP_WEIGHTS,
+            consistency_weight=2.0, p=2, transform="hflip", views="both", detach_cam_weight=True, reduction="mean",
+            return_maps=False, backend=None,
+        ),
+    ),
+    "RebalancedHead": (HEAD, dict(features=torch.ones(2, 3, 2, 2), targets=torch.tensor([2]), reduction="mean")),
+}  # fmt: skip
+
+#: What may be wrong with a tensor, made of a good one.
+WRONG_TENSORS = {
+    "rank": lambda x: x[None],
+    "batch": lambda x: torch.cat([x, x[:1]]),
+    "columns": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1] + 1],
+    "empty": lambda x: x[..., :0],
+    "integer": lambda x: x.int(),
+    "bool": lambda x: x.bool(),
+    "complex": lambda x: x.to(torch.complex64),
+    "float64": lambda x: x.double(),
+    "float16": lambda x: x.half(),
+    "device": lambda x: x.to("meta"),
+    "gradient": lambda x: x.float().clone().requires_grad_(),
+    "array": lambda x: x.numpy(),
+    "list": lambda x: x.tolist(),
+    "none": lambda x: None,
+}
+#: What may be wrong with an option: first of all values that are equal to a good one.
+WRONG_OPTIONS = {
+    "p": [2.0, np.int64(2), True, 3, torch.tensor(2), [2], None],
+    "transform": [Word("hflip"), np.str_("hflip"), "flip", None, ["hflip"]],
+    "views": [Word("both"), "twin", 1],
+    "reduction": [Word("mean"), "sum", None],
+    "detach_cam_weight": [1, 1.0, np.True_, None, "yes"],
+    "return_maps": [0, 0.0, None],
+    "consistency_weight": ["2", True, None, 2j, torch.tensor(2), torch.ones(2), torch.tensor(2.0, device="meta")],
+    "backend": ["fast", ["cpu"], 0, "cuda"],
+}
+
+
+def _wrong():
+    for name, (_, good) in CALLS.items():
+        for argument, value in good.items():
+            if isinstance(value, torch.Tensor):
+                for what, make in WRONG_TENSORS.items():
+                    yield pytest.param(name, argument, make(value), id=f"{name}-{argument}-{what}")
+            else:
+                for i, bad in enumerate(WRONG_OPTIONS[argument]):
+                    yield pytest.param(name, argument, bad, id=f"{name}-{argument}-{i}")
+
+
+WRONG = list(_wrong())
+
+
+def error_of(function, arguments):
+    """Class and text of what is raised, or None."""
+    try:
+        function(**arguments)
+    except Exception as error:
+        return type(error), str(error)
+
+
+@pytest.mark.parametrize(("name", "argument", "bad"), WRONG)
+def test_an_error_is_raised_after_a_good_call_as_it_is_before_any(name, argument, bad):
+    function, good = CALLS[name]
+    signatures._decided.clear()
+    first = error_of(function, good | {argument: bad})
+    for _ in range(2):
+        assert error_of(function, good) is None
+        assert error_of(function, good | {argument: bad}) == first
+    with torch.no_grad():
+        assert error_of(function, good) is None
+        assert error_of(function, good | {argument: bad}) == first
+    if isinstance(good[argument], torch.Tensor):
+        return
+    assert first is not None and argument in first[1], "a wrong option is named"
+
+
+def test_most_wrong_tensors_are_errors():
+    """Else the test above would compare nothing with nothing."""
+    raised = [error_of(CALLS[n][0], CALLS[n][1] | {a: b}) is not None for n, a, b in (case.values for case in WRONG)]
+    assert sum(raised) > 0.75 * len(raised)
+
+
+def test_every_argument_of_every_function_is_among_the_calls():
+    for function, good in CALLS.values():
+        assert set(inspect.signature(getattr(function, "forward", function)).parameters) == set(good)
+
+
+@pytest.mark.parametrize("name", ["rebalanced_cross_entropy", "rebalanced_head_loss", "RebalancedHead"])
+@pytest.mark.parametrize("label", [3, -1])
+def test_classes_are_checked_in_every_call(name, label):
+    function, good = CALLS[name]
+    targets = good["targets"].clone()
+    arguments = good | {"targets": targets}
+    for _ in range(2):
+        assert error_of(function, arguments) is None
+        targets[-1] = label
+        kind, text = error_of(function, arguments)
+        assert kind is IndexError and text.startswith("targets")
+        targets[-1] = 2
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "change", "message"),
+    [
+        ("rebalanced_head_loss", "target_table", lambda x: x.requires_grad_(), "target_table: got a tensor that requ"),
+        ("rebalanced_head_loss", "map_weights", lambda x: x.resize_(2), r"map_weights: got shape \(2,\)"),
+        ("rebalanced_head_loss", "bias", lambda x: setattr(x, "data", torch.ones(4)), r"bias: got shape \(4,\)"),
+        ("rebalanced_head_loss", "weight", lambda x: setattr(x, "data", x.data.half()), "weight: got dtype"),
+        ("attention_consistency", "features", lambda x: x.resize_(1, 3, 2, 2), "features: got a batch of 1"),
+        ("class_activation_maps", "features", lambda x: x.squeeze_().resize_(2, 3, 4), "features: got shape"),
+        ("rebalanced_cross_entropy", "logits", lambda x: x.t_(), r"logits: got shape|target_table: got shape"),
+    ],
+)
+def test_a_tensor_that_was_changed_in_place_is_checked(name, argument, change, message):
+    function, good = CALLS[name]
+    changed = good[argument].clone()
+    arguments = good | {argument: changed}
+    assert error_of(function, arguments) is None
+    change(changed)
+    with pytest.raises((ValueError, TypeError), match=message):
+        function(**arguments)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_repeated_signature_is_not_checked_again(name, monkeypatch):
+    function, good = CALLS[name]
+    called = []
+    for check in ("features_and_weight", "table_matrix"):
+        original = getattr(checks, check)
+        monkeypatch.setattr(checks, check, lambda *a, o=original, **k: called.append(1) or o(*a, **k))
+    signatures._decided.clear()
+    function(**good)
+    first = len(called)
+    assert first
+    function(**{k: x.clone() if isinstance(x, torch.Tensor) else x for k, x in good.items()})
+    assert len(called) == first
+    function(
+        **good
+        | (
+            {"logits": torch.ones(1, 3), "targets": good["targets"][:1]}
+            if "logits" in good
+            else {"features": torch.ones(2, 3, 4, 1)}
+        )
+    )
+    assert len(called) > first
+
+
+def loss(**changes):
+    return rk.rebalanced_head_loss(**CALLS["rebalanced_head_loss"][1] | changes)
+
+
+@pytest.mark.skipif(rk.backends()["cpu"] != "available", reason=rk.backends()["cpu"])
+def test_the_default_backend_may_change_between_calls(monkeypatch):
+    features = torch.randn(2, 3, 2, 2, requires_grad=True)
+
+    def fused():
+        return type(loss(features=features).loss.grad_fn).__name__ == "HeadLossFunctionBackward"
+
+    monkeypatch.delenv("REBALFER_BACKEND", raising=False)
+    assert fused()
+    monkeypatch.setenv("REBALFER_BACKEND", "reference")
+    assert not fused()
+    monkeypatch.setenv("REBALFER_BACKEND", "fast")
+    with pytest.raises(ValueError, match="REBALFER_BACKEND: got 'fast'"):
+        fused()
+    monkeypatch.delenv("REBALFER_BACKEND")
+    assert fused()
+    with torch.autograd.forward_ad.dual_level():
+        assert not fused()
+    assert fused()
+
+
+def test_a_call_under_a_transform_is_decided_anew():
+    features = torch.randn(2, 3, 2, 2)
+    plain = loss(features=features).loss
+    leaf = features.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(features=leaf).loss, leaf)
+    torch.testing.assert_close(torch.func.grad(lambda f: loss(features=f).loss)(features), expected)
+    torch.testing.assert_close(torch.vmap(lambda f: loss(features=f).loss)(features[None]), plain[None])
+    assert torch.equal(loss(features=features).loss, plain)
+
+
+def test_like_calls_that_differ_in_one_thing_have_results_of_their_own():
+    """Gradient mode, which inputs require a gradient, layout, stride, λ, maps, batch: each in turn, twice."""
+    features, weight = torch.randn(4, 3, 2, 2), torch.randn(3, 3)
+    wide = torch.randn(4, 6, 2, 2)
+    wide[:, ::2] = features
+    layouts = [features, features.contiguous(memory_format=torch.channels_last), wide[:, ::2]]
+    targets = torch.tensor([1, 0])
+    expected = rk.reference.rebalanced_head_loss(
+        features, weight, None, targets, target_table=TABLE, map_weights=MAP_WEIGHTS
+    )
+    for _ in range(2):
+        for layout in layouts:
+            for lam in (2.0, 0.5, torch.tensor(2.0), 2, np.float64(2)):
+                for maps in (False, True):
+                    arguments = dict(
+                        weight=weight, bias=None, targets=targets, consistency_weight=lam, return_maps=maps
+                    )
+                    out = loss(features=layout, **arguments)
+                    total = expected.classification + float(lam) * expected.consistency
+                    torch.testing.assert_close(out.loss, total)
+                    assert (out.maps is not None) == maps
+        f, w = features.clone().requires_grad_(), weight.clone().requires_grad_()
+        with torch.no_grad():
+            assert not loss(features=f, weight=w, targets=targets).loss.requires_grad
+        for inputs in ([f], [w], [f, w]):
+            arguments = dict(features=features, weight=weight, targets=targets)
+            arguments |= {"features" if x is f else "weight": x for x in inputs}
+            exact = {k: x for k, x in CALLS["rebalanced_head_loss"][1].items() if k not in ("backend",)} | arguments
+            grads = [
+                torch.autograd.grad(function(**a).loss, inputs)
+                for function, a in ((rk.reference.rebalanced_head_loss, exact), (loss, arguments))
+            ]
+            torch.testing.assert_close(*grads)
+    one = [x[::2] for x in (features, torch.tensor([1, 0]))]
+    torch.testing.assert_close(loss(features=one[0], targets=one[1]).logits.shape, (2, 3))
+
+
+def test_what_is_remembered_is_bounded(monkeypatch):
+    monkeypatch.setattr(signatures, "LIMIT", 3)
+    signatures._decided.clear()
+    for n in (1, 2, 3, 4, 5, 1, 2):
+        assert rk.class_activation_maps(torch.ones(n, 3, 2, 2), torch.ones(3, 3)).shape[0] == n
+        assert len(signatures._decided) <= 3
