@@ -7,6 +7,7 @@
     python -m bench step                       a whole training step, and a whole run extrapolated from it
     python -m bench gpu-check right --out DIR  what a GPU must show; fast, deep: two more parts, see bench/verify
     python -m bench tune --cases C512          search the Triton tiles of GPU cases, propose rows of triton_tiles.TABLE
+    python -m bench budget                     instructions that the GPU kernels issue, counted without a GPU
     python -m bench report                     docs/benchmark.md and the README's line (--check: only compare)
     python -m pytest tests/bench -o addopts= --benchmark-only      micro-benchmarks of the public functions
 
@@ -84,10 +85,18 @@ def main(arguments: list[str] | None = None) -> int:
     tune.add_argument("--seconds", type=float, default=3600.0, help="in all; what is the best by then is proposed")
     report = commands.add_parser("report", help="write docs/benchmark.md and the README's line")
     report.add_argument("--check", action="store_true", help="fail if one differs, write nothing")
+    budget = commands.add_parser("budget", help="instructions that the GPU kernels issue, against the goals")
+    budget.add_argument(
+        "--kernel", metavar="NAME", help='where those of one go, as of "forward C512 7x7 L7 nchw bfloat16"'
+    )
+    budget.add_argument("--only", default="", metavar="SUBSTRING", help="rows whose name contains it")
     scale = commands.add_parser("scale", help="write docs/scale.md, a plan for several GPUs")
     scale.add_argument("--check", action="store_true", help="fail if it differs, write nothing")
     options = parser.parse_args(arguments)
-    command_of = {"op": _op, "step": _step, "gpu-check": _gpu_check, "tune": _tune, "report": _report, "scale": _scale}
+    command_of = {
+        "op": _op, "step": _step, "gpu-check": _gpu_check, "tune": _tune, "budget": _budget, "report": _report,
+        "scale": _scale,
+    }  # fmt: skip
     try:
         return command_of[options.command](options)
     except Refused as refusal:
@@ -141,6 +150,12 @@ def _gpu_check(options: argparse.Namespace) -> int:
     from .verify import gpu_check
 
     return gpu_check.main(options.part, options.out, options.seconds, options.rehearse, options.only)
+
+
+def _budget(options: argparse.Namespace) -> int:
+    from . import budget
+
+    return budget.main(options.kernel, options.only)
 
 
 def _scale(options: argparse.Namespace) -> int:

@@ -11,9 +11,11 @@ import hashlib
 import os
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,6 +30,17 @@ COUNTERS = (
 )  # fmt: skip
 
 _directory = tempfile.TemporaryDirectory(prefix="rebalfer-emulator-")
+
+
+class Launch(NamedTuple):
+    """What a launch was given, as a GPU would be."""
+
+    kernel: str  #: its mangled name
+    parameters: bytes
+    blocks: int
+    threads: int
+    cluster: int
+    shared_bytes: int
 
 
 class Library:
@@ -59,7 +72,26 @@ class Library:
             raise RuntimeError(error.decode())
         counters = (ctypes.c_uint64 * len(COUNTERS))()
         self._library.rebalfer_emulator_counters(counters)
-        return dict(zip(COUNTERS, counters, strict=True))
+        self.counters = dict(zip(COUNTERS, counters, strict=True))
+        return self.counters
+
+    @contextmanager
+    def only_recording(self) -> Iterator[None]:
+        """Inside, a launch checks its configuration and runs nothing."""
+        self._library.rebalfer_emulator_only_record(1)
+        try:
+            yield
+        finally:
+            self._library.rebalfer_emulator_only_record(0)
+
+    def launch(self) -> Launch:
+        """The last one. Its parameters hold the addresses of the tensors of that call."""
+        size, address = ctypes.c_uint64(), ctypes.c_void_p()
+        recorded = self._library.rebalfer_emulator_recorded
+        recorded.restype = ctypes.c_char_p
+        kernel = recorded(ctypes.byref(size), ctypes.byref(address)).decode()
+        shape = (self.counters[x] for x in ("blocks", "threads", "cluster", "shared_bytes"))
+        return Launch(kernel, ctypes.string_at(address.value or 0, size.value), *shape)
 
 
 def _compile(source: Path, flags: list[str], key: str) -> Path:

@@ -25,6 +25,9 @@ def library(sm80: bool = False) -> emulate.Library:
     return emulate.Library(Path(__file__).with_name("entry_points.cu"), *sources, sm80=sm80)
 
 
+scratch: list[Tensor] = []  #: of the last forward, which its launch has the addresses of
+
+
 def nans(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.full(shape, math.nan, dtype=dtype)
 
@@ -77,14 +80,15 @@ def forward(
         "logits": nans(2 * n, classes), "maps": nans(2 * n, classes, case.h, case.w), "residual": nans(n, classes, hw),
         "pooled": nans(2 * n, c), "cam_grad": nans(n, classes, c),
     }  # fmt: skip
-    ticket = torch.zeros(1, dtype=torch.int32)
+    ticket, per_sample = torch.zeros(1, dtype=torch.int32), nans(2, n)
+    scratch[:] = [ticket, per_sample]
     of_class = lambda x: x if classified else None  # noqa: E731
     labels = case.labels if case.soft is None else None
     counters = library(sm80)(
         "run_forward", *case.geometry(transform), case.features, case.weight, int(case.weight.dtype == torch.float32),
         of_class(case.bias), of_class(labels), of_class(case.soft), of_class(case.table), case.v, lam, p,
         int(views == "both"), cluster or case.cluster(sm80), of_class(out["loss"]), of_class(out["classification"]),
-        out["consistency"], nans(2, n) if mean else None, ticket if mean else None, of_class(out["logits"]),
+        out["consistency"], per_sample if mean else None, ticket if mean else None, of_class(out["logits"]),
         out["maps"] if maps else None, out["residual"] if save else None, out["pooled"] if save else None,
         None if detach else out["cam_grad"], None, order=order,
     )  # fmt: skip

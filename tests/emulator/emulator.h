@@ -1,6 +1,8 @@
 // What csrc/cuda/intrinsics.cuh gives the kernels on a GPU, and the CUDA language around it, on an emulated machine.
 #pragma once
 
+#include <dlfcn.h>
+
 #include <bit>
 #include <cmath>
 #include <cstddef>
@@ -126,6 +128,20 @@ inline unsigned ballot(unsigned mask, bool predicate) {
   return mine.result;
 }
 
+// The mangled name of a kernel, the same as in a cubin; empty for one that the library does not export.
+inline std::string symbol(const void* kernel) {
+  Dl_info info;
+  return dladdr(kernel, &info) && info.dli_sname ? info.dli_sname : "";
+}
+
+// Appends a parameter as a GPU's constant bank holds it.
+template <typename T>
+void record_parameter(std::vector<unsigned char>& to, const T& parameter) {
+  to.resize((to.size() + alignof(T) - 1) / alignof(T) * alignof(T));
+  const auto* bytes = reinterpret_cast<const unsigned char*>(&parameter);
+  to.insert(to.end(), bytes, bytes + sizeof(T));
+}
+
 // What an entry point for Python returns: null, or what went wrong.
 template <typename F>
 const char* attempt(F&& f) {
@@ -145,6 +161,17 @@ extern "C" inline __attribute__((used)) void rebalfer_emulator_begin(int order) 
   auto& m = rebalfer::emulator::machine();
   m.order = rebalfer::emulator::Order(order);
   m.counters = {};
+}
+// From now on launches are only recorded, or run.
+extern "C" inline __attribute__((used)) void rebalfer_emulator_only_record(int only) {
+  rebalfer::emulator::machine().only_record = only != 0;
+}
+// The last launch's kernel, and its parameters: their number, and the bytes themselves.
+extern "C" inline __attribute__((used)) const char* rebalfer_emulator_recorded(uint64_t* bytes,
+                                                                               const unsigned char** parameters) {
+  const auto& recorded = rebalfer::emulator::machine().recorded;
+  *bytes = recorded.parameters.size(), *parameters = recorded.parameters.data();
+  return recorded.kernel.c_str();
 }
 extern "C" inline __attribute__((used)) void rebalfer_emulator_counters(rebalfer::emulator::Counters* out) {
   *out = rebalfer::emulator::machine().counters;
@@ -346,6 +373,10 @@ template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, unsigned cluster_size, size_t dynamic_shared_bytes,
             cudaStream_t, Arguments&&... arguments) {
   if (!REBALFER_HAS_BULK && cluster_size > 1) throw std::runtime_error("kernel launch: clusters before sm_90");
+  auto& recorded = emulator::machine().recorded;
+  recorded.kernel = emulator::symbol(reinterpret_cast<const void*>(kernel));
+  recorded.parameters.clear();
+  (emulator::record_parameter(recorded.parameters, Parameters(arguments)), ...);
   emulator::machine().launch(grid, block, cluster_size, dynamic_shared_bytes,
                              [&] { kernel(Parameters(arguments)...); });
 }

@@ -43,6 +43,12 @@ struct Counters {
   uint64_t blocks, threads, cluster, shared_bytes;         // of the last launch
 };
 
+// What the last launch was given, for other machines.
+struct Recorded {
+  std::string kernel;
+  std::vector<unsigned char> parameters;
+};
+
 struct Copy {
   void* to;
   const void* from;
@@ -129,6 +135,8 @@ class Machine {
  public:
   Order order = Order::forward;
   Counters counters{};
+  Recorded recorded;
+  bool only_record = false;
   Thread* current = nullptr;
   dim3 grid, block_shape;
   unsigned cluster_size = 1;
@@ -144,6 +152,7 @@ class Machine {
     ++counters.launches;
     counters.blocks = uint64_t(g.x) * g.y * g.z;
     counters.threads = count, counters.cluster = cluster, counters.shared_bytes = bytes;
+    if (only_record) return;
     grid = g, block_shape = b, cluster_size = cluster, shared_bytes = bytes, body_ = std::move(body);
     error_.clear();
     while (threads_.size() < size_t(count) * cluster) threads_.push_back(std::make_unique<Thread>());

@@ -78,6 +78,52 @@ def sass(cubin: bytes | Path) -> dict[str, list[str]]:
     return found
 
 
+class Instruction(NamedTuple):
+    """As nvdisasm prints it, and what it encodes besides."""
+
+    guard: str  #: a predicate, such as "!P0", or ""
+    text: str  #: "OPCODE.MODIFIERS operands"; a label is "@" and its address
+    control: int  #: stall count, yield, scoreboards to set and to wait for
+    immediate: int  #: 32 bits, of instructions that have one
+    source: str  #: "file:line" if compiled with -lineinfo, else ""
+
+
+def listing(cubin: bytes | Path) -> dict[str, list[Instruction]]:
+    """kernel -> its instructions, 16 bytes each, with those of the functions that it calls."""
+    with _file(cubin) as path:
+        text = _run("nvdisasm", "-c", "-g", "-hex", path)
+    return {kernel: _instructions(lines) for kernel, lines in _sections(text)}
+
+
+def _sections(text: str) -> Iterator[tuple[str, list[str]]]:
+    for section in re.split(r"^//-+ (?=\.)", text, flags=re.MULTILINE)[1:]:
+        name, *lines = section.splitlines()
+        if match := re.match(r"\.text\.(\S+)", name):
+            yield match[1], lines
+
+
+def _instructions(lines: list[str]) -> list[Instruction]:
+    found: list[list] = []
+    labels: dict[str, int] = {}
+    source = ""
+    encoded = re.compile(
+        r"\s+(?:/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][^;]*?)\s*;)?\s*/\* 0x(\w{16}) \*/"
+    ).match
+    for line in lines:
+        if (match := encoded(line)) is not None:
+            if match[3] is None:
+                found[-1][2] = int(match[4], 16) >> 41 & 0x1FFFF
+            else:
+                found.append([match[2] or "", match[3], 0, int(match[4], 16) >> 32, source])
+        elif match := re.match(r'\s*//## File "([^"]*)", line (\d+)( inlined)?', line):
+            source = f"{Path(match[1]).name}:{match[2]}"
+        elif match := re.match(r"([.$\w]+):", line):
+            labels[match[1]] = 16 * len(found)
+    for instruction in found:
+        instruction[1] = re.sub(r"`\(([^)]+)\)", lambda m: f"@{labels.get(m[1], 0):#x}", instruction[1])
+    return [Instruction(*x) for x in found]
+
+
 @contextmanager
 def _file(cubin: bytes | Path) -> Iterator[str]:
     if isinstance(cubin, Path):

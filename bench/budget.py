@@ -1,0 +1,81 @@
+"""How many instructions the GPU kernels issue, against the goals; counted without a GPU.
+
+The figures are those of tests/resources/issue_budgets.json, which a test compares with the compiled kernels.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+from .results import ROOT
+
+PROGRAM = ROOT / "tests/resources/issue_budgets.py"
+GOLDEN = PROGRAM.with_suffix(".json")
+
+#: Bytes of features per warp instruction that the kernels should reach, and those that would be better still.
+BYTES, BETTER = 8.0, 10.0
+
+
+class Row(NamedTuple):
+    """One kernel on one pair of views."""
+
+    name: str  #: pass and problem
+    instructions: int
+    features: int  #: bytes of the pair
+    kinds: dict[str, int]
+
+    @property
+    def bytes_per_instruction(self) -> float:
+        return self.features / self.instructions
+
+    @property
+    def judged(self) -> bool:
+        """Whether a goal is set for it: what is trained with in the paper's sizes."""
+        words = self.name.split()
+        return "not" not in words and {"7x7", "L7", "bfloat16"} <= set(words) and bool({"C512", "C2048"} & set(words))
+
+    @property
+    def met(self) -> bool:
+        return self.bytes_per_instruction >= BYTES
+
+
+def rows(measured: dict[str, dict[str, Any]]) -> list[Row]:
+    return [Row(name, figures["instructions"], features(name), figures["kinds"]) for name, figures in measured.items()]
+
+
+def features(name: str) -> int:
+    """Bytes of a pair.
+
+    >>> features("forward C512 7x7 L7 nchw bfloat16")
+    100352
+    """
+    *_, channels, side, _, _, dtype = name.split()
+    return 2 * int(channels[1:]) * int(side.partition("x")[0]) ** 2 * (4 if dtype == "float32" else 2)
+
+
+def table(found: list[Row]) -> str:
+    """A line for each kernel: its instructions a pair, bytes for each, and what most of them are for."""
+    lines = []
+    for row in found:
+        verdict = "" if not row.judged else "met" if row.met else "NOT"
+        shares = ", ".join(f"{what} {n / row.instructions:.0%}" for what, n in list(row.kinds.items())[:5])
+        lines.append(
+            f"{row.name:48} {row.instructions:9,} {row.bytes_per_instruction:6.2f} {verdict:4} {shares}".rstrip()
+        )
+    header = f"{'one pair':48} {'warp instructions':>9} bytes of features for each; {BYTES:g} are needed"
+    return "\n".join([header, *lines])
+
+
+def main(kernel: str | None, substring: str) -> int:
+    """Prints the table, or where the instructions of one kernel go; returns 1 where a goal is not met."""
+    if kernel:
+        return subprocess.run([sys.executable, str(PROGRAM), "--kernel", kernel], check=False).returncode
+    found = rows(json.loads(GOLDEN.read_text()))
+    print(table([row for row in found if substring in row.name]))
+    judged = [row for row in found if row.judged]
+    missed = sum(not row.met for row in judged)
+    print(f"{len(judged) - missed} of {len(judged)} kernels reach {BYTES:g} bytes of features per warp instruction")
+    return int(missed > 0)
