@@ -35,14 +35,20 @@ class Case(NamedTuple):
 
     @property
     def group(self) -> str:
-        """Which of a GPU's goals apply to the size: those of the "paper's batch", of a "large" one, or neither ("").
+        """Which goals apply to the size: those of the "paper's batch", of a "large" one, or only the general ones ("").
+
+        The "fixed cost" of a call is what is left of it at one image of 16 channels: no other goal applies to that.
 
         A bandwidth is judged of "large and wide" ones only: at 512 channels, what is saved for the backward and the
         second launch leave at most 88 % of the copy's, whatever the kernels do.
 
         >>> [Case(n, c, "nchw", torch.bfloat16).group for n, c in ((64, 512), (64, 2048), (512, 512), (512, 2048))]
         ["paper's batch", '', 'large', 'large and wide']
+        >>> Case(1, 16, "nchw", torch.float32).group
+        'fixed cost'
         """
+        if self.C <= 16:
+            return "fixed cost"
         if self.C == 512 and self.N in (32, 64):
             return "paper's batch"
         if self.N < 512:
@@ -80,6 +86,7 @@ _GPU_SIZES = (
 #: How the time grows with the batch, the weight's gradient above all.
 _GROWING = tuple((N, 512, layout) for N in (4096, 1024, 256) for layout in ("channels_last", "nchw"))
 CASES = [Case(*size, dtype) for dtype in (torch.float32, torch.bfloat16) for size in _CPU_SIZES]
+CASES.append(Case(1, 16, "nchw", torch.float32))
 CASES += [Case(*size, torch.bfloat16, "cuda") for size in (*_GPU_SIZES, *_GROWING)]
 CASES += [Case(*size, torch.float32, "cuda") for size in _GPU_SIZES]
 #: The GPU's program is tried out on a CPU with these.

@@ -13,14 +13,14 @@ Figures = Callable[[dict[str, Any]], dict[str, float | None]]  #: result -> case
 EPOCHS, IMAGES = 60, 12_271
 
 
-def median_ms(row: dict[str, Any] | None) -> float | None:
-    """Of forward and backward; None for a contender that was refused or could not be timed."""
-    return row["both"][1] if row and row["both"] else None
+def median_ms(row: dict[str, Any] | None, phase: str = "both") -> float | None:
+    """Of forward and backward, or one; None for a contender that was refused or could not be timed."""
+    return row[phase][1] if row and row[phase] else None
 
 
-def time_over(contender: str) -> Callable[[Rows], float | None]:
+def time_over(contender: str, phase: str = "both") -> Callable[[Rows], float | None]:
     """Our time over that of the contender."""
-    return _ratio("ours", contender)
+    return _ratio("ours", contender, phase)
 
 
 def speed_up(contender: str) -> Callable[[Rows], float | None]:
@@ -28,9 +28,9 @@ def speed_up(contender: str) -> Callable[[Rows], float | None]:
     return _ratio(contender, "ours")
 
 
-def _ratio(numerator: str, denominator: str) -> Callable[[Rows], float | None]:
+def _ratio(numerator: str, denominator: str, phase: str = "both") -> Callable[[Rows], float | None]:
     def ratio(rows: Rows) -> float | None:
-        over, under = median_ms(rows.get(numerator)), median_ms(rows.get(denominator))
+        over, under = (median_ms(rows.get(name), phase) for name in (numerator, denominator))
         return over / under if over and under else None
 
     return ratio
@@ -46,12 +46,15 @@ def microseconds(rows: Rows) -> float | None:
 
 
 def of(dtype: str, figure: Callable[[Rows], float | None], group: str | None = None) -> Figures:
-    """A figure of every case of a dtype, or of those whose group begins with ``group``."""
+    """A figure of every case of a dtype but that of the fixed cost, or of those whose group begins with ``group``."""
+
+    def belongs(to: str) -> bool:
+        return to != "fixed cost" if group is None else to.startswith(group)
 
     def figures(result: dict[str, Any]) -> dict[str, float | None]:
         cases: dict[str, Rows] = {}
         for row in result["rows"]:
-            if row["case"].endswith(dtype) and (group is None or row.get("group", "").startswith(group)):
+            if row["case"].endswith(dtype) and belongs(row.get("group", "")):
                 cases.setdefault(row["case"], {})[row["contender"]] = row
         return {case: figure(rows) for case, rows in cases.items()}
 
@@ -105,6 +108,10 @@ GOALS = (
          geometric_mean(of("float32", speed_up(BEST)))),
     Goal("op", "cpu", "speed-up over the released formulation", "at least", 12.0, "×",
          of("float32", speed_up(RELEASED))),
+    Goal("op", "cpu", "fixed cost of a forward against the identity op", "at most", 2.5, "×",
+         of("float32", time_over("identity", "forward"), "fixed cost")),
+    Goal("op", "cpu", "fixed cost of a backward against the identity op", "at most", 1.3, "×",
+         of("float32", time_over("identity", "backward"), "fixed cost")),
     Goal("op", "cpu", "time of bfloat16 against float32, by turns", "at most", 1.0, "×",
          lambda result: result["bfloat16_over_float32"]),
     Goal("op", "cuda", "time against the identity op, large and wide", "at most", 1.1, "×",

@@ -215,6 +215,7 @@ def call_by_call(case: Case, data: Problem, passed: dict[str, Formulation], seco
         rows.append(
             {
                 "case": case.name,
+                "group": case.group,
                 "contender": name,
                 **times,
                 "bytes_moved": moved,

@@ -99,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_
     const std::vector<int64_t>& twin_map, bool both_views, bool mean, bool with_maps, bool save_residual,
     bool save_pooled, bool save_cam_grad) {
   const HeadOptions options{consistency_weight, int(p), twin_map_on(twin_map, features), both_views, mean};
-  const HeadForwardOutputs out = run({features,
+  HeadForwardOutputs out = run({features,
                                       weight,
                                       bias,
                                       targets,
@@ -107,7 +107,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_
                                       map_weights,
                                       options,
                                       {with_maps, save_residual, save_pooled, save_cam_grad}});
-  return {out.loss, out.classification, out.consistency, out.logits, out.maps, out.residual, out.pooled, out.cam_grad};
+  return {std::move(out.loss),     std::move(out.classification), std::move(out.consistency), std::move(out.logits),
+          std::move(out.maps),     std::move(out.residual),       std::move(out.pooled),      std::move(out.cam_grad)};
 }
 
 template <HeadGradients (*run)(const HeadBackwardArguments&)>
@@ -119,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor> head_backward_operator(
     const std::vector<int64_t>& twin_map, bool both_views, bool mean, ScalarType dtype, bool channels_last,
     bool need_features, bool need_weight, bool need_bias) {
   const HeadOptions options{consistency_weight, int(p), twin_map_on(twin_map, residual), both_views, mean};
-  const HeadGradients out = run({d_loss,
+  HeadGradients out = run({d_loss,
                                  d_classification,
                                  d_consistency,
                                  d_logits,
@@ -135,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor> head_backward_operator(
                                  dtype,
                                  channels_last,
                                  {need_features, need_weight, need_bias}});
-  return {out.features, out.weight, out.bias};
+  return {std::move(out.features), std::move(out.weight), std::move(out.bias)};
 }
 
 }  // namespace rebalfer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,7 +92,7 @@ def attention_consistency(
             reduction=reduction,
         )  # fmt: skip
     cam_weight = weight.detach() if detach_cam_weight else weight
-    return _head(HeadInputs(features, cam_weight, None, None, None, map_weights), 0.0, plan)[2]
+    return _head((features, cam_weight, None, None, None, map_weights), 0.0, plan)[2]
 
 
 def _consistency_plan(
@@ -207,7 +207,7 @@ def rebalanced_head_loss(
     >>> out.loss  # both views: 2 log 2
     tensor(1.3863)
     """
-    inputs = HeadInputs(features, weight, bias, targets, target_table, map_weights)
+    inputs = (features, weight, bias, targets, target_table, map_weights)
     plan = signatures.once(
         _head_plan,
         inputs,
@@ -222,7 +222,7 @@ def rebalanced_head_loss(
             detach_cam_weight=detach_cam_weight, reduction=reduction, return_maps=return_maps,
         )  # fmt: skip
     # Outside the operator a lambda is differentiable if it is a tensor and, compiled, may change from call to call.
-    scheduled = isinstance(consistency_weight, Tensor) or torch.compiler.is_compiling()
+    scheduled = plan.compiled or isinstance(consistency_weight, Tensor)
     outputs = _head(inputs, 0.0 if scheduled else float(consistency_weight), plan)
     loss, classification, consistency, logits = outputs[:4]
     if scheduled:
@@ -273,14 +273,17 @@ def _plan(inputs: HeadInputs, options: HeadOptions, wanted: Wanted, backend: str
     features = inputs.features
     request = dispatch.request("head", features, inputs.weight)
     name = dispatch.choose(request, backend)
-    known = name != "reference" and not torch.compiler.is_compiling()
+    compiled = torch.compiler.is_compiling()
+    known = name != "reference" and not compiled
     as_served = known and all(map(operator.is_, inputs, inputs.as_served(request.layout)))
-    return HeadPlan(name, request.layout, as_served, features.dtype, options, wanted)
+    return HeadPlan(name, request.layout, as_served, compiled, features.dtype, options, wanted)
 
 
-def _head(inputs: HeadInputs, lam: float, plan: HeadPlan) -> tuple[Tensor, ...]:
-    """loss, classification, consistency, logits, and the maps if they are wanted."""
-    return ops.HeadLossFunction.apply(*(inputs if plan.as_served else inputs.as_served(plan.layout)), lam, plan)
+def _head(inputs: tuple[Any, ...], lam: float, plan: HeadPlan) -> tuple[Tensor, ...]:
+    """loss, classification, consistency, logits, and the maps if they are wanted; the inputs are a HeadInputs."""
+    if not plan.as_served:
+        inputs = HeadInputs(*inputs).as_served(plan.layout)
+    return ops.HeadLossFunction.apply(*inputs, lam, plan)
 
 
 def _targets(targets: Tensor, dtype: torch.dtype) -> Tensor:

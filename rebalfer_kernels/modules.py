@@ -26,7 +26,7 @@ def _is_traced() -> bool:
 
 
 class ClassTables:
-    """The constants of a head, Eq. 4 and Eq. 8: what they are made of, and a copy for each device and dtype in use."""
+    """The constants of a head, Eq. 4 and Eq. 8: what they are made of, and those beside each kind of weight in use."""
 
     def __init__(self, class_counts: tuple[int, ...], beta: float, alpha: float, spread: str, p: int) -> None:
         self.class_counts = class_counts
@@ -40,12 +40,13 @@ class ClassTables:
 
     def beside(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The target table and the map weights on the weight's device, in the dtype of the losses."""
-        place = weight.device, compute_dtype(weight.dtype)
+        place = weight.device, weight.dtype
         tables = self.copies.get(place)
         if tables is None:
             with torch.inference_mode(False):
                 table, map_weights = self.copies[_MADE]
-                tables = table.to(*place), map_weights.to(*place)
+                beside = weight.device, compute_dtype(weight.dtype)
+                tables = table.to(*beside), map_weights.to(*beside)
             if not _is_traced():
                 self.copies[place] = tables
         return tables

@@ -45,6 +45,7 @@ class HeadPlan(NamedTuple):
     backend: str
     layout: str  #: as in Request
     as_served: bool  #: the tensors already have the layouts and dtypes that the backend reads
+    compiled: bool  #: by torch.compile
     dtype: torch.dtype  #: of the features
     options: HeadOptions
     wanted: Wanted

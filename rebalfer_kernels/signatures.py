@@ -16,20 +16,20 @@ T = TypeVar("T")
 LIMIT = 1024
 
 _decided: dict[tuple[Any, ...], Any] = {}
-_read = attrgetter("__class__", "shape", "dtype", "device", "requires_grad")
+_read = attrgetter("shape", "dtype", "device", "requires_grad")
 
 
 def once(decide: Callable[..., T], tensors: tuple[Any, ...], options: tuple[Any, ...]) -> T:
     """``decide(*tensors, *options)``, or what that was for an earlier call of the same signature.
 
-    The signature is what follows here, and ``decide`` may look at nothing else: the class, shape, strides, dtype,
-    device and requires_grad of tensors, value and class of options, and the default backend. Numbers that are stored
-    in tensors are no part of it. What raises is decided, and so raises, at every call.
+    The signature is what follows here, and ``decide`` may look at nothing else: shape, strides, dtype, device and
+    requires_grad of tensors, the class of what is none, value and class of options, and the default
+    backend. Numbers that are stored in tensors are no part of it. What raises is decided, and so raises, at every call.
     """
     if not dispatch.ordinary():
         return decide(*tensors, *options)
     try:
-        signature = decide, options, tuple(map(type, options)), dispatch.default_backend(), _described(tensors)
+        signature = decide, options, tuple(map(type, options)), dispatch.default_entry(), _described(tensors)
         decision = _decided.get(signature)
     except (TypeError, RuntimeError):  # an option that is a list, a tensor without strides
         return decide(*tensors, *options)

@@ -1,6 +1,7 @@
 """A call like an earlier one is not checked again, and yet every error is raised, with the same text."""
 
 import inspect
+import os
 
 import numpy as np
 import pytest
@@ -204,6 +205,9 @@ def test_the_default_backend_may_change_between_calls(monkeypatch):
         fused()
     monkeypatch.delenv("REBALFER_BACKEND")
     assert fused()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "environ", {**os.environ, "REBALFER_BACKEND": "reference"})  # a plain dict
+        assert not fused()
     with torch.autograd.forward_ad.dual_level():
         assert not fused()
     assert fused()

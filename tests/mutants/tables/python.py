@@ -53,6 +53,20 @@ MUTANTS = [
         "test_triton.py::test_agreement",
     ),
     Mutant(
+        "a signature leaves out whether a gradient is required",
+        "rebalfer_kernels/signatures.py",
+        '"device", "requires_grad")',
+        '"device")',
+        "test_signatures.py",
+    ),
+    Mutant(
+        "a signature takes equal options of another class for the same",
+        "rebalfer_kernels/signatures.py",
+        "tuple(map(type, options))",
+        "()",
+        "test_signatures.py",
+    ),
+    Mutant(
         'views="original" classifies the twin too',
         "rebalfer_kernels/functional.py",
         'TWIN_MAPS[transform]), views == "both", reduction',
