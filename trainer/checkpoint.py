@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -28,22 +28,19 @@ def replacing(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
     Raises:
         UserError: the disk is full or the folder can't be written; what was at ``path`` is still there.
     """
-    temporary = None
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}.tmp")
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp", delete=False) as file:
-            temporary = Path(file.name)
-            yield file  # type: ignore[misc]
+        with open(temporary, "xb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
         if keep and path.exists():
             _copy(path, keep)
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path}: can't be written: {error.strerror or error}") from error
     finally:
-        if temporary:
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def _copy(path: Path, to: Path) -> None:
@@ -55,11 +52,6 @@ def _copy(path: Path, to: Path) -> None:
     except OSError:
         shutil.copyfile(path, temporary)
     os.replace(temporary, to)
-
-
-def _umask() -> int:
-    os.umask(mask := os.umask(0o077))
-    return mask
 
 
 class _Hashed:

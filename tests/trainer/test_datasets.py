@@ -489,7 +489,8 @@ def test_every_command_of_the_docs_reads_the_folder_of_its_section(tmp_path, mon
     affect_2021(tmp_path / "data/AffectNet")
 
     text = (Path(__file__).parents[2] / "docs/datasets.md").read_text()
-    commands = [shlex.split(line)[3:] for line in text.splitlines() if line.startswith("python -m trainer ")]
+    lines = [line for line in text.replace("\\\n", "").splitlines() if line.startswith("python -m trainer ")]
+    commands = [c for c in (shlex.split(line)[3:] for line in lines) if c[0] != "align"]  # which test_align.py runs
     read = set()
     for command in commands:
         options = parse(command)

