@@ -425,6 +425,25 @@ def test_two_images_never_share_a_crop(tmp_path):
     assert (tmp_path / "out/a.jpg.png").read_bytes() != (tmp_path / "out/a.png.png").read_bytes()
 
 
+def test_names_that_no_terminal_shows_are_recorded_and_continued(tmp_path, capsys):
+    names = [
+        'a,b ".png',
+        "line\nend.png",
+        "para\u2028graph.png",
+        os.fsdecode(b"\xff.png"),
+        "gesicht-ä.png",
+    ]
+    for name in names:
+        save(tmp_path / "faces", face(), name)
+    flags = [plain(tmp_path / "faces", {"gesicht-ä.png": face()}), "--resize"]
+    assert run(tmp_path / "faces", tmp_path / "out", *flags) == 0
+    before = {f: f.stat().st_ino for f in (tmp_path / "out").rglob("*.png") if f.name != "contact_sheet.png"}
+    assert sorted(f.name for f in before) == sorted(names)
+    assert run(tmp_path / "faces", tmp_path / "out", "--resume", *flags) == 0
+    assert all(f.stat().st_ino == inode for f, inode in before.items())
+    assert capsys.readouterr().out.count("1 of 5 aligned\n4 of 5 resized: ") == 2
+
+
 def test_images_without_a_face_can_be_resized_instead(tmp_path, source):
     wide = np.zeros((60, 100, 3), np.uint8)
     wide[:, :20], wide[:, 20:80], wide[:, 80:] = (255, 0, 0), (0, 255, 0), (0, 0, 255)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import UserError, expect, expect_number, option
-from ..data import contact_sheet, crops, yunet
+from ..data import contact_sheet, crops, decode, yunet
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Options:
             str(source.resolve()), self.size, self.margin, points, self.detect, model, self.score, self.resize
         )
         rows, others = crops.make(settings, out, self.workers or min(16, os.cpu_count() or 1), self.resume)
-        contact_sheet.draw(out / contact_sheet.NAME, contact_sheet.chosen(rows), settings)
+        contact_sheet.draw(out / decode.SHEET, contact_sheet.chosen(rows), settings)
         print(crops.summary(rows, others))
-        print(f"{out}: {self.size} x {self.size} pixels, {crops.RECORD}, {contact_sheet.NAME}")
+        print(f"{out}: {self.size} x {self.size} pixels, {decode.RECORD}, {decode.SHEET}")
         if not any(row.crop for row in rows):
-            raise UserError(f"source: got {len(rows)} images, none of which could be aligned; {crops.RECORD} says why")
+            raise UserError(f"source: got {len(rows)} images, none of which could be aligned; {decode.RECORD} says why")
         return 0

@@ -11,7 +11,6 @@ from PIL import Image, ImageDraw
 from .. import checkpoint
 from . import align, crops, decode
 
-NAME = "contact_sheet.png"
 SIDE, TEXT, COLUMNS = 128, 26, 6  # pixels of a picture and of the lines below it; pairs beside each other
 GOOD, WORST, BAD = 24, 12, 24  # images that are shown at most: of all, of those that fit worst, of those without a crop
 COLOURS = ("red", "lime", "yellow", "cyan", "magenta")  # of the five points

@@ -10,6 +10,7 @@ import contextlib
 import csv
 import dataclasses
 import fcntl
+import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ from .. import checkpoint
 from ..config import UserError, listed
 from . import align, decode, landmarks, yunet
 
-RECORD, SETTINGS = "align.csv", ".align.json"
+SETTINGS = ".align.json"
 CHUNK = 256  # images that are handed to the threads at a time
 ALIGNED, RESIZED, NO_FACE, NO_LANDMARKS, UNREADABLE = "aligned", "resized", "no face", "no landmarks", "unreadable"
 
@@ -169,7 +170,7 @@ def make(settings: Settings, target: Path, workers: int, resume: bool) -> tuple[
             if file not in done
         ]
         _write(target, list(done.values()))
-        with (target / RECORD).open("a", newline="", encoding="utf-8", errors="surrogateescape") as record:
+        with (target / decode.RECORD).open("a", newline="", encoding="utf-8", errors="surrogateescape") as record:
             for row in _in_parallel(jobs, workers):
                 _append(record, row)
                 done[row.file] = row
@@ -238,23 +239,18 @@ def _opened(target: Path, settings: Settings, resume: bool) -> Iterator[None]:
 
 def _rows(target: Path) -> list[Row]:
     """Those of the record; the last one is dropped if a kill cut it off."""
-    if not (target / RECORD).exists():
+    if not (target / decode.RECORD).exists():
         return []
-    text = (target / RECORD).read_bytes().decode("utf-8", "surrogateescape")
-    lines = csv.reader(text[: text.rfind("\n") + 1].splitlines(keepends=True))
+    text = (target / decode.RECORD).read_bytes().decode("utf-8", "surrogateescape")
+    lines = csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
     return [Row.of(fields) for fields in lines if len(fields) == len(COLUMNS) and fields != COLUMNS]
 
 
 def _write(target: Path, rows: Sequence[Row]) -> None:
-    with checkpoint.replacing(target / RECORD) as file:
-        lines = Lines()
-        for fields in (COLUMNS, *(row.fields for row in rows)):
-            csv.writer(lines, lineterminator="\n").writerow(fields)
-        file.write("".join(lines).encode("utf-8", "surrogateescape"))
-
-
-class Lines(list):
-    write = list.append
+    with checkpoint.replacing(target / decode.RECORD) as file:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows((COLUMNS, *(row.fields for row in rows)))
+        file.write(text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def _append(record: TextIO, row: Row) -> None:

@@ -19,7 +19,7 @@ from . import Split, cache
 from .labels import natural
 
 SYSTEM = {"@eaDir", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db", "desktop.ini"}
-OF_ALIGN = {"align.csv", "contact_sheet.png"}  # what `align` writes beside its crops
+RECORD, SHEET = "align.csv", "contact_sheet.png"  # what `align` writes beside its crops
 Image.init()
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # LARGEST is what holds here
 SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
@@ -39,7 +39,7 @@ def image_files(folder: Path) -> tuple[list[Path], list[Path]]:
 
 def hidden(name: str) -> bool:
     """Whether a file or folder belongs to the system or to this program, and not to the data."""
-    return name.startswith(".") or name in SYSTEM or name in OF_ALIGN
+    return name.startswith(".") or name in SYSTEM or name in (RECORD, SHEET)
 
 
 def _walk(folder: Path, seen: set[str]) -> list[Path]:

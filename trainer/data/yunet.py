@@ -18,7 +18,7 @@ from . import align
 MODEL = "face_detection_yunet*.onnx"
 SUPPRESSION = 0.3  # overlap of two boxes from which they are one face
 LONGEST = 640  # pixels of the long side that is searched: YuNet is made for faces of 10 to 300 pixels
-VIEW = 192  # pixels of a view of one face, in which it is about half as wide
+VIEW, MARGIN = 128, 0.3  # pixels of a view of one face; around the usual crop, so that the face is 80 pixels wide
 STRIDE = 32  # pixels between the largest anchors of YuNet: the views of a face have it at five places in between
 SHIFTS = [((k - 2) * STRIDE / 5, (2 * k % 5 - 2) * STRIDE / 5) for k in range(5)]  # to the right and down
 MIRRORED = [1, 0, 2, 4, 3]  # which point is which in the mirror image
@@ -112,12 +112,13 @@ def _settled(found: Any, image: Image.Image, points: np.ndarray) -> np.ndarray:
     """The mean of what is found again in views of the face, each made upright and of one size by what was found last.
 
     YuNet's points depend on where a face is in the picture that it searches, and it takes a turned face for less turned
-    than it is. A view and its mirror image cancel some of that.
+    than it is. A view and its mirror image cancel some of that: the points of 30 faces, each scaled, cut, mirrored and
+    turned, spread by 1.1 pixels of a crop of 112 (median) and not by 3.8. It takes 50 ms of a CPU core, ten searches.
     """
     again, usual = [points], found.getScoreThreshold()
     found.setScoreThreshold(min(usual, SURE))
     for shift in SHIFTS:
-        view = align.similarity(again[-1], align.template(VIEW, 0.5) + shift)
+        view = align.similarity(again[-1], align.template(VIEW, MARGIN) + shift)
         pixels = np.asarray(align.crop(image, view, VIEW))
         straight, mirrored = (_search(found, side, 0.0) for side in (pixels, pixels[:, ::-1]))
         if len(straight) and len(mirrored):
