@@ -47,8 +47,8 @@ def search(
 ) -> tuple[Row, dict[str, list[float]]]:
     """The best row, and for each pass the milliseconds of the present and of the best tiles; inf if they failed.
 
-    After ``end`` on the monotonic clock only the present tiles are measured, if they were not before. The forward, which
-    has more to try, may use three quarters of the time.
+    After ``end`` on the monotonic clock only the present tiles are measured, if they were not before. The forward,
+    which has more to try, may use three quarters of the time.
     """
     now = time.monotonic()
     until = {"forward": now + 0.75 * (end - now), "backward": end}

@@ -246,13 +246,13 @@ def test_the_loop_is_read_at_a_glance():
     assert len((ROOT / "trainer/loop.py").read_text().splitlines()) <= 150
 
 
-@pytest.mark.xfail(strict=True, reason="2,342 lines since weights, convert-weights and export are part of it")
+@pytest.mark.xfail(strict=True, reason="2,608 lines: weights, export, the command line and align are the largest parts")
 def test_the_trainer_is_read_in_one_sitting(tmp_path):
     (tmp_path / "a.py").write_text(
         '"""Text\n\nof two lines."""\n\n# why\nx = """a\nb"""  # c\n\ndef f():\n    "doc"\n    return 1\n'
     )
     assert lines_of_code(tmp_path / "a.py") == 4  # x = ... of two lines, def, return
-    files = [f for f in (ROOT / "trainer").rglob("*.py") if f.parent.name not in ("data", "methods")]
+    files = [f for f in (ROOT / "trainer").rglob("*.py") if f.parent.name not in ("data", "methods", "study")]
     assert sum(map(lines_of_code, files)) < 2000
 
 

@@ -62,7 +62,9 @@ def parse(arguments: list[str]) -> Any:
     if (command := spelt(command)) not in commands:
         raise UserError(f"command: got {command!r}, expected one of {', '.join(commands)}{_near(command, commands)}")
     rest, wanted = _help_wanted(rest)
-    default, rest = commands[command](), [_spelt(a) for a in rest]
+    default = commands[command]()
+    keys = {flag.key for flag in flags(default)}
+    rest = [_spelt(a, keys) for a in rest]
     files: list[dict] = []
     if _flat(default):
         rest, files = _take_files(rest)
@@ -242,13 +244,13 @@ def _asked(key: str, arguments: list[str], files: list[dict], default: str) -> s
     return str(default)
 
 
-def _spelt(argument: str) -> str:
-    """--batch-size as --batch_size, --method cb as --method.name cb."""
+def _spelt(argument: str, keys: set[str]) -> str:
+    """--batch-size as --batch_size, --method cb as --method.name cb where a command has that."""
     if not argument.startswith("--"):
         return argument
     option, equals, value = argument[2:].partition("=")
     option = option.replace("-", "_")
-    return f"--{option}{'.name' if option in BY_NAME else ''}{equals}{value}"
+    return f"--{option}{'.name' if option in BY_NAME and option not in keys else ''}{equals}{value}"
 
 
 def _take_files(arguments: list[str]) -> tuple[list[str], list[dict]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, TypeVar
 
 import timm
 import torch
@@ -12,9 +12,12 @@ from torch import Tensor, nn
 import rebalfer_kernels as rk
 
 from . import weights
+from .activations import Activations
 from .config import Config, UserError
 
 logger = logging.getLogger(__name__)
+
+Images = TypeVar("Images", Tensor, Activations)
 
 #: Options of timm.create_model that the classifier's replacement makes meaningless.
 WITHOUT_EFFECT = ("num_classes", "global_pool", "drop_rate", "in_chans")
@@ -43,24 +46,62 @@ class Backbone(nn.Module):
         self.frozen_batchnorm, self.separate_views = config.backbone.frozen_batchnorm, config.backbone.separate_views
         self.channels: int = model.num_features
         self.map_size: tuple[int, ...] = ()  #: H, W of the features
+        self.frozen: tuple[str, ...] = ()  #: parts of the model that do not train, in order
+        self.trained: tuple[str, ...] = ()  #: those after them; both are empty if all trains
 
     def forward(self, images: Tensor) -> Tensor:
         with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
             return self.maps(images)
 
     def maps(self, images: Tensor) -> Tensor:
-        """The features, in the precision of the weights."""
-        features = self.model.forward_features(images.expand(-1, 3, -1, -1).contiguous(memory_format=self.layout))
+        """The features of images, or of what :meth:`activations` made of them, in the precision of the weights."""
+        if not self.trained:
+            features = self.model.forward_features(images.expand(-1, 3, -1, -1).contiguous(memory_format=self.layout))
+        else:
+            features = self.activations(images) if images.shape[1] in (1, 3) else images
+            for name in self.trained:
+                features = self.model.get_submodule(name)(features)
         return features.permute(0, 3, 1, 2) if self.nhwc else features
 
-    def coloured(self, images: Tensor) -> Tensor:
+    @torch.no_grad()
+    def activations(self, images: Tensor) -> Tensor:
+        """What the frozen parts make of images (M, 1 or 3, h, w)."""
+        x = images.expand(-1, 3, -1, -1).contiguous(memory_format=self.layout)
+        for name in self.frozen:
+            x = self.model.get_submodule(name)(x)
+        return x
+
+    def freeze(self, before: str) -> None:
+        """The parts of the model before the one called ``before`` keep their weights and statistics.
+
+        Raises:
+            UserError: no such part, or the model is more than its parts one after the other.
+        """
+        names = _parts(self.model)
+        first = next((i for i, n in enumerate(names) if n == before or n.startswith(f"{before}.")), 0)
+        if not first:
+            raise UserError(f"backbone.train_from: got {before!r}, expected one of {', '.join(names[1:])}")
+        images = torch.randn(2, 3, self.image_size, self.image_size, generator=torch.Generator().manual_seed(0))
+        self.eval()
+        with torch.no_grad():
+            whole = self.maps(images)
+            self.frozen, self.trained = names[:first], names[first:]
+            same = torch.allclose(self.maps(images), whole, atol=1e-4 * float(whole.abs().max()))
+        if not same:
+            raise UserError(f"backbone.train_from: got {before!r}, but this model can't be taken apart there")
+        for name in self.frozen:
+            self.model.get_submodule(name).requires_grad_(False)
+
+    def coloured(self, images: Images) -> Images:
         """Grey images (K, h, w, 1) with three channels if their colours are normalised differently."""
+        if isinstance(images, Activations):
+            return images
         differ = len(set(self.mean)) > 1 or len(set(self.std)) > 1
         return images.expand(-1, -1, -1, 3).contiguous() if images.shape[-1] == 1 and differ else images
 
     def views(
         self,
-        images: Tensor,
+        images: Tensor | Activations,
         *,
         both: bool,
         indices: Tensor | None = None,
@@ -70,6 +111,8 @@ class Backbone(nn.Module):
         augment: rk.Augment | None = None,
     ) -> Tensor:
         """(N or 2N, C, H, W) as it expects them, of :meth:`coloured` uint8 images (K, h, w, C): ``rk.paired_views``."""
+        if isinstance(images, Activations):
+            return images.views(indices, epoch, both=both)
         return rk.paired_views(
             images,
             torch.arange(len(images), device=images.device) if indices is None else indices,
@@ -90,6 +133,8 @@ class Backbone(nn.Module):
 
     def train(self, mode: bool = True) -> Backbone:
         super().train(mode)
+        for name in self.frozen:
+            self.model.get_submodule(name).eval()
         if self.frozen_batchnorm:
             for module in self.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -127,7 +172,9 @@ def create(config: Config, origin: dict | None = None) -> Backbone:
     backbone.origin = origin
     if start:
         logger.info("weights: %s", weights.load(backbone.model, start))
-    return backbone
+    if config.backbone.train_from:
+        backbone.freeze(config.backbone.train_from)
+    return backbone.train()
 
 
 def _create(config: Config, options: dict, recipe: weights.Recipe) -> Backbone:
@@ -182,7 +229,23 @@ def _create(config: Config, options: dict, recipe: weights.Recipe) -> Backbone:
         raise refuse(f"its logits differ from W . GAP(features) + b by {off:.0%}, so a layer follows the pooling")
     model.reset_classifier(0)
     backbone.channels, backbone.map_size = features.shape[1], tuple(features.shape[2:])
-    return backbone.train()
+    return backbone
+
+
+#: What of a timm model comes after its last maps.
+AFTER = ("global_pool", "head_drop", "fc", "classifier", "head")
+
+
+def _parts(model: Any) -> tuple[str, ...]:
+    """The names of its modules in the order of their computation, sequences taken apart."""
+
+    def taken_apart(name: str, module: nn.Module) -> list[str]:
+        if not isinstance(module, nn.Sequential):
+            return [name]
+        return [part for key, child in module.named_children() for part in taken_apart(f"{name}.{key}", child)]
+
+    children = ((name, child) for name, child in model.named_children() if name not in AFTER)
+    return tuple(part for name, child in children for part in taken_apart(name, child))
 
 
 def _line(error: Exception) -> str:

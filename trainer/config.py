@@ -103,6 +103,7 @@ class Backbone:
     name: str = option("resnet18", "a timm model; the paper's is resnet18")
     options: dict = option({}, "for timm.create_model, such as '{img_size: 112}'")
     weights: str = option("", "file or name of weights to start from (docs/weights.md)", changes=NOTHING)
+    train_from: str = option("", "first part that trains, such as layer4; what comes before it stays as it is")
     frozen_batchnorm: bool = option(False, "BatchNorm keeps the statistics it starts with")
     separate_views: bool = option(False, "BatchNorm statistics of each view for itself, as with two forward passes")
 
@@ -114,8 +115,15 @@ class SplitOptions:
     choose_on: str = option("held-out", "held-out: val, or else part of train; or test", choices=("held-out", "test"))
     hold_out: float = option(0.1, "part of train held out where the data has no val")
     imbalance: float = option(0.0, "largest over smallest class, made by leaving images out; 0: as it is")
+    folds: int = option(0, "all images in so many parts, one of which is the test; 0: as they are on disk")
+    fold: int = option(0, "which of these parts is the test, from 0")
+    groups: str = option("", "CSV of file and group, such as a person: none is in two parts", changes=NOTHING)
 
     def __post_init__(self) -> None:
+        if self.folds:
+            expect_number("split.folds", self.folds, 2)
+        expect_number("split.fold", self.fold, 0, max(0, self.folds - 1))
+        expect(not self.groups or self.folds > 0, "split.groups", self.groups, "split.folds too")
         expect_number("split.hold_out", self.hold_out, 0, 0.9, above=True)
         if self.imbalance:
             expect_number("split.imbalance", self.imbalance, 1)
@@ -134,8 +142,10 @@ class Augment:
     noise_probability: float = option(0.5, "of an image with noise")
     erase: float = option(0.0, "probability of a rectangle that is erased in both views")
     erase_largest: float = option(0.25, "largest area of that rectangle; the smallest is 0.02")
+    versions: int = option(0, "of an image, whose activations before train_from are kept on disk; 0: any number")
 
     def __post_init__(self) -> None:
+        expect_number("augment.versions", self.versions, 0)
         for name in ("flip", "crop", "brightness", "contrast", "noise_probability", "erase"):
             expect_number(f"augment.{name}", getattr(self, name), 0, 1)
         expect_number("augment.shift", self.shift, 0, 0.5)
@@ -238,6 +248,7 @@ def without_effect(config: Config) -> list[str]:
         "augment.shift": augment.crop > 0 and "with augment.crop",
         "augment.noise_probability": not augment.noise and "without augment.noise",
         "augment.erase_largest": not augment.erase and "without augment.erase",
+        "split.fold": not config.split.folds and "without split.folds",
     }
     lines = []
     for name, reason in rules.items():

@@ -143,6 +143,25 @@ def _has(family: str, text: str) -> bool:
     return all(ord(letter) in letters for letter in text)
 
 
+def study(path: Path, title: str, rows: Sequence[tuple[str, float, float, float, float]]) -> None:
+    """Overall and mean accuracy of each row: (label, overall, half its interval, mean, half its interval)."""
+    figure = Figure(figsize=(7.2, 1.2 + 0.34 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    places = np.arange(len(rows))[::-1]
+    for offset, (name, colour, at) in zip(
+        (0.12, -0.12), (("overall", "tab:gray", 1), ("mean", "tab:blue", 3)), strict=True
+    ):
+        centre = [row[at] for row in rows]
+        half = [0.0 if np.isnan(row[at + 1]) else row[at + 1] for row in rows]
+        axes.errorbar(centre, places + offset, xerr=half, fmt="o", color=colour, capsize=3, markersize=4, label=name)
+    axes.set_yticks(places, legible(tuple(row[0] for row in rows)))
+    axes.set(xlabel="accuracy in %, with 95 % intervals", title=title)
+    axes.title.set_fontsize(9)
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(loc="best", fontsize=8)
+    _save(figure, path)
+
+
 def _save(figure: Figure, path: Path) -> None:
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=80, format="png")

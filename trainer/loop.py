@@ -34,6 +34,10 @@ def build(
     method = config.method.build(backbone, Task(counts, config.epochs, config.compute.backend)).to(device)
     if config.backbone.separate_views and not method.paired:
         raise UserError(f"backbone.separate_views: got true, but {config.method.name} looks at one view")
+    if config.augment.versions and method.changes_images:
+        raise UserError(
+            f"augment.versions: got {config.augment.versions}, but {config.method.name} changes images itself"
+        )
     if config.compute.cuda_graph and (not method.capturable or distributed.size() > 1):
         what = "several processes" if method.capturable else config.method.name
         raise UserError(f"compute.cuda_graph: got true with {what}, which no graph can hold")

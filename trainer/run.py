@@ -35,6 +35,10 @@ class Diverged(UserError):
         super().__init__(f"loss: got a number that is not finite {where}; {good}; a lower --learning-rate may help")
 
 
+class Busy(UserError):
+    """Another process holds the run."""
+
+
 class Stopped(Exception):
     """A signal ended the run after its state was saved."""
 
@@ -204,7 +208,7 @@ def _lock(folder: Path) -> int:
             return _lock(folder)
     except BlockingIOError:
         os.close(lock)
-        raise UserError(f"name: got {folder.name!r}, but another process is writing to {folder}") from None
+        raise Busy(f"name: got {folder.name!r}, but another process is writing to {folder}") from None
     except OSError as error:
         logger.warning("note: %s can't be locked (%s): start no second run of this name", folder, error.strerror)
     return lock

@@ -38,6 +38,8 @@ class Sface:
         self.nodes, self.constants, self.last = [], [], "data"
         self.constant("half", np.float32([127.5]))
         self.constant("scale", np.float32([1 / 128]))
+        value = onnx.numpy_helper.from_array(np.float32([0]))
+        self.nodes.append(onnx.helper.make_node("Constant", [], ["unused"], value=value))  # SFace has one
         self.layer("Sub", "minus", "half")
         self.layer("Mul", "times", "scale")
         self.convolution("conv_1", 3, 32, 3)

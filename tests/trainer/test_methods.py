@@ -144,12 +144,74 @@ def nla(f, w, b, t, mix=0.5, offset=0.0):
     }
 
 
+def one_against_rest(gamma):
+    """Each class a yes or no: minus the log of the probability of the right answer, less of it the surer it is."""
+
+    def loss(z, t):
+        p = 1 / (1 + (-z).exp())
+        of_class = -(t * (1 - p) ** gamma * p.log() + (1 - t) * p**gamma * (1 - p).log())
+        return ((t * B).sum(1) * of_class.sum(1)).sum() / N
+
+    return one_view(loss)
+
+
+def enlarged(images, factors):
+    """(N, K, H, W) about their centre, each pixel mixed from its four neighbours; what lies outside is the border."""
+    rows = []
+    for image, factor in zip(images, factors, strict=True):
+        sides = []
+        for n in (H, W):
+            at = [min(max((i + 0.5 - n / 2) / factor + n / 2 - 0.5, 0), n - 1) for i in range(n)]
+            mix = torch.zeros(n, n, dtype=torch.float64)
+            for i, x in enumerate(at):
+                low = min(int(x), n - 2)
+                mix[i, low], mix[i, low + 1] = 1 - (x - low), x - low
+            sides.append(mix)
+        rows.append(torch.stack([sides[0] @ channel @ sides[1].T for channel in image]))
+    return torch.stack(rows)
+
+
+def transformed(other, change):
+    """Both views classified, Eq. 5 between the changed maps of the first and those of the second."""
+
+    def losses(f, w, b, t):
+        first, second = f[:N], other(f[:N])
+        z, t = logits(torch.cat([first, second]), w, b), smooth(t, B, 0.1)
+        maps = [torch.einsum("lc,nchw->nlhw", w.detach(), x) for x in (first, second)]
+        consistency = (B[:, None, None] * (change(maps[0]) - maps[1]) ** 2).mean()
+        return summed((cross_entropy(z[:N], t) + cross_entropy(z[N:], t)).mean(), 2.0, consistency)
+
+    return losses
+
+
+DRAWN = torch.tensor([0.1, 0.9, 0.5, 0.3, 0.7])
+FACTORS = (1 + 0.25 * DRAWN).tolist()
+
+
+def brighter(f):
+    """Of pixels x with f = (x - 0.4) / 0.2."""
+    return ((f * 0.2 + 0.4) * (1 + 0.5 * (2 * DRAWN.double() - 1))[:, None, None, None] - 0.4) / 0.2
+
+
 EPOCH, EPOCHS = 3, 60
 B = effective()
 FORMULAS = {
     "baseline": ("baseline", {}, one_view(lambda z, t: cross_entropy(z, t).mean())),
     "cb: divided by N": ("cb", {}, one_view(lambda z, t: cross_entropy(z, t * B).sum() / N)),
     "cb, beta 0.9": ("cb", {"beta": 0.9}, one_view(lambda z, t: cross_entropy(z, t * effective(0.9)).sum() / N)),
+    "cb, sigmoid": ("cb", {"loss": "sigmoid"}, one_against_rest(0)),
+    "cb, focal": ("cb", {"loss": "focal"}, one_against_rest(1)),
+    "cb, focal, gamma 2": ("cb", {"loss": "focal", "gamma": 2.0}, one_against_rest(2)),
+    "rac_transform, scale": (
+        "rac_transform",
+        {},
+        transformed(lambda f: enlarged(f, FACTORS), lambda maps: enlarged(maps, FACTORS)),
+    ),
+    "rac_transform, intensity": (
+        "rac_transform",
+        {"transform": "intensity", "strength": 0.5},
+        transformed(brighter, lambda maps: maps),
+    ),
     "eac": ("eac", {}, eac),
     "rac": ("rac", {}, both_views(lambda t: t, B, 2.0)),
     "rac, other options": (
@@ -195,7 +257,7 @@ FORMULAS = {
 class Features(nn.Module):
     """A backbone whose features are its images."""
 
-    channels = C
+    channels, mean, std = C, (0.4,), (0.2,)
 
     def forward(self, images):
         return images
@@ -216,6 +278,9 @@ class Views:
 
     def view(self):
         return self.views[:N]
+
+    def uniform(self, draw):
+        return torch.stack([DRAWN] * 4, 1)
 
     def __len__(self):
         return N
@@ -290,6 +355,11 @@ def test_a_method_classifies_as_it_was_trained_to(name):
     torch.testing.assert_close(z.double(), expected, rtol=1e-5, atol=1e-6)
     maps = method.maps(features())
     torch.testing.assert_close(maps.mean((2, 3)) + method.head.bias, z, rtol=1e-4, atol=1e-5)  # Eq. 2 is exact
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "focal"])
+def test_the_classes_of_a_one_against_rest_loss_start_equally_likely(loss):
+    assert built("cb", {"loss": loss}).head.bias.sigmoid().tolist() == pytest.approx([1 / L] * L)
 
 
 def test_the_released_weights_are_the_numbers_in_its_program():

@@ -67,11 +67,12 @@ def onnx_tensors(path: Path) -> weights.Tensors:
     for node in graph.node:
         values: list[Any] = [known.get(name) for name in node.input]
         settings = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-        if values[0] is not None and settings.get("block_size"):
-            x, scale, zero = values
-            known[node.output[0]] = _dequantised(x, scale, zero, settings["axis"], settings["block_size"])
-        elif values[0] is not None and node.op_type == "Reshape":
-            known[node.output[0]] = values[0].reshape(values[1])
+        first = values[0] if values else None  # a Constant has no input
+        if first is not None and settings.get("block_size"):
+            _, scale, zero = values
+            known[node.output[0]] = _dequantised(first, scale, zero, settings["axis"], settings["block_size"])
+        elif first is not None and node.op_type == "Reshape":
+            known[node.output[0]] = first.reshape(values[1])
         for kind, value in zip(KINDS.get(node.op_type, ()), values[1:], strict=False):
             if value is not None:
                 slopes = node.op_type == "PRelu"  # (C, 1, 1)

@@ -31,7 +31,7 @@ class Options:
     def run(self) -> int:
         started, results = time.perf_counter(), {}
         if self.epochs < DEFAULT.epochs:
-            logger.info("note: the method needs more epochs to pay: got %d of %d", self.epochs, DEFAULT.epochs)
+            logger.info("note: so few epochs show little: got %d of %d", self.epochs, DEFAULT.epochs)
         for method in (select("method", "baseline")(), DEFAULT.method):
             config = dataclasses.replace(
                 DEFAULT,
@@ -50,6 +50,7 @@ class Options:
         }
         print(scores(first.classes, dict(zip(first.classes, first.counts, strict=True)), columns))
         print("on test, which also chose the best epoch; images: of train")
+        print("one run of each: a few points are within what the seed changes; `study synthetic` has intervals")
         print(f"pictures ({time.perf_counter() - started:.0f} s in all):")
         for result in results.values():
             print(f"  {result.folder / 'confusion.png'}\n  {result.folder / 'cam.png'}")

@@ -12,6 +12,8 @@ import torch
 
 from .. import backbones, compute, data, distributed, loop, optim, presets, weights
 from ..config import NOTHING, Config, UserError, as_dict, option, without_effect
+from ..data import frozen
+from ..methods import Method
 from ..run import Run
 from ..state import State
 from . import one_line, scores
@@ -46,6 +48,8 @@ class Result:
     history: list[dict]  #: the rows of metrics.jsonl
     chooser: str
     folder: Path
+    method: Method  #: with the weights that the last epoch was evaluated with
+    used: data.Data  #: what it was trained and evaluated on
 
     @property
     def best(self) -> dict:
@@ -92,10 +96,12 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> R
         if run.saved:
             expect_same(run.saved, run.about, config.backbone.weights)
         method = loop.build(config, sets.counts, device, backbone)
-        state = loop.fit(config, method, sets, run, device)
+        used = frozen.kept(config, backbone, sets) if config.augment.versions else sets
+        state = loop.fit(config, method, used, run, device)
         if config.output.pictures:
-            draw(config, state, sets, run)
-    return Result(config, sets.classes, sets.counts, state.history, sets.chooser, run.folder)
+            draw(config, state, used, sets, run)
+    finished = state.history, sets.chooser, run.folder, state.take.evaluated, used
+    return Result(config, sets.classes, sets.counts, *finished)
 
 
 def expect_same(saved: dict, now: dict, start: str) -> None:
@@ -111,11 +117,11 @@ def expect_same(saved: dict, now: dict, start: str) -> None:
             logger.info(note, now[name], name, before)
 
 
-def draw(config: Config, state: State, sets: data.Data, run: Run) -> None:
-    """The pictures of the last epoch; none of them may fail a run."""
+def draw(config: Config, state: State, used: data.Data, sets: data.Data, run: Run) -> None:
+    """The pictures of the last epoch, evaluated on what was ``used``; none of them may fail a run."""
     name, title = "test" if "test" in sets.splits else sets.chooser, f"{config.name}, epoch {state.epoch}"
     method, split = state.take.evaluated, sets.splits[name]
-    matrix = loop.evaluate(method, split, len(sets.classes))
+    matrix = loop.evaluate(method, used.splits[name], len(sets.classes))
     assert matrix is not None, "the last evaluation had finite logits"
     if distributed.rank():
         return

@@ -9,7 +9,7 @@ A new data set is one file: a frozen dataclass ``Options`` with :class:`DataOpti
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ HELD_OUT = "held-out"
 class Split(NamedTuple):
     """Images of one purpose."""
 
-    images: Tensor  #: (K, H, W, 1 or 3) uint8
+    images: Any  #: (K, H, W, 1 or 3) uint8 tensor, or the ``activations.Activations`` that take its place
     labels: Tensor  #: (K,) int64 classes, or (K, L) float32 label distributions
     names: tuple[str, ...] = ()  #: of the K files, relative to the data's folder; () if the images come from none
     digests: tuple[str, ...] = ()  #: of the content of each file
@@ -99,13 +99,15 @@ class DataOptions(Named):
 
 def prepare(config: Config) -> Data:
     """The data set that ``config`` names, thinned if asked for, with a split that chooses the best epoch."""
-    from . import cache  # which imports this file
+    from . import cache, folds  # which import this file
 
     try:
         with cache.kept_in(config.output.cache):
             data = config.data.read(config.image_size, config.seed)
     except OSError as error:
         raise UserError(f"data: got {error.filename}, which can't be read: {error.strerror}") from error
+    if config.split.folds:
+        data = folds.regrouped(data, config.split)
     train, notes = data.train, list(data.notes)
     if config.split.imbalance:
         rows, note = imbalance.thin(train.hard, data.counts, config.split.imbalance, config.seed)

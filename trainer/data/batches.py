@@ -6,7 +6,7 @@ import dataclasses
 import math
 import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -49,11 +49,16 @@ class Source:
         """(N or 2N, 1 or 3, H, W) channels_last: augmented, mirrored and normalised."""
         images, indices = self.images, rows
         if not self.resident:
-            images = images[rows.cpu()].pin_memory().to(self.device, non_blocking=True)
+            images = _copied(images[rows.cpu()], self.device)
             indices = torch.arange(len(rows), device=self.device)
         return self.backbone.views(
             images, both=both, indices=indices, samples=rows, seed=self.seed, epoch=epoch, augment=self.augment
         )
+
+
+def _copied(images: Any, device: torch.device) -> Any:
+    """On ``device``; nothing waits for a tensor."""
+    return images.pin_memory().to(device, non_blocking=True) if isinstance(images, Tensor) else images.to(device)
 
 
 def augmentation(config: Config) -> rk.Augment:

@@ -48,6 +48,8 @@ class Method(nn.Module):
     capturable = True
     #: Whether it looks at both views of an image.
     paired = True
+    #: Whether it changes images itself, so that they can't be replaced by activations of a frozen part of the backbone.
+    changes_images = False
     #: Start of a parameter's name -> factor of its learning rate.
     rates: dict[str, float] = {}
 

@@ -1,0 +1,206 @@
+"""The table of a study: means over the runs of a row, their 95 % intervals, and paired differences from one row."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from scipy import stats
+
+from ..config import UserError
+from ..data import table as aligned
+from .grid import Study
+from .results import identity
+
+LEVEL = 0.95  #: of the intervals
+
+
+class Estimate(NamedTuple):
+    """A mean over n runs and the half width of its interval, NaN for one run."""
+
+    mean: float
+    half: float
+    n: int
+
+    def __str__(self) -> str:
+        if not self.n:
+            return "-"
+        return f"{self.mean:.2f}" + ("" if math.isnan(self.half) else f" ± {self.half:.2f}")
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """By Student's t over independent runs.
+
+    >>> print(estimate([78.0, 80.0, 79.0, 81.0, 77.0]))
+    79.00 ± 1.96
+    """
+    n = len(values)
+    if not n:
+        return Estimate(math.nan, math.nan, 0)
+    mean = sum(values) / n
+    if n == 1:
+        return Estimate(mean, math.nan, 1)
+    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
+    return Estimate(mean, float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * deviation / math.sqrt(n), n)
+
+
+class Line(NamedTuple):
+    """A row as the table has it; accuracies in percent."""
+
+    label: str
+    runs: int
+    failed: int
+    per_class: list[Estimate]  #: of the last epoch, as all but ``best``
+    overall: Estimate
+    mean: Estimate
+    f1: Estimate
+    best: Estimate  #: mean accuracy of the best epoch, chosen by the images that it is of
+    view_difference: Estimate  #: in percent of the maps
+    difference: Estimate  #: of ``mean`` from the row compared with, run by run
+    p: float  #: of the paired t-test that it is 0
+    seconds: float  #: of a run
+    paper: dict
+    note: str
+
+
+def lines(study: Study, records: list[dict]) -> list[Line]:
+    """The rows that have a run, in the study's order, from the records of its present options.
+
+    Raises:
+        UserError: runs were evaluated on different images.
+    """
+    wanted = {(run.row, run.seed, run.key) for run in study.runs()}
+    records = [r for r in records if identity(r) in wanted]
+    _expect_same_images(records)
+    whole = [r for r in records if "failed" not in r]
+    reference = {r["seed"]: r["last"]["mean"] for r in whole if r["row"] == study.compare}
+    found = []
+    for row in study.rows:
+        mine = [r for r in whole if r["row"] == row.label]
+        failed = sum(r["row"] == row.label for r in records) - len(mine)
+        if not mine and not failed:
+            continue
+        pairs = [(r["last"]["mean"], reference[r["seed"]]) for r in mine if r["seed"] in reference]
+        differences = [] if row.label == study.compare else [a - b for a, b in pairs]
+        classes = len(mine[0]["classes"]) if mine else 0
+        found.append(
+            Line(
+                label=row.label,
+                runs=len(mine),
+                failed=failed,
+                per_class=[estimate(_there(r["last"]["per_class"][i] for r in mine)) for i in range(classes)],
+                overall=estimate([r["last"]["overall"] for r in mine]),
+                mean=estimate([r["last"]["mean"] for r in mine]),
+                f1=estimate([r["last"]["f1"] for r in mine]),
+                best=estimate([r["best"]["mean"] for r in mine]),
+                view_difference=estimate(_there(r["view_difference"] for r in mine)),
+                difference=estimate(differences),
+                p=_p(differences),
+                seconds=sum(r["seconds"] for r in mine) / max(1, len(mine)),
+                paper=row.paper,
+                note=row.note,
+            )
+        )
+    return found
+
+
+def _there(values) -> list[float]:
+    return [v for v in values if v is not None]
+
+
+def _p(differences: list[float]) -> float:
+    """Of the two-sided t-test that the differences have mean 0; NaN for fewer than two, or for equal ones."""
+    if len(differences) < 2 or len(set(differences)) == 1:
+        return math.nan
+    return float(stats.ttest_1samp(differences, 0.0).pvalue)
+
+
+def _expect_same_images(records: list[dict]) -> None:
+    """Runs of one part of the data must have been evaluated on the same images."""
+    seen: dict[int, str] = {}
+    for r in (r for r in records if "failed" not in r):
+        if seen.setdefault(r["fold"], r["images"]) != r["images"]:
+            where = f"{r['row']!r}, seed {r['seed']}"
+            raise UserError(f"results: got {where} evaluated on other images than the runs before it")
+
+
+def classes_of(records: list[dict]) -> list[str]:
+    return next((r["classes"] for r in records if "failed" not in r), [])
+
+
+def cells(study: Study, records: list[dict]) -> list[list[str]]:
+    """The table as text, its head first: accuracies of the last epoch in percent."""
+    found = lines(study, records)
+    paper = any(line.paper for line in found)
+    differ = any(line.difference.n for line in found)
+    maps = any(line.view_difference.n for line in found)
+    head = ["", "runs", *classes_of(records), "overall", "mean", "mean, best epoch"]
+    head += [f"mean - {study.compare}", "p"] if differ else []
+    head += ["maps differ by %"] if maps else []
+    head += ["paper: overall", "mean"] if paper else []
+    rows = [head]
+    for line in found:
+        runs = f"{line.runs}" + (f" + {line.failed} diverged" if line.failed else "")
+        label = line.label + (f" ({line.note})" if line.note else "")
+        row = [label, runs, *(f"{e.mean:.1f}" for e in line.per_class)]
+        row += [""] * (2 + len(classes_of(records)) - len(row))
+        row += [str(line.overall), str(line.mean), str(line.best)]
+        if differ:
+            d = line.difference
+            sign = "" if not d.n else f"{d.mean:+.2f}" + ("" if math.isnan(d.half) else f" ± {d.half:.2f}")
+            row += [sign, "" if math.isnan(line.p) else f"{line.p:.3f}"]
+        if maps:
+            row.append(str(line.view_difference))
+        if paper:
+            row += [f"{line.paper[k]:.2f}" if k in line.paper else "-" for k in ("overall", "mean")]
+        rows.append(row)
+    return rows
+
+
+def text(study: Study, records: list[dict]) -> str:
+    return "\n".join([study.title, "", aligned(cells(study, records)), "", *footnotes(study, records)])
+
+
+def markdown(study: Study, records: list[dict]) -> str:
+    head, *rest = cells(study, records)
+    rows = [head, ["---"] + ["---:"] * (len(head) - 1), *rest]
+    body = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    notes = "\n".join(f"- {note}" for note in footnotes(study, records))
+    return f"### {study.title}\n\n{study.about.strip()}\n\n{body}\n\n{notes}\n"
+
+
+def footnotes(study: Study, records: list[dict]) -> list[str]:
+    """How the numbers came about."""
+    base, split = study.base, next((r["split"] for r in records if "failed" not in r), "test")
+    what = "part of the images" if study.folds else "seed"
+    model = f"{base.backbone.name} at {base.image_size} pixels, {base.epochs} epochs of batches of {base.batch_size}"
+    weights = f", from the weights {base.backbone.weights}" if base.backbone.weights else ", from random weights"
+    notes = [f"{base.data.name}, evaluated on {split}; {model}{weights}, at a learning rate of {base.learning_rate:g}"]
+    notes.append(f"accuracy in percent of the last epoch, mean ± {LEVEL:.0%} interval (Student's t) over runs")
+    if any(line.difference.n > 1 for line in lines(study, records)):
+        notes.append(f"differences from {study.compare} are paired by {what}; p is of the paired t-test")
+    if base.backbone.train_from:
+        kept = f"; {base.augment.versions} versions of each image" if base.augment.versions else ""
+        notes.append(f"what comes before {base.backbone.train_from} keeps its weights{kept}")
+    return notes
+
+
+def as_csv(study: Study, records: list[dict]) -> str:
+    """Every number with all its digits, a line for each row."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    names = ["overall", "mean", "f1", "best", "view_difference", "difference"]
+    classes = classes_of(records)
+    writer.writerow(
+        ["row", "runs", "diverged", *(f"{c} {k}" for c in (*classes, *names) for k in ("mean", "half"))]
+        + ["p", "seconds", "paper overall", "paper mean"]
+    )
+    for line in lines(study, records):
+        estimates = [*line.per_class, *(getattr(line, name) for name in names)]
+        numbers = [v for e in estimates for v in (e.mean, e.half)] if line.runs else [""] * 2 * (len(classes) + 6)
+        tail = [line.p, line.seconds, line.paper.get("overall", ""), line.paper.get("mean", "")]
+        writer.writerow([line.label, line.runs, line.failed, *numbers, *tail])
+    return out.getvalue()
