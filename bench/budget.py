@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from .results import ROOT
 
-PROGRAM = ROOT / "tests/resources/issue_budgets.py"
-GOLDEN = PROGRAM.with_suffix(".json")
+GOLDEN = ROOT / "tests/resources/issue_budgets.json"
+HOT_BLOCKS = ROOT / "tests/resources/hot_blocks.py"
 
 #: Bytes of features per warp instruction that the kernels should reach, and those that would be better still.
 BYTES, BETTER = 8.0, 10.0
@@ -72,7 +72,7 @@ def table(found: list[Row]) -> str:
 def main(kernel: str | None, substring: str) -> int:
     """Prints the table, or where the instructions of one kernel go; returns 1 where a goal is not met."""
     if kernel:
-        return subprocess.run([sys.executable, str(PROGRAM), "--kernel", kernel], check=False).returncode
+        return subprocess.run([sys.executable, str(HOT_BLOCKS), kernel], check=False).returncode
     found = rows(json.loads(GOLDEN.read_text()))
     print(table([row for row in found if substring in row.name]))
     judged = [row for row in found if row.judged]

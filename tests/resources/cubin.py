@@ -85,13 +85,13 @@ class Instruction(NamedTuple):
     text: str  #: "OPCODE.MODIFIERS operands"; a label is "@" and its address
     control: int  #: stall count, yield, scoreboards to set and to wait for
     immediate: int  #: 32 bits, of instructions that have one
-    source: str  #: "file:line" if compiled with -lineinfo, else ""
+    source: tuple[str, ...]  #: "file:line" of each call that was inlined, the outermost first; of -lineinfo
 
 
 def listing(cubin: bytes | Path) -> dict[str, list[Instruction]]:
     """kernel -> its instructions, 16 bytes each, with those of the functions that it calls."""
     with _file(cubin) as path:
-        text = _run("nvdisasm", "-c", "-g", "-hex", path)
+        text = _run("nvdisasm", "-c", "-gi", "-hex", path)
     return {kernel: _instructions(lines) for kernel, lines in _sections(text)}
 
 
@@ -105,18 +105,21 @@ def _sections(text: str) -> Iterator[tuple[str, list[str]]]:
 def _instructions(lines: list[str]) -> list[Instruction]:
     found: list[list] = []
     labels: dict[str, int] = {}
-    source = ""
+    source: list[str] = []
+    ended = True  # the innermost call comes first, and one line follows another until an instruction does
     encoded = re.compile(
         r"\s+(?:/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][^;]*?)\s*;)?\s*/\* 0x(\w{16}) \*/"
     ).match
     for line in lines:
         if (match := encoded(line)) is not None:
+            ended = True
             if match[3] is None:
                 found[-1][2] = int(match[4], 16) >> 41 & 0x1FFFF
             else:
-                found.append([match[2] or "", match[3], 0, int(match[4], 16) >> 32, source])
-        elif match := re.match(r'\s*//## File "([^"]*)", line (\d+)( inlined)?', line):
-            source = f"{Path(match[1]).name}:{match[2]}"
+                found.append([match[2] or "", match[3], 0, int(match[4], 16) >> 32, tuple(source)])
+        elif match := re.match(r'\s*//## File "([^"]*)", line (\d+)', line):
+            source = [f"{Path(match[1]).name}:{match[2]}", *([] if ended else source)]
+            ended = False
         elif match := re.match(r"([.$\w]+):", line):
             labels[match[1]] = 16 * len(found)
     for instruction in found:

@@ -2,8 +2,6 @@
 
     python tests/resources/issue_budgets.py                 writes the golden file anew
     python tests/resources/issue_budgets.py --print         only prints it
-    python tests/resources/issue_budgets.py --kernel "backward C512 7x7 L7 nchw bfloat16"
-                                                            where its instructions go, by source line
 
 The compiled code is executed, instruction by instruction, on a CPU (tests/resources/sass): what is counted was issued,
 and the outputs were compared with float64. Nothing is assumed about loops, unrolling or divergence.

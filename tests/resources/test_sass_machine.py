@@ -15,7 +15,7 @@ def program(*lines):
     for line in lines:
         text, _, control = line.partition(" ; ")
         guard, at, rest = text.partition(" @ ")
-        found.append(Instruction(guard if at else "", rest if at else text, int(control or 0) or SCOREBOARD | 1, 0, ""))
+        found.append(Instruction(guard if at else "", rest if at else text, int(control or 0) or SCOREBOARD | 1, 0, ()))
     return Program(found)
 
 
