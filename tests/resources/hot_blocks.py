@@ -24,7 +24,7 @@ CSRC = budgets.ROOT / "csrc"
 
 
 def lined(kernel: str, dtype: str) -> list[cubin.Instruction]:
-    """The kernel's instructions with their source lines: compiled again with -lineinfo, which changes no instruction."""
+    """The kernel's instructions with their source lines: compiled again with -lineinfo, which changes none of them."""
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "kernels.cubin"
         command = [native.find_nvcc(), *"-std=c++20 -O3 -cubin -lineinfo".split(), f"-arch={budgets.ARCHITECTURE}"]
