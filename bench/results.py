@@ -37,10 +37,14 @@ def environment(kind: str) -> dict[str, Any]:
 
 
 def version() -> dict[str, Any]:
-    """The commit (from REBALFER_COMMIT where the folder is no checkout), whether files differ from it, the date."""
-    changed = _git("status", "--porcelain", "--", "rebalfer_kernels", "csrc", "trainer", "bench/*.py")
+    """The commit, whether files differ from it (None: not known), the date.
+
+    REBALFER_COMMIT says what the folder is a copy of; a repository that it may lie in has another history.
+    """
+    said = os.environ.get("REBALFER_COMMIT")
+    changed = None if said else _git("status", "--porcelain", "--", "rebalfer_kernels", "csrc", "trainer", "bench/*.py")
     return {
-        "commit": _git("rev-parse", "HEAD") or os.environ.get("REBALFER_COMMIT"),
+        "commit": said or _git("rev-parse", "HEAD"),
         "dirty": None if changed is None else bool(changed),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

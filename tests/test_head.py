@@ -57,6 +57,8 @@ def test_square_transforms(backend, layout, transform):
     [(1, 1, 1, 2), (3, 1, 1, 7), (100, 14, 14, 7), (513, 7, 7, 11), (64, 7, 7, 16), (40, 4, 4, 100), (130, 5, 3, 17)],
 )
 def test_shapes(backend, layout, c, h, w, classes, dtype):
+    if not backend.reaches(classes, h * w):
+        pytest.skip(f"{backend.name} serves fewer classes or smaller maps")
     check(backend, case(2, c, h, w, classes, dtype, layout, device=backend.device), mean=True)
     soft = case(1, c, h, w, classes, dtype, layout, soft=True, device=backend.device)
     check(backend, soft, mean=False, detach_cam_weight=False)

@@ -63,9 +63,13 @@ class Row(NamedTuple):
     backward: tuple[int, int]  #: channels, warps
 
 
-#: Chosen by what ptxas reports (docs/triton.md), not by measurement: not yet run on a GPU.
+#: Chosen by what ptxas reports (docs/triton.md), but for the two rows of sm_90: `bench tune` measured them on an H200,
+#: bfloat16, 7 x 7 maps and 7 classes, at N = 32, C = 512 and at N = 512, C = 2048
+#: (bench/results/gpu/tune-nvidia-h200.txt). Of other tiles, no GPU has shown how fast they are.
 TABLE = (
     Row(None, True, 2, 16, forward=(128, 4, 3), backward=(256, 4)),
+    Row("sm_90", True, 2, 64, forward=(64, 2, 3), backward=(128, 4)),
+    Row("sm_90", False, 2, 64, forward=(64, 8, 2), backward=(64, 2)),
     Row("gfx942", True, 2, 64, forward=(64, 4, 2), backward=(128, 4)),
     Row("gfx942", None, None, 64, forward=(32, 4, 2), backward=(64, 4)),
     Row("sm_100", True, 2, 64, forward=(64, 4, 3), backward=(128, 8)),  # 4 warps spill with 100 classes
@@ -88,7 +92,7 @@ def policy(problem: Problem) -> Policy:
     """The tiles of a problem.
 
     >>> policy(Problem(512, 49, 7, True, torch.bfloat16, "sm_90")).forward
-    Tiles(rows=64, channels=64, classes=8, warps=4, stages=3)
+    Tiles(rows=64, channels=64, classes=8, warps=2, stages=3)
     """
     rows = max(16, _power_of_2(problem.pixels))
     # NVIDIA's tensor cores work on 8 columns, AMD's on 16.

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import rebalfer_kernels as rk
+from rebalfer_kernels.backend import BACKENDS as OF_PACKAGE
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
@@ -29,6 +30,11 @@ class Backend(NamedTuple):
     def widest(self) -> torch.dtype:
         """The dtype in which laws are checked."""
         return self.dtypes[0]
+
+    def reaches(self, classes: int, positions: int) -> bool:
+        """Whether its kernels are made for so many classes and places of a map."""
+        limits = OF_PACKAGE[self.name].limits
+        return classes <= limits.get("classes", classes) and positions <= limits.get("positions", positions)
 
     @property
     def rtol(self) -> float:

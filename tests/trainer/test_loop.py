@@ -238,7 +238,8 @@ def test_two_processes_train_as_one_does(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("method", ["rebalanced", "baseline"])
-def test_a_step_captured_on_cuda_trains_as_an_eager_step_does(method):
+def test_a_step_captured_on_cuda_trains_as_an_eager_step_does(method, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # or two eager runs differ by 1e-2 after 8 steps
     found = []
     for graph in (False, True):
         c = config(compute=Compute(cuda_graph=graph), optim=Optim(clip=1.0))
@@ -249,4 +250,4 @@ def test_a_step_captured_on_cuda_trains_as_an_eager_step_does(method):
         for i in range(8):
             sums = step(batch_of(faces, range(i, i + 7 + i % 2), device), 1e-3 * (i + 1))
         found.append((sums, [p.detach().clone() for p in step.method.parameters()]))
-    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
