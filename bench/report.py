@@ -92,7 +92,7 @@ def _range(result: Result, contender: str, dtype: str) -> str:
     if not known:
         return "(not measured)"
     low, high = (f"{f:.1f}" if f < 9.95 else f"{f:.0f}" for f in (min(known), max(known)))
-    return f"{low}–{high}×"
+    return f"{low}×" if low == high else f"{low}–{high}×"
 
 
 def _cpu_section(result: Result) -> str:

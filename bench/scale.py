@@ -65,7 +65,7 @@ def _measured() -> str:
     steps = [step for step in results.newest_steps() if step["kind"] == "cuda"]
     if not steps:
         return (
-            "The trainer's step is not yet run on a GPU. `python -m bench step` measures it; the exchange is hidden "
+            "The trainer's step is not yet timed on a GPU. `python -m bench step` measures it; the exchange is hidden "
             "where the backward pass of the backbone takes longer than it."
         )
     lines = []

@@ -1,7 +1,4 @@
-"""The clock of a GPU's multiprocessors while something is timed, from nvidia-smi: times mean little without it.
-
-Not yet run on a GPU.
-"""
+"""The clock of a GPU's multiprocessors while something is timed, from nvidia-smi: times mean little without it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What only a GPU can show: the compiled kernels themselves, streams, graphs, devices, large tensors, launches.
 
-Not yet run on a GPU. The helpers that need none are tried on a CPU at the end of this file.
+The helpers that need none are tried on a CPU at the end of this file.
 """
 
 import pytest
