@@ -263,7 +263,7 @@ def test_results_of_other_images_are_refused(finished, tmp_path):
     mine = records(finished)
     mine[1]["images"] = "0"
     with pytest.raises(UserError, match="evaluated on other images than the runs before it"):
-        table.lines(grid.read(str(finished / "three.toml")), mine)
+        table.of(grid.read(str(finished / "three.toml")), mine)
 
 
 def test_a_damaged_file_of_results_is_named(tmp_path):
@@ -293,7 +293,7 @@ def test_the_estimates_are_those_of_scipy():
             return [grid.Run(r["row"], r["seed"], 0, None, r["key"]) for r in made]
 
     chosen = Study("s", "t", rows, (0, 1, 2, 3, 4), "plain", presets.demo())
-    plain, rac = table.lines(chosen, made)
+    plain, rac = table.of(chosen, made).lines
     assert rac.p == pytest.approx(stats.ttest_rel(b, a).pvalue) and math.isnan(plain.p)
     assert rac.difference.mean == pytest.approx((b - a).mean())
     assert rac.difference.half == pytest.approx(stats.t.ppf(0.975, 4) * stats.sem(b - a))

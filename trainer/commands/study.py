@@ -52,12 +52,12 @@ class Options:
                 self._share()
             else:
                 self._run(study, folder, file)
-        records = results.read(file)
-        if not table.lines(study, records):
+        found = table.of(study, results.read(file))
+        if not found.lines:
             print(f"no run of {study.name} is finished")
             return 0
-        self._write(study, records, folder)
-        print(table.text(study, records))
+        self._write(found, folder)
+        print(table.text(found))
         print(f"{folder}: table.md, table.csv, table.png; {file}")
         return 0
 
@@ -72,11 +72,11 @@ class Options:
         runs, started = study.runs(folder), 0
         for run in runs:
             done = {results.identity(record) for record in results.read(file)}
-            if (run.row, run.seed, run.key) in done:
+            if run.identity in done:
                 continue
             if self.at_most and started == self.at_most:
                 break
-            left = sum((r.row, r.seed, r.key) not in done for r in runs)
+            left = sum(r.identity not in done for r in runs)
             logger.info("%s: %s, seed %d; %d of %d runs are left", study.name, run.row, run.seed, left, len(runs))
             place = folder / run.config.name
             try:
@@ -107,15 +107,15 @@ class Options:
         if bad := [status for status in [child.wait() for child in children] if status]:
             raise UserError(f"processes: {len(bad)} of {self.processes} ended with status {bad[0]}; see above")
 
-    def _write(self, study: grid.Study, records: list[dict], folder: Path) -> None:
+    def _write(self, found: table.Table, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        texts = {"table.md": table.markdown(study, records), "table.csv": table.as_csv(study, records)}
+        texts = {"table.md": table.markdown(found), "table.csv": table.as_csv(found)}
         for name, content in texts.items():
             with checkpoint.replacing(folder / name) as out:
                 out.write(content.encode())
-        rows = [(line.label, *line.overall[:2], *line.mean[:2]) for line in table.lines(study, records) if line.runs]
+        rows = [(line.label, *line.overall[:2], *line.mean[:2]) for line in found.lines if line.runs]
         if rows:
-            figures.study(folder / "table.png", study.title, rows)
+            figures.study(folder / "table.png", found.study.title, rows)
 
 
 NOT_PASSED = ("study", "options", "processes", "table")

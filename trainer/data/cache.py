@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -298,12 +297,7 @@ def checksum(pixels: np.ndarray) -> str:
 def _locked(folder: Path) -> Iterator[None]:
     """Makes ``folder`` if need be; no other process reads or builds it at the same time."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("another process reads the images of %s: waiting for it", folder)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with checkpoint.turn(folder / LOCK, f"reads the images of {folder}"):
         yield
 
 

@@ -8,7 +8,6 @@ follow from is in its name. A computation that was killed continues where it sto
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -101,16 +100,12 @@ class _Store:
         """By one process at a time, with what the store has."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            with checkpoint.turn(self.folder / LOCK, f"computes the activations in {self.folder}"):
+                path = self.folder / INDEX
+                self.index = {d: row for row, d in enumerate(json.loads(path.read_text()))} if path.exists() else {}
+                yield
         except OSError as error:
             raise UserError(f"output.cache: got {self.folder}, which can't be written: {error.strerror}") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            path = self.folder / INDEX
-            self.index = {d: row for row, d in enumerate(json.loads(path.read_text()))} if path.exists() else {}
-            yield
-        finally:
-            os.close(lock)
 
     def add(self, images: Tensor, digests: list[str], title: str) -> None:
         """The rows of those images that have none."""

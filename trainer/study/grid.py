@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import presets
-from ..config import ROUNDING, Config, UserError, as_dict, expect, from_dict, select, spelt
+from ..config import NOTHING, ROUNDING, Config, UserError, as_dict, expect, from_dict, select, spelt
 
 FOLDER = Path(__file__).parents[1] / "studies"
 
@@ -54,6 +54,11 @@ class Run(NamedTuple):
     fold: int
     config: Config
     key: str  #: of all that its results follow from but the images
+
+    @property
+    def identity(self) -> tuple[str, int, str]:
+        """Which run a record is of."""
+        return self.row, self.seed, self.key
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ def _that_count(options: Any) -> dict:
         value = getattr(options, f.name)
         if dataclasses.is_dataclass(value):
             values[f.name] = _that_count(value)
-        elif f.metadata.get("changes") not in ("nothing", ROUNDING):
+        elif f.metadata.get("changes") not in (NOTHING, ROUNDING):
             values[f.name] = value
     return values
 
@@ -170,12 +175,9 @@ def _rows(entry: dict) -> list[Row]:
         nested = options
         for name, value in values.items():
             nested = _with(nested, name.split("."), value)
-        rows.append(Row(f"{label}, {text}" if text else label, nested, *_said(entry), values))
+        title = f"{label}, {text}" if text else label
+        rows.append(Row(title, nested, entry.get("paper", {}), entry.get("note", ""), values))
     return rows
-
-
-def _said(entry: dict) -> tuple[dict, str]:
-    return entry.get("paper", {}), entry.get("note", "")
 
 
 def _with(options: dict, path: list[str], value: Any) -> dict:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from .. import checkpoint
@@ -40,21 +36,11 @@ def identity(record: dict) -> tuple:
 
 def add(path: Path, record: dict) -> None:
     """One more line, in place of an older one of the same run; several processes may do so at the same time."""
-    with _held(path):
-        kept = [r for r in read(path) if identity(r) != identity(record)]
-        with checkpoint.replacing(path) as file:
-            file.write("".join(json.dumps(r, allow_nan=False) + "\n" for r in [*kept, record]).encode())
-
-
-@contextlib.contextmanager
-def _held(path: Path) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path.parent / f".{path.name}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        with checkpoint.turn(path.parent / f".{path.name}.lock", f"writes {path}"):
+            kept = [r for r in read(path) if identity(r) != identity(record)]
+            with checkpoint.replacing(path) as file:
+                file.write("".join(json.dumps(r, allow_nan=False) + "\n" for r in [*kept, record]).encode())
     except OSError as error:
         raise UserError(f"results: got {path}, which can't be written: {error.strerror}") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)

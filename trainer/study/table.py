@@ -66,13 +66,22 @@ class Line(NamedTuple):
     note: str
 
 
-def lines(study: Study, records: list[dict]) -> list[Line]:
-    """The rows that have a run, in the study's order, from the records of its present options.
+class Table(NamedTuple):
+    """The rows of a study that have a run."""
+
+    study: Study
+    classes: list[str]
+    split: str  #: that they were evaluated on
+    lines: list[Line]  #: in the study's order
+
+
+def of(study: Study, records: list[dict]) -> Table:
+    """From the records of the study's present options.
 
     Raises:
         UserError: runs were evaluated on different images.
     """
-    wanted = {(run.row, run.seed, run.key) for run in study.runs()}
+    wanted = {run.identity for run in study.runs()}
     records = [r for r in records if identity(r) in wanted]
     _expect_same_images(records)
     whole = [r for r in records if "failed" not in r]
@@ -104,7 +113,8 @@ def lines(study: Study, records: list[dict]) -> list[Line]:
                 note=row.note,
             )
         )
-    return found
+    some = whole[0] if whole else {"classes": [], "split": "test"}
+    return Table(study, some["classes"], some["split"], found)
 
 
 def _there(values) -> list[float]:
@@ -127,26 +137,21 @@ def _expect_same_images(records: list[dict]) -> None:
             raise UserError(f"results: got {where} evaluated on other images than the runs before it")
 
 
-def classes_of(records: list[dict]) -> list[str]:
-    return next((r["classes"] for r in records if "failed" not in r), [])
-
-
-def cells(study: Study, records: list[dict]) -> list[list[str]]:
+def cells(table: Table) -> list[list[str]]:
     """The table as text, its head first: accuracies of the last epoch in percent."""
-    found = lines(study, records)
-    paper = any(line.paper for line in found)
-    differ = any(line.difference.n for line in found)
-    maps = any(line.view_difference.n for line in found)
-    head = ["", "runs", *classes_of(records), "overall", "mean", "mean, best epoch"]
-    head += [f"mean - {study.compare}", "p"] if differ else []
+    paper = any(line.paper for line in table.lines)
+    differ = any(line.difference.n for line in table.lines)
+    maps = any(line.view_difference.n for line in table.lines)
+    head = ["", "runs", *table.classes, "overall", "mean", "mean, best epoch"]
+    head += [f"mean - {table.study.compare}", "p"] if differ else []
     head += ["maps differ by %"] if maps else []
     head += ["paper: overall", "mean"] if paper else []
     rows = [head]
-    for line in found:
+    for line in table.lines:
         runs = f"{line.runs}" + (f" + {line.failed} diverged" if line.failed else "")
         label = line.label + (f" ({line.note})" if line.note else "")
         row = [label, runs, *(f"{e.mean:.1f}" for e in line.per_class)]
-        row += [""] * (2 + len(classes_of(records)) - len(row))
+        row += [""] * (2 + len(table.classes) - len(row))
         row += [str(line.overall), str(line.mean), str(line.best)]
         if differ:
             d = line.difference
@@ -160,27 +165,29 @@ def cells(study: Study, records: list[dict]) -> list[list[str]]:
     return rows
 
 
-def text(study: Study, records: list[dict]) -> str:
-    return "\n".join([study.title, "", aligned(cells(study, records)), "", *footnotes(study, records)])
+def text(table: Table) -> str:
+    return "\n".join([table.study.title, "", aligned(cells(table)), "", *footnotes(table)])
 
 
-def markdown(study: Study, records: list[dict]) -> str:
-    head, *rest = cells(study, records)
+def markdown(table: Table) -> str:
+    head, *rest = cells(table)
     rows = [head, ["---"] + ["---:"] * (len(head) - 1), *rest]
     body = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    notes = "\n".join(f"- {note}" for note in footnotes(study, records))
-    return f"### {study.title}\n\n{study.about.strip()}\n\n{body}\n\n{notes}\n"
+    notes = "\n".join(f"- {note}" for note in footnotes(table))
+    return f"### {table.study.title}\n\n{table.study.about.strip()}\n\n{body}\n\n{notes}\n"
 
 
-def footnotes(study: Study, records: list[dict]) -> list[str]:
+def footnotes(table: Table) -> list[str]:
     """How the numbers came about."""
-    base, split = study.base, next((r["split"] for r in records if "failed" not in r), "test")
+    study, base = table.study, table.study.base
     what = "part of the images" if study.folds else "seed"
     model = f"{base.backbone.name} at {base.image_size} pixels, {base.epochs} epochs of batches of {base.batch_size}"
     weights = f", from the weights {base.backbone.weights}" if base.backbone.weights else ", from random weights"
-    notes = [f"{base.data.name}, evaluated on {split}; {model}{weights}, at a learning rate of {base.learning_rate:g}"]
+    notes = [
+        f"{base.data.name}, evaluated on {table.split}; {model}{weights}, at a learning rate of {base.learning_rate:g}"
+    ]
     notes.append(f"accuracy in percent of the last epoch, mean ± {LEVEL:.0%} interval (Student's t) over runs")
-    if any(line.difference.n > 1 for line in lines(study, records)):
+    if any(line.difference.n > 1 for line in table.lines):
         notes.append(f"differences from {study.compare} are paired by {what}; p is of the paired t-test")
     if base.backbone.train_from:
         kept = f"; {base.augment.versions} versions of each image" if base.augment.versions else ""
@@ -188,19 +195,18 @@ def footnotes(study: Study, records: list[dict]) -> list[str]:
     return notes
 
 
-def as_csv(study: Study, records: list[dict]) -> str:
+def as_csv(table: Table) -> str:
     """Every number with all its digits, a line for each row."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     names = ["overall", "mean", "f1", "best", "view_difference", "difference"]
-    classes = classes_of(records)
     writer.writerow(
-        ["row", "runs", "diverged", *(f"{c} {k}" for c in (*classes, *names) for k in ("mean", "half"))]
+        ["row", "runs", "diverged", *(f"{c} {k}" for c in (*table.classes, *names) for k in ("mean", "half"))]
         + ["p", "seconds", "paper overall", "paper mean"]
     )
-    for line in lines(study, records):
+    for line in table.lines:
         estimates = [*line.per_class, *(getattr(line, name) for name in names)]
-        numbers = [v for e in estimates for v in (e.mean, e.half)] if line.runs else [""] * 2 * (len(classes) + 6)
+        numbers = [v for e in estimates for v in (e.mean, e.half)] if line.runs else [""] * 2 * (len(table.classes) + 6)
         tail = [line.p, line.seconds, line.paper.get("overall", ""), line.paper.get("mean", "")]
         writer.writerow([line.label, line.runs, line.failed, *numbers, *tail])
     return out.getvalue()
