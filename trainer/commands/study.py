@@ -17,6 +17,7 @@ from .. import checkpoint, figures
 from ..config import NOTHING, UserError, expect_number, option
 from ..run import Busy, Diverged
 from ..study import grid, measure, results, table
+from ..study.table import Table
 from .train import Result, train
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ class Options:
         if bad := [status for status in [child.wait() for child in children] if status]:
             raise UserError(f"processes: {len(bad)} of {self.processes} ended with status {bad[0]}; see above")
 
-    def _write(self, found: table.Table, folder: Path) -> None:
+    def _write(self, found: Table, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         texts = {"table.md": table.markdown(found), "table.csv": table.as_csv(found)}
         for name, content in texts.items():

@@ -113,8 +113,8 @@ def of(study: Study, records: list[dict]) -> Table:
                 note=row.note,
             )
         )
-    some = whole[0] if whole else {"classes": [], "split": "test"}
-    return Table(study, some["classes"], some["split"], found)
+    names, split = (whole[0]["classes"], whole[0]["split"]) if whole else ([], "test")
+    return Table(study, names, split, found)
 
 
 def _there(values) -> list[float]:
