@@ -14,6 +14,7 @@ import collections
 import functools
 import itertools
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
@@ -203,7 +204,8 @@ def measure(problem: Problem) -> dict[str, dict[str, Any]]:
 def measure_all(problems: Sequence[Problem] = PROBLEMS) -> dict[str, dict[str, Any]]:
     """ "pass problem" -> figures, two processes at a time."""
     kernels.library(False), listings(), program(next(iter(listings())))  # once, before the processes part
-    with ProcessPoolExecutor(2) as pool:
+    # Not by fork: a copy of a process that has threads may wait for one of them for ever.
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         return {
             f"{way} {problem.name}": figures
             for problem, of in zip(problems, pool.map(measure, problems, chunksize=4), strict=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import collections
 import json
+import multiprocessing
 import re
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -183,7 +184,8 @@ def _amd(assembly: str) -> dict[str, int]:
 
 def measure_all() -> dict[str, dict[str, int]]:
     """ "case/arch/kernel" -> figures, two processes at a time."""
-    with ProcessPoolExecutor(2) as pool:
+    # Not by fork: a copy of a process that has threads may wait for one of them for ever.
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         jobs = {(c.name, arch): pool.submit(measure, c, arch) for c in CASES for arch in TARGETS}
         return {
             f"{name}/{arch}/{kernel}": figures
