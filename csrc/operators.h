@@ -100,13 +100,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_
     bool save_pooled, bool save_cam_grad) {
   const HeadOptions options{consistency_weight, int(p), twin_map_on(twin_map, features), both_views, mean};
   HeadForwardOutputs out = run({features,
-                                      weight,
-                                      bias,
-                                      targets,
-                                      target_table,
-                                      map_weights,
-                                      options,
-                                      {with_maps, save_residual, save_pooled, save_cam_grad}});
+                                weight,
+                                bias,
+                                targets,
+                                target_table,
+                                map_weights,
+                                options,
+                                {with_maps, save_residual, save_pooled, save_cam_grad}});
   return {std::move(out.loss),     std::move(out.classification), std::move(out.consistency), std::move(out.logits),
           std::move(out.maps),     std::move(out.residual),       std::move(out.pooled),      std::move(out.cam_grad)};
 }
@@ -121,21 +121,21 @@ std::tuple<Tensor, Tensor, Tensor> head_backward_operator(
     bool need_features, bool need_weight, bool need_bias) {
   const HeadOptions options{consistency_weight, int(p), twin_map_on(twin_map, residual), both_views, mean};
   HeadGradients out = run({d_loss,
-                                 d_classification,
-                                 d_consistency,
-                                 d_logits,
-                                 weight,
-                                 targets,
-                                 target_table,
-                                 map_weights,
-                                 logits,
-                                 residual,
-                                 pooled,
-                                 cam_grad,
-                                 options,
-                                 dtype,
-                                 channels_last,
-                                 {need_features, need_weight, need_bias}});
+                           d_classification,
+                           d_consistency,
+                           d_logits,
+                           weight,
+                           targets,
+                           target_table,
+                           map_weights,
+                           logits,
+                           residual,
+                           pooled,
+                           cam_grad,
+                           options,
+                           dtype,
+                           channels_last,
+                           {need_features, need_weight, need_bias}});
   return {std::move(out.features), std::move(out.weight), std::move(out.bias)};
 }
 

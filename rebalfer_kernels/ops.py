@@ -25,7 +25,7 @@ class HeadOptions(NamedTuple):
     """What the head's forward and backward share besides tensors and lambda."""
 
     p: int  #: of Eq. 5, 1 or 2
-    twin_map: tuple[int, ...]  #: a TwinMap, undoes the twin's transform; PyTorch reads a plain tuple 3 us faster
+    twin_map: tuple[int, ...]  #: a TwinMap, undoes the twin's transform; a plain tuple, which PyTorch reads faster
     both_views: bool  #: the twin is classified too (Eq. 1)
     mean: bool  #: losses are means over the batch, not per sample
 

@@ -136,7 +136,7 @@ struct Free {
 };
 
 // Zeroed scratch, aligned to a cache line, with room for a vector behind it. By calloc, as aligned_alloc cuts each piece
-// of memory out of a larger one, which costs a small call 3 % of its time.
+// of memory out of a larger one, which a small call notices.
 template <typename A>
 class Buffer {
  public:

@@ -8,8 +8,8 @@ from .. import native
 from . import Backend, Request, Verdict
 from .triton import too_old
 
-#: Measured on an H200 (bfloat16, 7 x 7): a call of Triton's keeps the host busy for four times as long, which decides
-#: without a CUDA graph. In a graph Triton is ahead where the batch is large and channels_last.
+#: Measured on an H200 (bfloat16, 7 x 7): a call of Triton's keeps the host busy for four times as long and more, which
+#: decides without a CUDA graph. In a graph Triton is ahead where the batch is large and channels_last.
 _WHY = "the least time of the host, and one launch each way"
 
 

@@ -1,10 +1,14 @@
 """The search for Triton tiles, with a clock that is made up."""
 
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from bench import tune
 from bench.__main__ import main
+from bench.cases import Case
 from rebalfer_kernels.triton import tiles as triton_tiles
 
 PROBLEM = triton_tiles.Problem(512, 49, 7, True, torch.bfloat16, "sm_90")
@@ -38,6 +42,15 @@ def test_what_is_best_when_the_time_is_up_is_proposed(capsys):
     row, times = tune.search(PROBLEM, lambda kind, row: 2.0, end=0.0)
     assert row == next(tune.rows(PROBLEM))[1] and times == {"forward": [2.0, 2.0], "backward": [2.0, 2.0]}
     assert capsys.readouterr().out.count("2.0000 ms: Row(") == 2
+
+
+def test_every_candidate_is_compiled_ahead_once_for_a_small_batch(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(tune, "ProcessPoolExecutor", lambda count, context: ThreadPoolExecutor(count))
+    monkeypatch.setattr(tune, "_compile", lambda case, rows: compiled.extend((case.N, row) for row in rows))
+    candidates = [row for _, row in tune.rows(PROBLEM)]
+    tune.compile_ahead(Case(512, 2048, "channels_last", torch.bfloat16), candidates)
+    assert Counter(compiled) == Counter((2, row) for row in candidates)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the present GPU would be searched")
