@@ -286,7 +286,7 @@ def test_the_estimates_are_those_of_scipy():
         for row, values in (("plain", a), ("RAC", b))
         for seed, (v, key) in enumerate(zip(values.tolist(), "abcde", strict=True))
     ]  # fmt: skip
-    rows = tuple(grid.Row(label, {}, {}, "", {}) for label in ("plain", "RAC"))
+    rows = tuple(grid.Row(label, {}, {}, "") for label in ("plain", "RAC"))
 
     class Study(grid.Study):
         def runs(self, root=None):

@@ -43,7 +43,6 @@ class Row(NamedTuple):
     options: dict  #: of its runs, nested
     paper: dict  #: what the paper reports, in percent, where it does
     note: str
-    values: dict[str, Any]  #: option -> value, where the row is one of a grid
 
 
 class Run(NamedTuple):
@@ -176,7 +175,7 @@ def _rows(entry: dict) -> list[Row]:
         for name, value in values.items():
             nested = _with(nested, name.split("."), value)
         title = f"{label}, {text}" if text else label
-        rows.append(Row(title, nested, entry.get("paper", {}), entry.get("note", ""), values))
+        rows.append(Row(title, nested, entry.get("paper", {}), entry.get("note", "")))
     return rows
 
 
