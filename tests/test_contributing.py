@@ -156,6 +156,26 @@ class Options:
         print(sum(p.numel() for p in load(self.checkpoint, "cpu").method.parameters()))
         return 0
 """
+STUDY = """
+title = "Focus"
+preset = "demo"
+seeds = [1]
+compare = "cross-entropy"
+[options]
+image_size = 32
+batch_size = 10
+epochs = 1
+data = { name = "stripes", each = 5 }
+backbone = { name = "resnet10t", options = { channels = [8, 8, 8, 16], stem_width = 8 } }
+compute = { device = "cpu", backend = "reference" }
+[[rows]]
+label = "cross-entropy"
+method = "baseline"
+[[rows]]
+label = "focal"
+method = "focal"
+grid = { "method.gamma" = [0, 1.5] }
+"""
 USE_OF_THE_TRAINER = """
 import json
 from trainer.__main__ import main
@@ -170,6 +190,11 @@ row = json.loads(open("runs/a/metrics.jsonl").read())
 assert row["loss"] > 0 and len(row["test"]["per_class"]) == 2
 assert main(["train", "--method=focal", "--method.gamma=-1"]) == 2
 assert main(["parameters", "runs/a"]) == 0
+assert main(["study", "own.toml", "--root=runs"]) == 0
+table = [line.split(",") for line in open("runs/own/table.csv").read().splitlines()]
+assert [line[0] for line in table[1:]] == ["cross-entropy", '"focal', '"focal'], table
+losses = [json.loads(line)["losses"]["loss"] for line in open("runs/own/results.jsonl")]
+assert abs(losses[0] - losses[1]) < 1e-5 and losses[2] < 0.9 * losses[1], losses  # gamma 0 is cross-entropy
 assert main(["train", "--help", "--method=focal", "--data=stripes"]) == 0
 """
 
@@ -214,6 +239,7 @@ def test_a_method_a_data_set_and_a_command_are_one_file_each(copy):
     shutil.copytree(ROOT / "trainer", copy / "trainer")
     for name, text in (("methods/focal", METHOD), ("data/stripes", DATA), ("commands/parameters", COMMAND)):
         (copy / f"trainer/{name}.py").write_text(text)
+    (copy / "own.toml").write_text(STUDY)
     result = child.run(
         "-c", USE_OF_THE_TRAINER, cwd=copy, PYTHONPATH=copy, REBALFER_BACKEND="reference", OMP_NUM_THREADS="1"
     )

@@ -9,9 +9,10 @@ import pytest
 import torch
 from support.machine import ROOT
 
+import rebalfer_kernels as rk
 from trainer import backbones, checkpoint, loop, optim, presets
 from trainer.__main__ import main
-from trainer.config import Backbone, Compute, Optim, UserError
+from trainer.config import Backbone, Compute, Optim, UserError, found
 from trainer.data import Split, synthetic
 from trainer.data.batches import Batch, Source, order
 from trainer.methods import baseline
@@ -155,6 +156,29 @@ def test_a_float16_step_that_overflows_is_skipped_and_the_scale_halved(faces):
     assert step(batch_of(faces), 1e-2).isfinite().all()
     assert all(torch.equal(p, q) for p, q in zip(step.method.parameters(), before, strict=True))
     assert step.scaler.get_scale() == 2.0**119
+
+
+@pytest.mark.parametrize("method", ["rebalanced", "eac"])
+def test_two_hundred_steps_by_the_fused_operators_are_those_by_the_reference(method):
+    if rk.backends()["cpu"] != "available":
+        pytest.skip(rk.backends()["cpu"])
+    faces = synthetic.draw([6, 2, 4, 20, 6, 4, 14], 32, seed=0)
+
+    def curve(backend: str) -> torch.Tensor:
+        c = config(method=found("methods")[method](), compute=Compute(device="cpu", backend=backend))
+        step, rate = Step(c, built := loop.build(c, tuple(faces.counts(7)), CPU), CPU), presets.paper().learning_rate
+        source, losses = Source(faces, c, built.backbone, CPU), []
+        for epoch in range(25):
+            for rows in order(len(source), 7, c.seed, epoch, least=2):
+                losses.append(step(Batch(source, rows, epoch, len(rows), 0.0), rate) / len(rows))
+        assert step.names == ["loss", "classification", "consistency"]
+        return torch.stack(losses)
+
+    fused, reference = curve("cpu"), curve("reference")
+    assert len(fused) == 200
+    assert reference[-8:, 0].mean() < 0.97 * reference[:8, 0].mean()  # it learns
+    torch.testing.assert_close(fused[:, :2], reference[:, :2], rtol=1e-4, atol=0)
+    torch.testing.assert_close(fused[:, 2], reference[:, 2], rtol=2e-3, atol=0)  # a difference of two near maps
 
 
 def test_separate_views_are_two_forward_passes(faces):
