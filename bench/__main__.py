@@ -8,8 +8,10 @@
     python -m bench gpu-check right --out DIR  what a GPU must show; fast, deep: two more parts, see bench/verify
     python -m bench tune --cases C512          search the Triton tiles of GPU cases, propose rows of triton_tiles.TABLE
     python -m bench budget                     instructions that the GPU kernels issue, counted without a GPU
+    python -m bench compare A B                what got slower beyond the noise from one result, or folder, to another
     python -m bench report                     docs/benchmark.md and the README's line (--check: only compare)
-    python -m pytest tests/bench -o addopts= --benchmark-only      micro-benchmarks of the public functions
+    python -m pytest tests/bench/test_micro.py -o addopts= --benchmark-only     the public functions, one by one;
+                                               --benchmark-autosave, later --benchmark-compare, compares two runs
 
 What memory costs decides much on a CPU, so malloc's rules are fixed, in one of two ways. "fresh": a tensor of 128 KiB
 and more gets pages of its own from the system and gives them back (glibc's threshold when a process begins, held
@@ -40,7 +42,7 @@ MEMORY = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status: 1 for stale documents or disturbed times, 2 for what was refused."""
+    """The command line; the exit status is 1 for stale documents, disturbed times, a slowdown; 2 for refusals."""
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -85,6 +87,9 @@ def main(arguments: list[str] | None = None) -> int:
     tune.add_argument("--seconds", type=float, default=3600.0, help="in all; what is the best by then is proposed")
     report = commands.add_parser("report", help="write docs/benchmark.md and the README's line")
     report.add_argument("--check", action="store_true", help="fail if one differs, write nothing")
+    compare = commands.add_parser("compare", help="what changed between two results; fails where ours got slower")
+    compare.add_argument("before", type=Path, metavar="A", help="a file that op or step wrote, or a folder of them")
+    compare.add_argument("after", type=Path, metavar="B")
     budget = commands.add_parser("budget", help="instructions that the GPU kernels issue, against the goals")
     budget.add_argument(
         "--kernel", metavar="NAME", help='where those of one go, as of "forward C512 7x7 L7 nchw bfloat16"'
@@ -95,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     command_of = {
         "op": _op, "step": _step, "gpu-check": _gpu_check, "tune": _tune, "budget": _budget, "report": _report,
-        "scale": _scale,
+        "scale": _scale, "compare": _compare,
     }  # fmt: skip
     try:
         return command_of[options.command](options)
@@ -191,6 +196,15 @@ def _report(options: argparse.Namespace) -> int:
         else:
             path.write_text(wanted[path])
     return int(options.check and bool(stale))
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from . import compare
+
+    try:
+        return compare.main(options.before, options.after)
+    except ValueError as error:
+        raise Refused(str(error)) from None
 
 
 def _cases(device: str, substring: str) -> list[Case]:

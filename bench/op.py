@@ -189,8 +189,7 @@ def _shortcomings(result: dict[str, Any], case: Case) -> str:
     """Which contenders of a case were refused, or not timed in full, and why."""
     why = []
     for refused in (r for r in result["rejected"] if r["case"] == case.name):
-        reason = refused["reason"] or f"relative error {refused['error']}"
-        why.append(f"{refused['contender']} was refused: {reason}")
+        why.append(f"{refused['contender']} was refused: {results.reason_of(refused)}")
     for row in (row for row in result["rows"] if row["case"] == case.name):
         why += [f"{row['contender']}, {figure}: {reason}" for figure, reason in row.get("errors", {}).items()]
     return "; ".join(why)

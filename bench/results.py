@@ -69,6 +69,17 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:500]
 
 
+def reason_of(refusal: dict[str, Any]) -> str:
+    """Why a contender has no row.
+
+    >>> reason_of({"contender": "released", "reason": None, "error": 0.25})
+    'relative error 0.25'
+    """
+    if refusal["reason"] is None and refusal["error"] is None:
+        return "the loss or a gradient is missing or not finite"
+    return refusal["reason"] or f"relative error {refusal['error']:.2g}"
+
+
 def file_name(program: str, result: dict[str, Any]) -> str:
     """A file for each kind, device and, on a CPU, memory; where only some contenders were chosen, for the first.
 
