@@ -5,6 +5,7 @@
     python -m bench op --cases C512 --seconds 5 --out DIR
     python -m bench op --device cuda           the GPU's cases, in CUDA graphs and call by call
     python -m bench step                       a whole training step, and a whole run extrapolated from it
+    python -m bench methods                    a step of every method of the trainer, in turns
     python -m bench gpu-check right --out DIR  what a GPU must show; fast, deep: two more parts, see bench/verify
     python -m bench tune --cases C512          search the Triton tiles of GPU cases, propose rows of triton_tiles.TABLE
     python -m bench budget                     instructions that the GPU kernels issue, counted without a GPU
@@ -28,7 +29,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # PyTorch is imported only after what must be set before
     from .cases import Case
@@ -61,13 +62,15 @@ def main(arguments: list[str] | None = None) -> int:
         help="measure beside other programs; the report uses only undisturbed results",
     )
     step = commands.add_parser("step", help="time a whole training step")
-    step.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    step.add_argument("--seconds", type=float, default=60.0, help="of timing in all")
-    step.add_argument("--backbone", default="resnet18", help="a timm model")
-    step.add_argument("--amp", choices=("off", "bf16", "fp16"), help="bf16 on a GPU, else off")
-    step.add_argument("--image-size", type=int, default=224)
-    step.add_argument("--batch-size", type=int, default=32, help="images; each comes with its twin")
-    for command in (op, step):
+    methods = commands.add_parser("methods", help="time a training step of every method of the trainer")
+    for command in (step, methods):
+        command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+        command.add_argument("--seconds", type=float, default=60.0, help="of timing in all")
+        command.add_argument("--backbone", default="resnet18", help="a timm model")
+        command.add_argument("--amp", choices=("off", "bf16", "fp16"), help="bf16 on a GPU, else off")
+        command.add_argument("--image-size", type=int, default=224)
+        command.add_argument("--batch-size", type=int, default=32, help="images; each comes with its twin")
+    for command in (op, step, methods):
         command.add_argument("--out", type=Path, default=RESULTS, help="folder of the result, else bench/results")
         command.add_argument(
             "--rehearse",
@@ -99,8 +102,8 @@ def main(arguments: list[str] | None = None) -> int:
     scale.add_argument("--check", action="store_true", help="fail if it differs, write nothing")
     options = parser.parse_args(arguments)
     command_of = {
-        "op": _op, "step": _step, "gpu-check": _gpu_check, "tune": _tune, "budget": _budget, "report": _report,
-        "scale": _scale, "compare": _compare,
+        "op": _op, "step": _step, "methods": _methods, "gpu-check": _gpu_check, "tune": _tune,
+        "budget": _budget, "report": _report, "scale": _scale, "compare": _compare,
     }  # fmt: skip
     try:
         return command_of[options.command](options)
@@ -134,6 +137,22 @@ def _op(options: argparse.Namespace) -> int:
 
 
 def _step(options: argparse.Namespace) -> int:
+    from . import step
+
+    result, path = step.run(**_training(options))
+    print(path)
+    return int(bool(result["rejected"] or result["errors"]))
+
+
+def _methods(options: argparse.Namespace) -> int:
+    from . import methods
+
+    print(methods.run(**_training(options))[1])
+    return 0
+
+
+def _training(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of what times training steps."""
     import torch
 
     from . import step
@@ -143,12 +162,14 @@ def _step(options: argparse.Namespace) -> int:
         device = "cuda" if torch.cuda.is_available() and not options.rehearse else "cpu"
     kind = "rehearsal" if options.rehearse else device
     config = step.measured(options.backbone, options.image_size, options.batch_size, options.amp, device)
-    if options.rehearse:
-        config = step.REHEARSAL
-    clock, out = _clock(kind), options.out
-    result, path = step.run(config, device, options.seconds, out, clock=clock, kind=kind)
-    print(path)
-    return int(bool(result["rejected"] or result["errors"]))
+    return {
+        "config": step.REHEARSAL if options.rehearse else config,
+        "device": device,
+        "seconds": options.seconds,
+        "directory": options.out,
+        "clock": _clock(kind),
+        "kind": kind,
+    }
 
 
 def _gpu_check(options: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
 """Studies: their files, their runs, which resume, and the statistics of their tables."""
 
 import csv
+import dataclasses
 import json
 import math
 import re
@@ -12,9 +13,9 @@ from scipy import stats
 from support import child, runs
 from torch import nn
 
-from trainer import presets
+from trainer import loop, presets
 from trainer.__main__ import main
-from trainer.config import UserError, found, from_dict
+from trainer.config import Backbone, UserError, found, from_dict
 from trainer.data import Split
 from trainer.run import Run
 from trainer.study import grid, measure, results, table
@@ -54,6 +55,8 @@ def file(tmp_path):
     return path
 
 
+NONE = {"materialize_grads": True}
+COUNTS, CPU = (9, 5, 6, 8, 4, 7, 9), torch.device("cpu")
 LABELS = ["plain", "RAC, consistency_weight 0.5", "RAC, consistency_weight 2.0"]
 
 
@@ -337,3 +340,33 @@ def test_a_method_without_maps_has_no_difference(tmp_path):
     assert study(tmp_path / "b.toml", tmp_path / "r", "--seeds=3") == 0
     mine = {r["row"]: r["view_difference"] for r in results.read(tmp_path / "r" / "b" / "results.jsonl")}
     assert mine["RAC"] is None and mine["plain"] > 0
+
+
+def test_the_share_of_the_gradient_is_that_of_plain_computation():
+    """With eval mode's BatchNorm and the weight of the maps held, as the fused loss has it."""
+    random = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (6, 32, 32, 1), dtype=torch.uint8, generator=random)
+    labels = torch.tensor([0, 1, 2, 3, 4, 6])
+    backbone = Backbone("resnet10t", runs.TINY)
+    base = dataclasses.replace(presets.demo(), image_size=32, backbone=backbone)
+    method = loop.build(dataclasses.replace(base, method=found("methods")["rac"](consistency_weight=3.0)), COUNTS, CPU)
+    got = measure.gradient_share(method, Split(images, labels))
+
+    features = method.backbone(method.backbone.views(method.backbone.coloured(images), both=True))
+    own, twin = features.mean((2, 3)).matmul(method.head.weight.T).add(method.head.bias).chunk(2)
+    classified = nn.functional.cross_entropy(own, labels) + nn.functional.cross_entropy(twin, labels)
+    n = torch.tensor(COUNTS, dtype=torch.float64)
+    weights = (1 - 0.9999) / (1 - 0.9999**n)
+    weights = weights / weights.sum() * len(n)
+    a, b = torch.einsum("lc,nchw->nlhw", method.head.weight.detach(), features).chunk(2)
+    consistency = 3.0 * (weights[:, None, None] * (a - b.flip(3)).square()).mean()
+    norms = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(t, tuple(method.parameters()), retain_graph=True, **NONE)])
+        for t in (classified, consistency)
+    ]
+    c, m = (g.norm().item() for g in norms)
+    assert got == pytest.approx(100 * m / (c + m), rel=1e-3) and 0 < got < 100
+    assert method.consistency_weight == 3.0
+    assert measure.gradient_share(loop.build(base, COUNTS, CPU), Split(images, labels)) is not None
+    plain = dataclasses.replace(base, method=found("methods")["baseline"]())
+    assert measure.gradient_share(loop.build(plain, COUNTS, CPU), Split(images, labels)) is None

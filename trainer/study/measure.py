@@ -1,13 +1,15 @@
-"""What a trained method does to the maps of images that it has not seen."""
+"""What a trained method does with images that it has not seen: to their maps, and what pulls at it."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ..activations import Activations
 from ..config import UserError
 from ..data import Split
 from ..methods import Method
+from ..methods.tables import TableMethod
 
 AT_ONCE = 256  # images
 
@@ -20,12 +22,10 @@ def view_difference(method: Method, split: Split) -> float | None:
     the class activation maps (Eq. 2) of the image and of its mirror image. None for a method that has no maps.
     """
     method.eval()
-    device = next(method.parameters()).device
     difference, size = torch.zeros(2, dtype=torch.float64)
     for chunk in split.images.split(AT_ONCE):
-        images = chunk if isinstance(chunk, Activations) else method.backbone.coloured(chunk.to(device))
         try:
-            maps = method.maps(method.backbone.views(images, both=True)).double()
+            maps = method.maps(_views(method, chunk)).double()
         except UserError:
             return None
         own, twin = maps.chunk(2)
@@ -33,3 +33,38 @@ def view_difference(method: Method, split: Split) -> float | None:
         difference += (own - twin).square().sum().cpu()
         size += (own.square() + twin.square()).sum().cpu() / 2
     return float(100 * (difference / size).sqrt())
+
+
+def gradient_share(method: Method, split: Split) -> float | None:
+    """The consistency's share of what pulls at the weights, in percent, on the first images of ``split``.
+
+    100 |m| / (|c| + |m|), with the gradients c of the classification and m of lambda times the consistency (Eq. 6) with
+    respect to all weights that train, in eval mode. None for a method without consistency, or with a classification of
+    its own (``rac_focal``).
+    """
+    if type(method) is not TableMethod or not method.consistency_weight:
+        return None
+    method.eval()
+    weights = [w for w in method.parameters() if w.requires_grad]
+    labels = split.labels[:AT_ONCE].to(weights[0].device)
+    features = method.backbone(_views(method, split.images[:AT_ONCE]))
+    consistency = method.consistency_weight
+    try:
+        gradients = []
+        for times in (1, 2):
+            method.consistency_weight = times * consistency
+            loss = method.loss_of(features, labels).loss
+            found = torch.autograd.grad(loss, weights, retain_graph=times == 1, materialize_grads=True)
+            gradients.append(torch.cat([g.flatten() for g in found]).double())
+    finally:
+        method.consistency_weight = consistency
+    once, twice = gradients
+    m, c = (twice - once).norm(), (2 * once - twice).norm()
+    return float(100 * m / (c + m))
+
+
+def _views(method: Method, images: Tensor | Activations) -> Tensor:
+    """What the backbone takes of images and, after them, of their mirror images."""
+    if not isinstance(images, Activations):
+        images = method.backbone.coloured(images.to(next(method.parameters()).device))
+    return method.backbone.views(images, both=True)

@@ -59,6 +59,7 @@ class Line(NamedTuple):
     f1: Estimate
     best: Estimate  #: mean accuracy of the best epoch, chosen by the images that it is of
     view_difference: Estimate  #: in percent of the maps
+    gradient_share: Estimate  #: of the consistency, in percent
     difference: Estimate  #: of ``mean`` from the row compared with, run by run
     p: float  #: of the paired t-test that it is 0
     seconds: float  #: of a run
@@ -106,6 +107,7 @@ def of(study: Study, records: list[dict]) -> Table:
                 f1=estimate([r["last"]["f1"] for r in mine]),
                 best=estimate([r["best"]["mean"] for r in mine]),
                 view_difference=estimate(_there(r["view_difference"] for r in mine)),
+                gradient_share=estimate(_there(r.get("gradient_share") for r in mine)),
                 difference=estimate(differences),
                 p=_p(differences),
                 seconds=sum(r["seconds"] for r in mine) / max(1, len(mine)),
@@ -142,9 +144,11 @@ def cells(table: Table) -> list[list[str]]:
     paper = any(line.paper for line in table.lines)
     differ = any(line.difference.n for line in table.lines)
     maps = any(line.view_difference.n for line in table.lines)
+    pull = any(line.gradient_share.n for line in table.lines)
     head = ["", "runs", *table.classes, "overall", "mean", "mean, best epoch"]
     head += [f"mean - {table.study.compare}", "p"] if differ else []
     head += ["maps differ by %"] if maps else []
+    head += ["consistency's share of the gradient, %"] if pull else []
     head += ["paper: overall", "mean"] if paper else []
     rows = [head]
     for line in table.lines:
@@ -159,6 +163,8 @@ def cells(table: Table) -> list[list[str]]:
             row += [sign, "" if math.isnan(line.p) else f"{line.p:.3f}"]
         if maps:
             row.append(str(line.view_difference))
+        if pull:
+            row.append(str(line.gradient_share))
         if paper:
             row += [f"{line.paper[k]:.2f}" if k in line.paper else "-" for k in ("overall", "mean")]
         rows.append(row)
@@ -199,14 +205,15 @@ def as_csv(table: Table) -> str:
     """Every number with all its digits, a line for each row."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    names = ["overall", "mean", "f1", "best", "view_difference", "difference"]
+    names = ["overall", "mean", "f1", "best", "view_difference", "gradient_share", "difference"]
     writer.writerow(
         ["row", "runs", "diverged", *(f"{c} {k}" for c in (*table.classes, *names) for k in ("mean", "half"))]
         + ["p", "seconds", "paper overall", "paper mean"]
     )
     for line in table.lines:
         estimates = [*line.per_class, *(getattr(line, name) for name in names)]
-        numbers = [v for e in estimates for v in (e.mean, e.half)] if line.runs else [""] * 2 * (len(table.classes) + 6)
+        there = [v for e in estimates for v in (e.mean, e.half)]
+        numbers = there if line.runs else [""] * 2 * (len(table.classes) + len(names))
         tail = [line.p, line.seconds, line.paper.get("overall", ""), line.paper.get("mean", "")]
         writer.writerow([line.label, line.runs, line.failed, *numbers, *tail])
     return out.getvalue()

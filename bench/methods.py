@@ -1,0 +1,76 @@
+"""A training step of every method of the trainer, in turns, and how long it takes against the baseline's."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer import loop
+from trainer.config import Config, as_dict, found
+from trainer.data import Split
+from trainer.data.batches import Batch, Source
+from trainer.data.synthetic import TRAIN_COUNTS
+from trainer.step import Step
+
+from . import results
+from .clocks import Clock, Mark
+from .measure import interleave, quartiles
+
+REFERENCE = "baseline"
+POOL = 64  # images
+
+
+def run(
+    config: Config, device: str, seconds: float, directory: Path, *, clock: Clock, kind: str
+) -> tuple[dict[str, Any], Path]:
+    """Time the step of each method with its own defaults, about ``seconds`` in all; the result and its file.
+
+    A ratio is the median over rounds, in each of which every method takes one step.
+    """
+    result = {**results.environment(kind), "config": as_dict(config), "rows": []}
+    steps = {name: Steps(config, name, torch.device(device)) for name in found("methods")}
+    runs = {name: functools.partial(clock.intervals_ms, step) for name, step in steps.items()}
+    timed: dict[str, Any] = interleave(runs, seconds)
+    ms = {name: [sample[0] for sample in samples] for name, samples in timed.items()}
+    for name, samples in ms.items():
+        ratios = [a / b for a, b in zip(samples, ms[REFERENCE], strict=True)]
+        row = {"method": name, "ms": quartiles(samples), "ratio": quartiles(ratios), "rounds": len(samples)}
+        result["rows"].append(row)
+        print(f"{name:<18} {row['ms'][1]:9.2f} ms a step, {row['ratio'][1]:5.2f} times {REFERENCE}", flush=True)
+    path = directory / results.file_name(f"methods-{config.backbone.name}", result)
+    return result, results.write(result, path)
+
+
+class Steps:
+    """A method's steps on one pool of images, everything as in the trainer's loop."""
+
+    def __init__(self, config: Config, name: str, device: torch.device) -> None:
+        self.config = dataclasses.replace(config, method=found("methods")[name]())
+        method = loop.build(self.config, TRAIN_COUNTS, device)
+        method.train()
+        side, self.random = config.image_size, torch.Generator().manual_seed(0)
+        images = torch.randint(0, 256, (POOL, side, side, 1), dtype=torch.uint8, generator=self.random)
+        labels = torch.randint(0, len(TRAIN_COUNTS), (POOL,), generator=self.random)
+        self.source = Source(Split(images.to(device), labels.to(device)), self.config, method.backbone, device)
+        self.step = Step(self.config, method, device)
+
+    def __call__(self, mark: Mark = lambda: None) -> None:
+        """One step, on the next images."""
+        rows = torch.randint(POOL, (self.config.batch_size,), generator=self.random).to(self.source.device)
+        batch = Batch(self.source, rows, epoch=self.step.taken, whole=len(rows), progress=0.0)
+        self.step(batch, self.config.learning_rate)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows in Markdown, the fastest first."""
+    config = result["config"]
+    rows = sorted(result["rows"], key=lambda row: row["ratio"][1])
+    head = "| method | ms a step | times baseline |\n| --- | ---: | ---: |\n"
+    body = "".join(f"| `{r['method']}` | {r['ms'][1]:.0f} | {r['ratio'][1]:.2f} |\n" for r in rows)
+    what = f"{config['backbone']['name']} at {config['image_size']} pixels, batches of {config['batch_size']}"
+    how = f"medians of {rows[0]['rounds']} rounds in which every method takes one step"
+    return f"{what}, {result['device']}, {how}:\n\n{head}{body}"

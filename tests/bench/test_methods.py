@@ -1,0 +1,47 @@
+"""A training step of every method, in turns."""
+
+import json
+
+import pytest
+import torch
+from support.benchmark import FakeClock
+
+from bench import methods, step
+from trainer.config import found
+
+
+def test_every_method_is_timed_against_the_baseline_round_by_round(tmp_path, monkeypatch):
+    taken = []
+
+    def steps(config, name, device):
+        return lambda mark: taken.append(name)
+
+    class Clock(FakeClock):
+        """A step takes 2 ms more each round, and thrice as long for the paper's method."""
+
+        def intervals_ms(self, run):
+            run(lambda: None)
+            name = taken[-1]
+            return ((10.0 + 2 * taken.count(name)) * (3 if name == "rebalanced" else 1),)
+
+    monkeypatch.setattr(methods, "Steps", steps)
+    result, path = methods.run(step.REHEARSAL, "cpu", 0.0, tmp_path, clock=Clock(), kind="rehearsal")
+    assert json.loads(path.read_text())["rows"] == result["rows"]
+    rows = {row["method"]: row for row in result["rows"]}
+    assert rows.keys() == found("methods").keys()
+    assert {row["ratio"][1] for name, row in rows.items() if name != "rebalanced"} == {1.0}
+    assert rows["rebalanced"]["ratio"] == pytest.approx([3.0] * 3)
+    assert rows["rebalanced"]["ms"][1] == pytest.approx(3 * rows["baseline"]["ms"][1])
+    assert "| `rebalanced` | 66 | 3.00 |" in methods.table(result)  # after 3 rounds of warm-up, the median of 5
+
+
+@pytest.mark.parametrize("name", ["mean_teacher", "scn", "rac_transform"])
+def test_a_step_is_the_trainers(name):
+    """Weights move, and what a method does after a step is done."""
+    steps, called = methods.Steps(step.REHEARSAL, name, torch.device("cpu")), []
+    method = steps.step.method
+    method.after_step = lambda batch, do=method.after_step: (called.append(len(batch)), do(batch))
+    before = [p.detach().clone() for p in method.parameters()]
+    steps()
+    assert called == [step.REHEARSAL.batch_size]
+    assert any(not torch.equal(a, b) for a, b in zip(before, method.parameters(), strict=True))
