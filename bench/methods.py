@@ -31,15 +31,20 @@ def run(
 
     A ratio is the median over rounds, in each of which every method takes one step.
     """
-    result = {**results.environment(kind), "config": as_dict(config), "rows": []}
+    rows: list[dict[str, Any]] = []
+    result = {**results.environment(kind), "config": as_dict(config), "rows": rows}
     steps = {name: Steps(config, name, torch.device(device)) for name in found("methods")}
     runs = {name: functools.partial(clock.intervals_ms, step) for name, step in steps.items()}
-    timed: dict[str, Any] = interleave(runs, seconds)
-    ms = {name: [sample[0] for sample in samples] for name, samples in timed.items()}
+    ms = {name: [sample[0] for sample in samples] for name, samples in interleave(runs, seconds).items()}
     for name, samples in ms.items():
         ratios = [a / b for a, b in zip(samples, ms[REFERENCE], strict=True)]
-        row = {"method": name, "ms": quartiles(samples), "ratio": quartiles(ratios), "rounds": len(samples)}
-        result["rows"].append(row)
+        row: dict[str, Any] = {
+            "method": name,
+            "ms": quartiles(samples),
+            "ratio": quartiles(ratios),
+            "rounds": len(samples),
+        }
+        rows.append(row)
         print(f"{name:<18} {row['ms'][1]:9.2f} ms a step, {row['ratio'][1]:5.2f} times {REFERENCE}", flush=True)
     path = directory / results.file_name(f"methods-{config.backbone.name}", result)
     return result, results.write(result, path)
