@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import itertools
+import json
 import logging
 import os
 import re
@@ -25,8 +25,6 @@ from .run import Stopped
 
 #: The groups that --help shows in full; it names the others and --help GROUP shows them.
 FIRST = ("", "method", "data")
-#: Groups whose own name on the command line stands for their field ``name``: --method cb is --method.name cb.
-BY_NAME = (*PACKAGES, "backbone")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,9 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("error:" if distributed.speaks() else f"rank {os.environ['RANK']}: error:", error, file=sys.stderr)
         return error.status
     except torch.OutOfMemoryError as error:
-        print(
-            f"error: batch_size: too large for the memory of the device: {str(error).splitlines()[0]}", file=sys.stderr
-        )
+        reason = str(error).splitlines()[0]
+        print(f"error: batch_size: too large for the memory of the device: {reason}", file=sys.stderr)
         return UserError.status
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
@@ -55,24 +52,23 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str]) -> Any:
     """The options of the command that ``arguments`` begin with; None if they asked for help, which is printed."""
     commands = found("commands")
-    command, *rest = arguments or ["--help"]
-    if command in ("-h", "--help"):
+    command, *rest = ["--help" if word == "-h" else word for word in arguments] or ["--help"]
+    if command == "--help":
         print(overview(commands))
         return None
     if (command := spelt(command)) not in commands:
-        raise UserError(f"command: got {command!r}, expected one of {', '.join(commands)}{_near(command, commands)}")
-    rest, wanted = _help_wanted(rest)
+        near = difflib.get_close_matches(command, commands, n=1)
+        expected = f"expected one of {', '.join(commands)}{f'; did you mean {near[0]}?' if near else ''}"
+        raise UserError(f"command: got {command!r}, {expected}")
     default = commands[command]()
-    keys = {flag.key for flag in flags(default)}
-    rest = [_spelt(a, keys) for a in rest]
-    files: list[dict] = []
-    if _flat(default):
-        rest, files = _take_files(rest)
-        default = _default(default, rest, files)
-    if wanted is not None:
-        print(help_text(command, default, wanted))
+    places, given = _given(rest, default)
+    if hasattr(default, "config"):
+        default = _chosen(default, given)
+        places, given = _given(rest, default)  # which now knows the switches of the method and the data set
+    if "help" in given:
+        print(help_text(command, default, given["help"] or ""))
         return None
-    return _parsed(command, default, rest, files)
+    return from_dict(_typed(command, default, places, given), default)
 
 
 class Flag(NamedTuple):
@@ -87,13 +83,13 @@ class Flag(NamedTuple):
 
 
 def flags(options: Any, group: str = "", title: str = "") -> Iterator[Flag]:
-    """Every field of nested options, the groups in the order of the fields."""
+    """Every field of nested options, the groups in the order of the fields; those of ``config`` are the command's."""
     kinds = typing.get_type_hints(type(options))
     if isinstance(options, Named):
         yield Flag(group, title, f"{group}.name", str, options.name, {"choices": tuple(found(PACKAGES[group]))})
     for f in dataclasses.fields(options):
         value = getattr(options, f.name)
-        if f.metadata.get("flat"):
+        if f.name == "config":
             yield from flags(value)
         elif dataclasses.is_dataclass(value):
             yield from flags(value, f.name, (type(value).__doc__ or "").splitlines()[0])
@@ -101,52 +97,109 @@ def flags(options: Any, group: str = "", title: str = "") -> Iterator[Flag]:
             yield Flag(group, title, f"{group}.{f.name}".lstrip("."), kinds[f.name], value, f.metadata)
 
 
-def _parsed(command: str, default: Any, arguments: list[str], files: list[dict]) -> Any:
-    parser, known = _parser(command, default), {flag.key: flag for flag in flags(default)}
-    arguments = [_switched(argument, known) for argument in arguments]
-    for key in [*(key for file in files for key in _keys(file, known)), *_given(arguments)]:
-        if key not in known and known.get(key.removeprefix("no_"), FREE).kind is not bool:
-            raise _unknown(key, known, default)
+def _given(words: list[str], default: Any) -> tuple[list[str], dict[str, str | None]]:
+    """The words that stand for themselves, and key -> text of the options of a command line: --a=b, --a b, --switch.
+
+    A flag counts over a file of --config, and of two flags or files the later one.
+    """
+    known = {flag.key: flag for flag in flags(default)}
+    places: list[str] = []
+    files: dict[str, str | None] = {}
+    options: dict[str, str | None] = {}
+    words = words.copy()
+    while words:
+        if not (word := words.pop(0)).startswith("--"):
+            places.append(word)
+            continue
+        option, equals, text = word[2:].partition("=")
+        key = _key(option.replace("-", "_"), known)
+        switch = next((k for k in (key, key.removeprefix("no_")) if k in known and known[k].kind is bool), "")
+        value = text if equals else None
+        if switch and not equals:
+            key, value = switch, "true" if key == switch else "false"
+        elif not equals and words and not words[0].startswith("--"):
+            value = words.pop(0)
+        if key == "config" and hasattr(default, "config"):
+            files |= _read(Path(value or "").expanduser(), known)
+        else:
+            options[key] = value
+    return places, files | options
+
+
+def _key(key: str, known: dict[str, Flag]) -> str:
+    """ "method" as "method.name", where a command has that."""
+    return f"{key}.name" if key not in known and f"{key}.name" in known else key
+
+
+def _read(path: Path, known: dict[str, Flag]) -> dict[str, str | None]:
+    """Key -> text of the options in a YAML, JSON or TOML file."""
+    import yaml
+
     try:
-        for file in files:
-            parser.set_defaults(dict(parser.parse_object(file).items()))
-        values = parser.parse_args(arguments).as_dict()
-    except Exception as error:
-        if type(error).__name__ not in ("ArgumentError", "ParserError"):
-            raise
-        raise _refused(str(error), known, arguments, files) from None
-    return _filled(default, values)
+        text = path.read_text()
+        values = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(f"config: got {str(path)!r}, which can't be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"config: got {path}, which is neither YAML nor TOML: {reason}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"config: got {path}, expected a file of options, such as 'epochs: 10'")
+    groups = {flag.group for flag in known.values()}
+
+    def flat(values: dict, group: str = "") -> Iterator[tuple[str, str]]:
+        for name, value in values.items():
+            key = _key(f"{group}{name}", known) if isinstance(value, str) else f"{group}{name}"
+            if isinstance(value, dict) and key not in known:
+                yield from flat(value, f"{key}.")
+            elif key in groups and value is not None:
+                raise UserError(f"{key}: got {value!r} in {path}, expected options by name")
+            elif value is not None or key in known and types.NoneType in typing.get_args(known[key].kind):
+                yield key, value if isinstance(value, str) else json.dumps(value, default=str)
+
+    return dict(flat(values))
 
 
-FREE = Flag("", "", "", str, "", {})  #: one that stands for no field
+def _chosen(default: Any, given: dict[str, str | None]) -> Any:
+    """The command's options with the preset, the method and the data set that were asked for."""
+    preset = given.get("preset", default.preset)
+    if preset not in presets.found():
+        raise UserError(f"preset: got {preset!r}, expected one of {', '.join(presets.found())}")
+    config: Config = presets.found()[preset]()
+    for kind in PACKAGES:
+        name = given.get(f"{kind}.name", config_name := getattr(config, kind).name) or ""
+        if name != config_name:
+            config = dataclasses.replace(config, **{kind: select(kind, name)()})
+    return dataclasses.replace(default, preset=preset, config=config)
 
 
-def _switched(argument: str, known: dict[str, Flag]) -> str:
-    """--pictures=false as --no_pictures, --pictures=true as --pictures; others as they are."""
-    option, equals, value = argument.partition("=")
-    key, value = option.removeprefix("--"), value.lower()
-    if equals and known.get(key, FREE).kind is bool and value in ("true", "false"):
-        return f"--{key}" if value == "true" else f"--no_{key}"
-    return argument
+def _typed(command: str, default: Any, places: list[str], given: dict[str, str | None]) -> dict:
+    """All options of the command as nested values of their types."""
+    try:
+        from jsonargparse import ArgumentError, ArgumentParser
+    except ImportError:
+        raise UserError("the command line needs the package jsonargparse >= 4.53: pip install jsonargparse") from None
+    parser = ArgumentParser(prog=f"python -m trainer {command}", exit_on_error=False, add_help=False)
+    known = {flag.key: flag for flag in flags(default)}
+    for key in given:
+        if key not in known:
+            raise _unknown(key, known)
+    for key, flag in known.items():
+        if flag.metadata.get("positional"):
+            parser.add_argument(key, type=str, nargs=None if flag.kind is str else "+")
+        else:
+            parser.add_argument(f"--{key}", type=flag.kind, default=flag.value)
+    try:
+        options = [f"--{key}" if text is None else f"--{key}={text}" for key, text in given.items()]
+        values = parser.parse_args([*places, *options]).as_dict()
+    except ArgumentError as error:
+        raise _refused(str(error), known, given) from None
+    own = {f.name for f in dataclasses.fields(default)}
+    inner = {name: value for name, value in values.items() if name not in own}
+    return {name: value for name, value in values.items() if name in own} | ({"config": inner} if inner else {})
 
 
-def _given(arguments: list[str]) -> list[str]:
-    """The keys of the options among ``arguments``."""
-    before = itertools.takewhile(lambda argument: argument != "--", arguments)
-    return [argument[2:].partition("=")[0] for argument in before if argument.startswith("--")]
-
-
-def _keys(file: dict, known: dict[str, Flag], group: str = "") -> Iterator[str]:
-    """The keys in a file's groups."""
-    for name, value in file.items():
-        key = f"{group}{name}"
-        if isinstance(value, dict) and key not in known:
-            yield from _keys(value, known, f"{key}.")
-        elif value is not None or key in known:  # an empty group says nothing
-            yield key
-
-
-def _unknown(key: str, known: dict[str, Flag], default: Any) -> UserError:
+def _unknown(key: str, known: dict[str, Flag]) -> UserError:
     """What is wrong with an option that the command, its method or its data set does not have."""
     group, _, name = key.rpartition(".")
     inside = [k for k in known if group and k.startswith(f"{group}.")]
@@ -154,24 +207,21 @@ def _unknown(key: str, known: dict[str, Flag], default: Any) -> UserError:
     of_name = {k.rpartition(".")[2]: k for k in [*known, *inside]}
     close = difflib.get_close_matches(name, of_name, n=1, cutoff=0.7)
     whose = f"{group} {known[f'{group}.name'].value}" if group in PACKAGES and inside else "this command"
-    said = f"{key}: got an option that {whose} does not have"
-    if close:
-        return UserError(f"{said}; did you mean {of_name[close[0]]}?")
-    return UserError(f"{said}, expected one of {', '.join(inside)}" if inside else said)
+    expected = (
+        f"; did you mean {of_name[close[0]]}?" if close else f", expected one of {', '.join(inside)}" * bool(inside)
+    )
+    return UserError(f"{key}: got an option that {whose} does not have{expected}")
 
 
-def _refused(text: str, known: dict[str, Flag], arguments: list[str], files: list[dict]) -> UserError:
+def _refused(text: str, known: dict[str, Flag], given: dict[str, str | None]) -> UserError:
     """The parser's error, by the option's name, what came and what was expected."""
     text = re.sub(r"\s+", " ", text)
-    key = next((word for word in re.findall(r"[\w.]+", text) if word in known), "")
+    key = next((word for word in re.findall(r"[\w.]+", text) if word in given), "")
     if not key or text.startswith(("unrecognized", "the following")):
         return UserError(text)
-    kind, choices = known[key].kind, known[key].metadata.get("choices")
-    kinds = [EXPECTED.get(k, k.__name__) for k in typing.get_args(kind) or [kind]]
-    if typing.get_origin(kind) is list:
-        kinds = ["a list, such as '[a, b]'"]
-    value = _asked(key, arguments, files, "")
-    return UserError(f"{key}: got {value!r}, expected {' or '.join(kinds if not choices else choices)}")
+    kinds = typing.get_args(known[key].kind) if typing.get_origin(known[key].kind) is not list else ()
+    expected = " or ".join(EXPECTED[kind] for kind in kinds or [known[key].kind])
+    return UserError(f"{key}: got {given[key] or ''!r}, expected {expected}")
 
 
 #: What is expected of an option by its type, in words.
@@ -181,127 +231,9 @@ EXPECTED: dict[Any, str] = {
     bool: "true or false",
     str: "text",
     dict: "values by name, such as '{a: 1}'",
+    list[str]: "a list, such as '[a, b]'",
     types.NoneType: "null",
 }
-
-
-def _filled(default: Any, values: dict) -> Any:
-    """``default`` with the parsed ``values``; those of a flat field stand beside its own."""
-    flat = {name: getattr(default, name) for name in _flat(default)}
-    own = {f.name for f in dataclasses.fields(default)} - set(flat)
-    inner = {
-        name: from_dict({k: v for k, v in values.items() if k not in own}, options) for name, options in flat.items()
-    }
-    return dataclasses.replace(default, **inner, **{k: v for k, v in values.items() if k in own})
-
-
-def _parser(command: str, default: Any):
-    try:
-        from jsonargparse import ActionYesNo, ArgumentParser
-    except ImportError:
-        raise UserError("the command line needs the package jsonargparse >= 4.53: pip install jsonargparse") from None
-    parser = ArgumentParser(prog=f"python -m trainer {command}", exit_on_error=False, add_help=False)
-    for flag in flags(default):
-        if flag.metadata.get("positional"):
-            parser.add_argument(flag.key, type=str, nargs=None if flag.kind is str else "+")
-        elif flag.kind is bool:
-            parser.add_argument(f"--{flag.key}", action=ActionYesNo, default=flag.value)
-        else:
-            named = flag.key in (f"{kind}.name" for kind in PACKAGES)  # found already, in either spelling
-            choices: dict[str, Any] = {k: v for k, v in flag.metadata.items() if k == "choices" and not named}
-            parser.add_argument(f"--{flag.key}", type=flag.kind, default=flag.value, **choices)
-    return parser
-
-
-def _default(default: Any, arguments: list[str], files: list[dict]) -> Any:
-    """The command's options with the preset, the method and the data set that were asked for."""
-    preset = _asked("preset", arguments, files, default.preset)
-    if preset not in presets.found():
-        raise UserError(f"preset: got {preset!r}, expected one of {', '.join(presets.found())}")
-    config: Config = presets.found()[preset]()
-    for kind in PACKAGES:
-        current = getattr(config, kind)
-        name = _asked(f"{kind}.name", arguments, files, current.name)
-        if name != current.name:
-            config = dataclasses.replace(config, **{kind: select(kind, name)()})
-    return dataclasses.replace(default, preset=preset, **{_flat(default)[0]: config})
-
-
-def _flat(options: Any) -> list[str]:
-    """The fields whose own fields are options of the command, without a group."""
-    return [f.name for f in dataclasses.fields(options) if f.metadata.get("flat")]
-
-
-def _asked(key: str, arguments: list[str], files: list[dict], default: str) -> str:
-    """The last value of an option before the parser exists, which depends on it."""
-    group, _, name = key.rpartition(".")
-    for file in files:
-        default = (file.get(group, {}) if group else file).get(name, default)
-    for i, argument in enumerate(arguments):
-        option, equals, value = argument.partition("=")
-        if option == f"--{key}":
-            default = value if equals else next(iter(arguments[i + 1 :]), "")
-    return str(default)
-
-
-def _spelt(argument: str, keys: set[str]) -> str:
-    """--batch-size as --batch_size, --method cb as --method.name cb where a command has that."""
-    if not argument.startswith("--"):
-        return argument
-    option, equals, value = argument[2:].partition("=")
-    option = option.replace("-", "_")
-    return f"--{option}{'.name' if option in BY_NAME and option not in keys else ''}{equals}{value}"
-
-
-def _take_files(arguments: list[str]) -> tuple[list[str], list[dict]]:
-    """The arguments without --config FILE, and what those files say."""
-    rest, files, it = [], [], iter(arguments)
-    for argument in it:
-        option, equals, value = argument.partition("=")
-        if option == "--config":
-            files.append(_read(Path(value if equals else next(it, "")).expanduser()))
-        else:
-            rest.append(argument)
-    return rest, files
-
-
-def _read(path: Path) -> dict:
-    """A YAML, JSON or TOML file of options."""
-    import yaml
-
-    try:
-        text = path.read_text()
-        values = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
-    except OSError as error:
-        raise UserError(f"config: got {str(path)!r}, which can't be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"config: got {path}, which is neither YAML nor TOML: {' '.join(str(error).split())}"
-        ) from error
-    if not isinstance(values, dict):
-        raise UserError(f"config: got {path}, expected a file of options, such as 'epochs: 10'")
-    values = {k: {"name": v} if k in BY_NAME and isinstance(v, str) else v for k, v in values.items() if v is not None}
-    groups = {
-        f.name for f in dataclasses.fields(Config) if f.name in BY_NAME or f.default_factory is not dataclasses.MISSING
-    }
-    if bad := [k for k in groups & set(values) if not isinstance(values[k], dict)]:
-        raise UserError(f"{bad[0]}: got {values[bad[0]]!r} in {path}, expected options by name")
-    return values
-
-
-def _near(word: str, known) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def _help_wanted(arguments: list[str]) -> tuple[list[str], str | None]:
-    """The arguments without a wish for help, and the group that it names: "" for the first ones, None for no wish."""
-    for i, argument in enumerate(arguments):
-        if argument in ("-h", "--help"):
-            after = arguments[i + 1 : i + 2]
-            named = bool(after) and not after[0].startswith("-")
-            return arguments[:i] + arguments[i + 1 + named :], after[0] if named else ""
-    return arguments, None
 
 
 def overview(commands: dict[str, type]) -> str:
@@ -319,33 +251,30 @@ def help_text(command: str, default: Any, wanted: str) -> str:
     groups: dict[str, list[Flag]] = {}
     for flag in flags(default):
         groups.setdefault(flag.group, []).append(flag)
-    wanted = "" if wanted == "main" else wanted
-    if wanted and wanted != "all" and wanted not in groups:
-        raise UserError(f"help: got {wanted!r}, expected one of {', '.join(['all', *(g for g in groups if g)])}")
+    if wanted not in ("", "all", *groups):
+        raise UserError(f"help: got {wanted!r}, expected one of {', '.join(['all', *filter(None, groups)])}")
     shown = [g for g in groups if wanted in (g, "all") or not wanted and g in FIRST]
-    places = " ".join(flag.key.upper() for flag in groups[""] if flag.metadata.get("positional"))
-    lines = [f"python -m trainer {command.replace('_', '-')} {places} [--OPTION VALUE ...]".replace("  ", " ")]
+    places = "".join(f"{flag.key.upper()} " for flag in groups[""] if flag.metadata.get("positional"))
+    lines = [f"python -m trainer {command.replace('_', '-')} {places}[--OPTION VALUE ...]"]
     lines += [(type(default).__doc__ or "").splitlines()[0]]
     for group in shown:
         lines += ["", groups[group][0].title] if group else [""]
         lines += [_help_line(flag) for flag in groups[group]]
-    if rest := [g for g in groups if g not in shown]:
+    if rest := [g for g in groups if g not in shown and not wanted]:
         lines += ["", "more, each with --help GROUP, or --help all:"]
         for group in rest:
             names = ", ".join(flag.key.removeprefix(f"{group}.") for flag in groups[group])
-            lines += textwrap.wrap(f"{group or 'main'}: {names}", 110, initial_indent="  ", subsequent_indent="    ")
-    if "preset" in {flag.key for flag in groups[""]}:
+            lines += textwrap.wrap(f"{group}: {names}", 110, initial_indent="  ", subsequent_indent="    ")
+    if hasattr(default, "config"):
         lines += ["", "--config FILE reads options from YAML, JSON or TOML, such as a run's config.json"]
     return "\n".join(lines)
 
 
 def _help_line(flag: Flag) -> str:
     kind = "|".join(k.__name__ for k in typing.get_args(flag.kind) if k is not types.NoneType) or flag.kind.__name__
-    key = flag.key.removesuffix(".name") if flag.key.rpartition(".")[0] in BY_NAME else flag.key
+    key = flag.key.removesuffix(".name")
     what = "" if flag.kind is bool else f" {kind.upper()}"
     text = flag.metadata.get("help", f"one of {', '.join(flag.metadata.get('choices', ()))}")
-    if flag.key == "preset":
-        text += f": {', '.join(flag.metadata['choices'])}"
     value = "" if flag.kind is bool or str(flag.value) in ("None", "", "()", "{}") else f" [{flag.value}]"
     switch = "[no-]" if flag.kind is bool and flag.value else ""
     name = key.upper() if flag.metadata.get("positional") else f"--{switch}{key}{what}"

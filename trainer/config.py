@@ -27,14 +27,35 @@ RESULTS, ROUNDING, NOTHING = "results", "rounding", "nothing"
 
 
 def option(default: Any, text: str, *, changes: str = RESULTS, **metadata: Any) -> Any:
-    """A field with its help and what it changes: the results, only their rounding, or nothing of them."""
+    """A field with its help and what it changes: the results, only their rounding, or nothing of them.
+
+    ``low``, ``high`` and ``above`` are the limits of its number, see :func:`expect_number`; ``choices`` all its values.
+    A ``positional`` one has no name on the command line.
+    """
     metadata |= {"help": text, "changes": changes}
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
-class Named:
+class Checked:
+    """Base of options: every value is within the limits and among the choices of its field, or is refused."""
+
+    group = ""  #: in which a config holds them
+
+    def __init_subclass__(cls, group: str = "") -> None:
+        cls.group = group or cls.group
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            value, name = getattr(self, f.name), f"{self.group}.{f.name}".lstrip(".")
+            if "low" in f.metadata and value is not None:
+                expect_number(name, value, **{k: v for k, v in f.metadata.items() if k in ("low", "high", "above")})
+            if choices := f.metadata.get("choices"):
+                expect(value in choices, name, value, " or ".join(choices))
+
+
+class Named(Checked):
     """Options that a file of a package defines under the name ``Options``."""
 
     @property
@@ -97,7 +118,7 @@ def listed(items: Sequence[str], most: int) -> str:
 
 
 @dataclass(frozen=True)
-class Backbone:
+class Backbone(Checked, group="backbone"):
     """backbone: a timm model whose class activation maps are exact"""
 
     name: str = option("resnet18", "a timm model; the paper's is resnet18")
@@ -109,120 +130,104 @@ class Backbone:
 
 
 @dataclass(frozen=True)
-class SplitOptions:
+class SplitOptions(Checked, group="split"):
     """which images train and which choose the best epoch"""
 
     choose_on: str = option("held-out", "held-out: val, or else part of train; or test", choices=("held-out", "test"))
-    hold_out: float = option(0.1, "part of train held out where the data has no val")
+    hold_out: float = option(0.1, "part of train held out where the data has no val", low=0, high=0.9, above=True)
     imbalance: float = option(0.0, "largest over smallest class, made by leaving images out; 0: as it is")
     folds: int = option(0, "all images in so many parts, one of which is the test; 0: as they are on disk")
     fold: int = option(0, "which of these parts is the test, from 0")
     groups: str = option("", "CSV of file and group, such as a person: none is in two parts", changes=NOTHING)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.folds:
             expect_number("split.folds", self.folds, 2)
-        expect_number("split.fold", self.fold, 0, max(0, self.folds - 1))
-        expect(not self.groups or self.folds > 0, "split.groups", self.groups, "split.folds too")
-        expect_number("split.hold_out", self.hold_out, 0, 0.9, above=True)
         if self.imbalance:
             expect_number("split.imbalance", self.imbalance, 1)
+        expect_number("split.fold", self.fold, 0, max(0, self.folds - 1))
+        expect(not self.groups or self.folds > 0, "split.groups", self.groups, "split.folds too")
 
 
 @dataclass(frozen=True)
-class Augment:
+class Augment(Checked, group="augment"):
     """what is done to a training image before its views are made"""
 
-    flip: float = option(0.5, "probability of a mirrored image")
-    shift: float = option(1 / 16, "largest shift, as a part of the side; the border is repeated")
-    crop: float = option(0.0, "smallest area of a random crop, such as 0.5, in place of the shift; 0: none")
-    brightness: float = option(0.0, "largest change of a random factor, such as 0.2")
-    contrast: float = option(0.0, "largest change of a random factor, such as 0.2")
-    noise: float = option(0.0, "standard deviation of Gaussian noise, of 255 grey levels")
-    noise_probability: float = option(0.5, "of an image with noise")
-    erase: float = option(0.0, "probability of a rectangle that is erased in both views")
-    erase_largest: float = option(0.25, "largest area of that rectangle; the smallest is 0.02")
-    versions: int = option(0, "of an image, whose activations before train_from are kept on disk; 0: any number")
-
-    def __post_init__(self) -> None:
-        expect_number("augment.versions", self.versions, 0)
-        for name in ("flip", "crop", "brightness", "contrast", "noise_probability", "erase"):
-            expect_number(f"augment.{name}", getattr(self, name), 0, 1)
-        expect_number("augment.shift", self.shift, 0, 0.5)
-        expect_number("augment.noise", self.noise, 0, 255)
-        expect_number("augment.erase_largest", self.erase_largest, 0.02, 1)
+    flip: float = option(0.5, "probability of a mirrored image", low=0, high=1)
+    shift: float = option(1 / 16, "largest shift, as a part of the side; the border is repeated", low=0, high=0.5)
+    crop: float = option(
+        0.0, "smallest area of a random crop, such as 0.5, in place of the shift; 0: none", low=0, high=1
+    )
+    brightness: float = option(0.0, "largest change of a random factor, such as 0.2", low=0, high=1)
+    contrast: float = option(0.0, "largest change of a random factor, such as 0.2", low=0, high=1)
+    noise: float = option(0.0, "standard deviation of Gaussian noise, of 255 grey levels", low=0, high=255)
+    noise_probability: float = option(0.5, "of an image with noise", low=0, high=1)
+    erase: float = option(0.0, "probability of a rectangle that is erased in both views", low=0, high=1)
+    erase_largest: float = option(0.25, "largest area of that rectangle; the smallest is 0.02", low=0.02, high=1)
+    versions: int = option(0, "of an image, whose activations before train_from are kept on disk; 0: any number", low=0)
 
 
 @dataclass(frozen=True)
-class Optim:
+class Optim(Checked, group="optim"):
     """optimiser and its schedule"""
 
     optimizer: str = option("adam", "adam, adamw, sgd (Nesterov, 0.9) or another of timm's")
     options: dict = option({}, "for the optimiser, such as '{betas: [0.9, 0.95]}'")
-    weight_decay: float = option(1e-4, "the paper: 1e-4")
+    weight_decay: float = option(1e-4, "the paper: 1e-4", low=0)
     decay_all: bool = option(True, "weight decay of biases and normalisation layers too, as PyTorch does")
     schedule: str = option(
         "exponential", "exponential, cosine or constant", choices=("exponential", "cosine", "constant")
     )
     schedule_by: str = option("epoch", "epoch, or step: how often the schedule changes", choices=("epoch", "step"))
-    decay: float = option(0.9, "factor per epoch of the exponential schedule; the paper: 0.9")
-    warmup_steps: int = option(0, "steps of linear warm-up")
-    clip: float = option(0.0, "largest norm of the gradient; 0: not clipped")
-    accumulate: int = option(1, "parts in which a batch is computed, one after the other, to save memory")
-    average: float = option(0.0, "decay of the moving average of the weights, such as 0.9998; 0: none")
-
-    def __post_init__(self) -> None:
-        expect_number("optim.weight_decay", self.weight_decay, 0)
-        expect_number("optim.decay", self.decay, 0, 1, above=True)
-        expect_number("optim.warmup_steps", self.warmup_steps, 0)
-        expect_number("optim.clip", self.clip, 0)
-        expect_number("optim.accumulate", self.accumulate, 1)
-        expect_number("optim.average", self.average, 0, 1 - 1e-9)
+    decay: float = option(
+        0.9, "factor per epoch of the exponential schedule; the paper: 0.9", low=0, high=1, above=True
+    )
+    warmup_steps: int = option(0, "steps of linear warm-up", low=0)
+    clip: float = option(0.0, "largest norm of the gradient; 0: not clipped", low=0)
+    accumulate: int = option(1, "parts in which a batch is computed, one after the other, to save memory", low=1)
+    average: float = option(
+        0.0, "decay of the moving average of the weights, such as 0.9998; 0: none", low=0, high=1 - 1e-9
+    )
 
 
 @dataclass(frozen=True)
-class Compute:
+class Compute(Checked, group="compute"):
     """device and precision"""
 
     device: str = option("auto", "auto, cpu or cuda", changes=ROUNDING, choices=("auto", "cpu", "cuda"))
     amp: str = option("off", "bf16 or fp16: autocast of the backbone", choices=("off", "bf16", "fp16"))
     channels_last: bool = option(False, "images and weights in NHWC order; often faster", changes=ROUNDING)
     backend: str | None = option(None, "of the head, such as cpu or reference; chosen if left out", changes=ROUNDING)
-    threads: int = option(0, "of the CPU; 0: as PyTorch chooses", changes=ROUNDING)
+    threads: int = option(0, "of the CPU; 0: as PyTorch chooses", changes=ROUNDING, low=0)
     compile: bool = option(False, "the backbone through torch.compile", changes=ROUNDING)
     cuda_graph: bool = option(False, "the whole step as a CUDA graph", changes=ROUNDING)
     sync_batchnorm: bool = option(False, "BatchNorm statistics over the images of all GPUs")
 
-    def __post_init__(self) -> None:
-        expect_number("compute.threads", self.threads, 0)
-
 
 @dataclass(frozen=True)
-class Output:
+class Output(Checked, group="output"):
     """what a run writes"""
 
     root: str = option("runs", "folder of the runs", changes=NOTHING)
     cache: str = option("", "folder of decoded images; off: none; else in the user's cache", changes=NOTHING)
-    save_minutes: float = option(10.0, "minutes between checkpoints inside an epoch", changes=NOTHING)
+    save_minutes: float = option(10.0, "minutes between checkpoints inside an epoch", changes=NOTHING, low=0)
     tensorboard: bool = option(False, "also TensorBoard events", changes=NOTHING)
     pictures: bool = option(True, "confusion.png and cam.png at the end", changes=NOTHING)
 
-    def __post_init__(self) -> None:
-        expect_number("output.save_minutes", self.save_minutes, 0)
-
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """One run. Its presets are functions in presets.py; each field is a flag of ``python -m trainer train``."""
 
     method: Any = option(dataclasses.MISSING, "a file of trainer/methods")
     data: Any = option(dataclasses.MISSING, "a file of trainer/data")
     name: str = option("run", "results go to ROOT/NAME", changes=NOTHING)
-    epochs: int = option(60, "the paper: 60", changes=NOTHING)
-    batch_size: int = option(32, "images a step; the released recipes: 32")
-    learning_rate: float = option(1e-4, "the paper: 1e-4")
-    image_size: int = option(224, "side in pixels; the paper: 224")
-    seed: int = option(0, "of weights, order, augmentation and synthetic faces")
+    epochs: int = option(60, "the paper: 60", changes=NOTHING, low=1)
+    batch_size: int = option(32, "images a step; the released recipes: 32", low=1)
+    learning_rate: float = option(1e-4, "the paper: 1e-4", low=0, above=True)
+    image_size: int = option(224, "side in pixels; the paper: 224", low=1)
+    seed: int = option(0, "of weights, order, augmentation and synthetic faces", low=0, high=2**63 - 1)
     backbone: Backbone = field(default_factory=Backbone)
     augment: Augment = field(default_factory=Augment)
     split: SplitOptions = field(default_factory=SplitOptions)
@@ -231,10 +236,7 @@ class Config:
     output: Output = field(default_factory=Output)
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "image_size"):
-            expect_number(name, getattr(self, name), 1)
-        expect_number("learning_rate", self.learning_rate, 0, above=True)
-        expect_number("seed", self.seed, 0, 2**63 - 1)
+        super().__post_init__()
         bad = self.name in ("", ".", "..") or set(self.name) & set('/\\:*?"<>|\0\n') or len(self.name.encode()) > 200
         expect(not bad, "name", self.name, "the name of one folder")
 
@@ -281,12 +283,12 @@ def from_dict(saved: Mapping, default: Any) -> Any:
     if unknown := sorted(set(values) - known):
         raise UserError(f"{unknown[0]}: got an unknown option, expected one of {', '.join(sorted(known))}")
     for name, value in values.items():
-        if name in PACKAGES:
-            current = getattr(default, name)
-            chosen = value.get("name", current.name)
-            values[name] = from_dict(value, current if chosen == current.name else select(name, chosen)())
-        elif isinstance(value, Mapping) and dataclasses.is_dataclass(getattr(default, name)):
-            values[name] = from_dict(value, getattr(default, name))
+        current = getattr(default, name)
+        if dataclasses.is_dataclass(current):
+            expect(isinstance(value, Mapping), name, value, "options by name")
+            if isinstance(current, Named) and (chosen := value.get("name", current.name)) != current.name:
+                current = select(name, chosen)()
+            values[name] = from_dict(value, current)
     return dataclasses.replace(default, **values)
 
 

@@ -15,8 +15,8 @@ from ..data import cache
 class Options:
     """decode a data set ahead of its first run, or check or delete what is decoded"""
 
-    preset: str = option("paper", "where the options start from", choices=tuple(presets.found()))
-    config: Config = field(default_factory=presets.paper, metadata={"flat": True})
+    preset: str = option("paper", f"where the options start from: {', '.join(presets.found())}")
+    config: Config = field(default_factory=presets.paper)
     verify: bool = option(False, "check every image that the cache holds, of all data sets")
     delete: bool = option(False, "delete what the cache holds, of all data sets")
 

@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 class Options:
     """one run: train, evaluate after each epoch, write checkpoints, log and pictures"""
 
-    preset: str = option("paper", "where the options start from", choices=tuple(presets.found()))
-    config: Config = field(default_factory=presets.paper, metadata={"flat": True})
+    preset: str = option("paper", f"where the options start from: {', '.join(presets.found())}")
+    config: Config = field(default_factory=presets.paper)
     resume: bool = option(False, "continue from ROOT/NAME/last.pt, as if never interrupted", changes=NOTHING)
     overwrite: bool = option(False, "replace the run that ROOT/NAME has", changes=NOTHING)
 

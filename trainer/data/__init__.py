@@ -85,7 +85,7 @@ class Data(NamedTuple):
         }
 
 
-class DataOptions(Named):
+class DataOptions(Named, group="data"):
     """Base of each data set's ``Options``."""
 
     def read(self, image_size: int, seed: int) -> Data:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import expect_number, option
+from ..config import option
 from . import Data, DataOptions, Split
 from .labels import EXPRESSIONS
 
@@ -40,12 +40,8 @@ CHUNK = 128  # faces drawn at a time: a bound on memory
 class Options(DataOptions):
     """synthetic faces in RAF-DB's proportions"""
 
-    train_size: int = option(12271, "training images; RAF-DB has 12271")
-    test_size: int = option(3068, "test images; RAF-DB has 3068")
-
-    def __post_init__(self) -> None:
-        expect_number("data.train_size", self.train_size, 1)
-        expect_number("data.test_size", self.test_size, 1)
+    train_size: int = option(12271, "training images; RAF-DB has 12271", low=1)
+    test_size: int = option(3068, "test images; RAF-DB has 3068", low=1)
 
     def read(self, image_size: int, seed: int) -> Data:
         train = draw(in_proportion(TRAIN_COUNTS, self.train_size), image_size, 2 * seed)

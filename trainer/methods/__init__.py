@@ -27,7 +27,7 @@ class Task(NamedTuple):
     backend: str | None = None  #: of the fused operators; None chooses
 
 
-class MethodOptions(Named):
+class MethodOptions(Named, group="method"):
     """Base of each method's ``Options``."""
 
     def build(self, backbone: Backbone, task: Task) -> Method:

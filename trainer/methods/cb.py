@@ -21,7 +21,7 @@ from torch.nn.functional import logsigmoid
 
 import rebalfer_kernels as rk
 
-from ..config import UserError, expect_number, option
+from ..config import UserError, option
 from . import MethodOptions, soft
 from .tables import TableMethod
 
@@ -31,12 +31,11 @@ class Options(MethodOptions):
     """class-balanced cross-entropy on one view, or the focal or sigmoid loss"""
 
     loss: str = option("softmax", "which loss is weighed", choices=("softmax", "focal", "sigmoid"))
-    beta: float = option(0.9999, "of the class weights, Eq. 4")
-    gamma: float = option(1.0, "exponent of the focal loss; the authors: 0.5, 1 or 2")
+    beta: float = option(0.9999, "of the class weights, Eq. 4", low=0, high=1 - 1e-9)
+    gamma: float = option(1.0, "exponent of the focal loss; the authors: 0.5, 1 or 2", low=0)
 
     def __post_init__(self) -> None:
-        expect_number("method.beta", self.beta, 0, 1 - 1e-9)
-        expect_number("method.gamma", self.gamma, 0)
+        super().__post_init__()
         if self.loss != "focal" and self.gamma != type(self).gamma:
             raise UserError(f"method.gamma: got {self.gamma}, which has no effect with method.loss {self.loss}")
 

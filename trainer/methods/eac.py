@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..config import expect_number, option
+from ..config import option
 from . import MethodOptions
 from .tables import TableMethod
 
@@ -13,10 +13,9 @@ from .tables import TableMethod
 class Options(MethodOptions):
     """attention consistency without re-balancing"""
 
-    consistency_weight: float = option(5.0, "of the mean squared difference of the maps; the authors: 5")
-
-    def __post_init__(self) -> None:
-        expect_number("method.consistency_weight", self.consistency_weight, 0, above=True)
+    consistency_weight: float = option(
+        5.0, "of the mean squared difference of the maps; the authors: 5", low=0, above=True
+    )
 
     def build(self, backbone, task) -> TableMethod:
         return TableMethod(backbone, task, consistency_weight=self.consistency_weight, views="original")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..config import expect_number, option
+from ..config import option
 from . import MethodOptions, prior
 from .tables import TableMethod
 
@@ -13,10 +13,7 @@ from .tables import TableMethod
 class Options(MethodOptions):
     """logit-adjusted cross-entropy on one view"""
 
-    tau: float = option(1.0, "strength; 0 is the baseline")
-
-    def __post_init__(self) -> None:
-        expect_number("method.tau", self.tau, 0)
+    tau: float = option(1.0, "strength; 0 is the baseline", low=0)
 
     def build(self, backbone, task) -> TableMethod:
         return TableMethod(backbone, task, shift=self.tau * prior(task.counts).log())

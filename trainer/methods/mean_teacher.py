@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..config import expect_number, option
+from ..config import option
 from . import Method, MethodOptions, Task, soft
 from .tables import TableHead
 
@@ -21,16 +21,12 @@ from .tables import TableHead
 class Options(MethodOptions):
     """a mean teacher with small-loss selection, in place of PT"""
 
-    decay: float = option(0.999, "of the teacher's moving average")
-    left_out: float = option(0.2, "share of a batch that is not learned from, at the end of the warm-up")
-    warmup: int = option(10, "epochs over which that share and the consistency grow")
-    consistency_weight: float = option(1.0, "of the squared difference of the predictions")
-
-    def __post_init__(self) -> None:
-        expect_number("method.decay", self.decay, 0, 1 - 1e-9)
-        expect_number("method.left_out", self.left_out, 0, 0.9)
-        expect_number("method.warmup", self.warmup, 1)
-        expect_number("method.consistency_weight", self.consistency_weight, 0)
+    decay: float = option(0.999, "of the teacher's moving average", low=0, high=1 - 1e-9)
+    left_out: float = option(
+        0.2, "share of a batch that is not learned from, at the end of the warm-up", low=0, high=0.9
+    )
+    warmup: int = option(10, "epochs over which that share and the consistency grow", low=1)
+    consistency_weight: float = option(1.0, "of the squared difference of the predictions", low=0)
 
     def build(self, backbone, task) -> MeanTeacher:
         return MeanTeacher(backbone, task, self)

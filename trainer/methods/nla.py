@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import expect_number, option
+from ..config import option
 from . import MethodOptions, soft
 from .tables import TableMethod
 
@@ -21,12 +21,10 @@ from .tables import TableMethod
 class Options(MethodOptions):
     """weights by prediction and Jensen-Shannon consistency of the views (NLA)"""
 
-    mix: float = option(0.5, "lambda: share of the classification, the rest is the consistency; the authors: 0.5")
-    offset: float = option(0.0, "added to each weight: 0 as in their program, 1 as in their text")
-
-    def __post_init__(self) -> None:
-        expect_number("method.mix", self.mix, 0, 1)
-        expect_number("method.offset", self.offset, 0)
+    mix: float = option(
+        0.5, "lambda: share of the classification, the rest is the consistency; the authors: 0.5", low=0, high=1
+    )
+    offset: float = option(0.0, "added to each weight: 0 as in their program, 1 as in their text", low=0)
 
     def build(self, backbone, task) -> TableMethod:
         return Nla(backbone, task, self)

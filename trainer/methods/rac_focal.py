@@ -13,7 +13,7 @@ from torch import Tensor
 
 import rebalfer_kernels as rk
 
-from ..config import expect_number, option
+from ..config import option
 from . import MethodOptions, soft
 from .tables import TableMethod
 
@@ -22,14 +22,9 @@ from .tables import TableMethod
 class Options(MethodOptions):
     """re-balanced attention consistency and a re-balanced focal loss, by our reading"""
 
-    consistency_weight: float = option(2.0, "lambda of Eq. 6; the paper: 2")
-    beta: float = option(0.9999, "of the class weights, Eq. 4")
-    gamma: float = option(2.0, "exponent of the focal factor; 0: none")
-
-    def __post_init__(self) -> None:
-        expect_number("method.consistency_weight", self.consistency_weight, 0, above=True)
-        expect_number("method.beta", self.beta, 0, 1 - 1e-9)
-        expect_number("method.gamma", self.gamma, 0)
+    consistency_weight: float = option(2.0, "lambda of Eq. 6; the paper: 2", low=0, above=True)
+    beta: float = option(0.9999, "of the class weights, Eq. 4", low=0, high=1 - 1e-9)
+    gamma: float = option(2.0, "exponent of the focal factor; 0: none", low=0)
 
     def build(self, backbone, task) -> TableMethod:
         return RacFocal(backbone, task, self)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import rebalfer_kernels as rk
 
-from ..config import expect_number, option
+from ..config import option
 from . import MethodOptions, prior
 from .tables import TableMethod
 
@@ -15,14 +15,9 @@ from .tables import TableMethod
 class Options(MethodOptions):
     """re-balanced attention consistency and logit-adjusted cross-entropy"""
 
-    consistency_weight: float = option(2.0, "lambda of Eq. 6; the paper: 2")
-    beta: float = option(0.9999, "of the class weights, Eq. 4; the paper: 0.9999")
-    tau: float = option(1.0, "strength of the adjustment")
-
-    def __post_init__(self) -> None:
-        expect_number("method.consistency_weight", self.consistency_weight, 0, above=True)
-        expect_number("method.beta", self.beta, 0, 1 - 1e-9)
-        expect_number("method.tau", self.tau, 0)
+    consistency_weight: float = option(2.0, "lambda of Eq. 6; the paper: 2", low=0, above=True)
+    beta: float = option(0.9999, "of the class weights, Eq. 4; the paper: 0.9999", low=0, high=1 - 1e-9)
+    tau: float = option(1.0, "strength of the adjustment", low=0)
 
     def build(self, backbone, task) -> TableMethod:
         return TableMethod(

@@ -16,7 +16,7 @@ from torch.nn.functional import affine_grid, grid_sample
 
 import rebalfer_kernels as rk
 
-from ..config import expect_number, option
+from ..config import option
 from . import MethodOptions
 from .tables import TableMethod
 
@@ -26,16 +26,12 @@ class Options(MethodOptions):
     """re-balanced attention consistency between an image and itself enlarged, or brighter or darker (Table 7)"""
 
     transform: str = option("scale", "what is done to the second view", choices=("scale", "intensity"))
-    strength: float = option(0.25, "largest enlargement, or largest change of brightness, as a part")
-    alpha: float = option(0.1, "share of the label given away, Eq. 8; the paper: 0.1")
-    consistency_weight: float = option(2.0, "lambda of Eq. 6; the paper: 2")
-    beta: float = option(0.9999, "of the class weights, Eq. 4")
-
-    def __post_init__(self) -> None:
-        expect_number("method.strength", self.strength, 0, 1, above=True)
-        expect_number("method.alpha", self.alpha, 0, 1)
-        expect_number("method.consistency_weight", self.consistency_weight, 0, above=True)
-        expect_number("method.beta", self.beta, 0, 1 - 1e-9)
+    strength: float = option(
+        0.25, "largest enlargement, or largest change of brightness, as a part", low=0, high=1, above=True
+    )
+    alpha: float = option(0.1, "share of the label given away, Eq. 8; the paper: 0.1", low=0, high=1)
+    consistency_weight: float = option(2.0, "lambda of Eq. 6; the paper: 2", low=0, above=True)
+    beta: float = option(0.9999, "of the class weights, Eq. 4", low=0, high=1 - 1e-9)
 
     def build(self, backbone, task) -> RacTransform:
         return RacTransform(backbone, task, self)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import rebalfer_kernels as rk
 
-from ..config import UserError, expect_number, option
+from ..config import UserError, option
 from . import MethodOptions, Task
 from .tables import TableMethod
 
@@ -21,16 +21,12 @@ class Options(MethodOptions):
     convention: str = option(
         "paper", "paper, or released: as the authors' program weighs", choices=("paper", "released")
     )
-    alpha: float | None = option(None, "share of the label given away, Eq. 8; paper 0.1, released 0.3")
-    consistency_weight: float | None = option(None, "lambda of Eq. 6; paper 2, released 0.1")
-    beta: float = option(0.9999, "of the class weights, Eq. 4; the paper: 0.9999")
+    alpha: float | None = option(None, "share of the label given away, Eq. 8; paper 0.1, released 0.3", low=0, high=1)
+    consistency_weight: float | None = option(None, "lambda of Eq. 6; paper 2, released 0.1", low=0, above=True)
+    beta: float = option(0.9999, "of the class weights, Eq. 4; the paper: 0.9999", low=0, high=1 - 1e-9)
 
     def __post_init__(self) -> None:
-        if self.alpha is not None:
-            expect_number("method.alpha", self.alpha, 0, 1)
-        if self.consistency_weight is not None:
-            expect_number("method.consistency_weight", self.consistency_weight, 0, above=True)
-        expect_number("method.beta", self.beta, 0, 1 - 1e-9)
+        super().__post_init__()
         if self.convention == "released" and self.beta != type(self).beta:
             raise UserError(f"method.beta: got {self.beta}, which has no effect: the released program uses 1/n_l")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import rebalfer_kernels as rk
 
-from ..config import expect_number, option
+from ..config import option
 from . import MethodOptions
 from .tables import TableMethod
 
@@ -15,12 +15,10 @@ from .tables import TableMethod
 class Options(MethodOptions):
     """re-balanced smooth labels alone, on one view"""
 
-    alpha: float = option(0.1, "share of the label given to classes by their weight, Eq. 8; the paper: 0.1")
-    beta: float = option(0.9999, "of the class weights, Eq. 4; the paper: 0.9999")
-
-    def __post_init__(self) -> None:
-        expect_number("method.alpha", self.alpha, 0, 1)
-        expect_number("method.beta", self.beta, 0, 1 - 1e-9)
+    alpha: float = option(
+        0.1, "share of the label given to classes by their weight, Eq. 8; the paper: 0.1", low=0, high=1
+    )
+    beta: float = option(0.9999, "of the class weights, Eq. 4; the paper: 0.9999", low=0, high=1 - 1e-9)
 
     def build(self, backbone, task) -> TableMethod:
         weights = rk.effective_number_weights(task.counts, self.beta)

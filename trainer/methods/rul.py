@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..config import UserError, expect_number, option
+from ..config import UserError, option
 from . import Method, MethodOptions, Task, soft
 
 
@@ -18,12 +18,8 @@ from . import Method, MethodOptions, Task, soft
 class Options(MethodOptions):
     """relative uncertainty: pairs of images mixed in feature space, on one view"""
 
-    size: int = option(64, "numbers that describe an image; the authors: 64")
-    dropout: float = option(0.4, "of the features; the authors: 0.4")
-
-    def __post_init__(self) -> None:
-        expect_number("method.size", self.size, 1)
-        expect_number("method.dropout", self.dropout, 0, 1)
+    size: int = option(64, "numbers that describe an image; the authors: 64", low=1)
+    dropout: float = option(0.4, "of the features; the authors: 0.4", low=0, high=1)
 
     def build(self, backbone, task) -> Rul:
         return Rul(backbone, task, self)

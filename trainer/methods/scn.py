@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import distributed
-from ..config import expect_number, option
+from ..config import option
 from . import Method, MethodOptions, Task, soft
 from .tables import TableHead
 
@@ -22,16 +22,12 @@ from .tables import TableHead
 class Options(MethodOptions):
     """self-cure network: weighted images and replaced labels, on one view"""
 
-    share: float = option(0.7, "of a batch that is to weigh more")
-    margin: float = option(0.07, "between the weights of the two parts; the authors: 0.15 at 1024 images, 0.07 at 64")
-    relabel_from: int = option(10, "epoch from which labels are replaced, counted from 0")
-    relabel_margin: float = option(0.2, "by which another class must be more probable than the label")
-
-    def __post_init__(self) -> None:
-        expect_number("method.share", self.share, 0, 1, above=True)
-        expect_number("method.margin", self.margin, 0)
-        expect_number("method.relabel_from", self.relabel_from, 0)
-        expect_number("method.relabel_margin", self.relabel_margin, 0, 1)
+    share: float = option(0.7, "of a batch that is to weigh more", low=0, high=1, above=True)
+    margin: float = option(
+        0.07, "between the weights of the two parts; the authors: 0.15 at 1024 images, 0.07 at 64", low=0
+    )
+    relabel_from: int = option(10, "epoch from which labels are replaced, counted from 0", low=0)
+    relabel_margin: float = option(0.2, "by which another class must be more probable than the label", low=0, high=1)
 
     def build(self, backbone, task) -> Scn:
         return Scn(backbone, task, self)
