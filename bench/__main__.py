@@ -4,6 +4,7 @@
     python -m bench op --memory reused         the same where no page is fresh
     python -m bench op --cases C512 --seconds 5 --out DIR
     python -m bench op --device cuda           the GPU's cases, in CUDA graphs and call by call
+    python -m bench memory                     which of the two a training loop sees, by its page faults
     python -m bench step                       a whole training step, and a whole run extrapolated from it
     python -m bench methods                    a step of every method of the trainer, in turns
     python -m bench gpu-check right --out DIR  what a GPU must show; fast, deep: two more parts, see bench/verify
@@ -31,15 +32,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import memory
+
 if TYPE_CHECKING:  # PyTorch is imported only after what must be set before
     from .cases import Case
     from .clocks import Clock
 
 RESULTS = Path(__file__).with_name("results")
-MEMORY = {
-    "fresh": {"MALLOC_MMAP_THRESHOLD_": str(128 * 2**10)},
-    "reused": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)},
-}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--cases", default="", metavar="SUBSTRING", help="those whose name contains it, as in N32-C512-nchw"
     )
     op.add_argument("--seconds", type=float, default=20.0, help="of timing for each case")
-    op.add_argument("--memory", choices=MEMORY, default="fresh", help="of a CPU; see python -m bench --help")
+    op.add_argument("--memory", choices=memory.RULES, default="fresh", help="of a CPU; see python -m bench --help")
     op.add_argument("--limit", type=float, default=3600.0, help="seconds in all; later cases are left out")
     op.add_argument(
         "--allow-load",
@@ -66,11 +65,14 @@ def main(arguments: list[str] | None = None) -> int:
     for command in (step, methods):
         command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
         command.add_argument("--seconds", type=float, default=60.0, help="of timing in all")
+    faults = commands.add_parser("memory", help="which kind of memory a training loop on this CPU sees")
+    faults.add_argument("--count", action="store_true", help="only count, in this process, with malloc as it is")
+    for command in (step, methods, faults):
         command.add_argument("--backbone", default="resnet18", help="a timm model")
         command.add_argument("--amp", choices=("off", "bf16", "fp16"), help="bf16 on a GPU, else off")
         command.add_argument("--image-size", type=int, default=224)
         command.add_argument("--batch-size", type=int, default=32, help="images; each comes with its twin")
-    for command in (op, step, methods):
+    for command in (op, step, methods, faults):
         command.add_argument("--out", type=Path, default=RESULTS, help="folder of the result, else bench/results")
         command.add_argument(
             "--rehearse",
@@ -102,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
     scale.add_argument("--check", action="store_true", help="fail if it differs, write nothing")
     options = parser.parse_args(arguments)
     command_of = {
-        "op": _op, "step": _step, "methods": _methods, "gpu-check": _gpu_check, "tune": _tune,
+        "op": _op, "memory": _memory, "step": _step, "methods": _methods, "gpu-check": _gpu_check, "tune": _tune,
         "budget": _budget, "report": _report, "scale": _scale, "compare": _compare,
     }  # fmt: skip
     try:
@@ -128,9 +130,9 @@ def _op(options: argparse.Namespace) -> int:
     cases = REHEARSED if options.rehearse else _cases(options.device, options.cases)
     if kind == "cpu" and not options.allow_load:
         _refuse_load(op.FOREIGN_LIMIT)
-    memory = options.memory if kind == "cpu" else None
+    rules = options.memory if kind == "cpu" else None
     clock, out = _clock(kind), options.out
-    result, path = op.run(cases, options.seconds, options.limit, out, kind=kind, clock=clock, memory=memory)
+    result, path = op.run(cases, options.seconds, options.limit, out, kind=kind, clock=clock, memory=rules)
     print(*map(goals.summary, result["goals"]), path, sep="\n")
     disturbed = kind == "cpu" and not result["quiet"]
     return int(bool(result["rejected"] or result["errors"] or disturbed))
@@ -170,6 +172,22 @@ def _training(options: argparse.Namespace) -> dict[str, Any]:
         "clock": _clock(kind),
         "kind": kind,
     }
+
+
+def _memory(options: argparse.Namespace) -> int:
+    from . import step
+
+    config = step.measured(options.backbone, options.image_size, options.batch_size, options.amp, "cpu")
+    if options.rehearse:
+        config = step.REHEARSAL
+    if options.count:
+        print(memory.head_faults(config))
+        return 0
+    again = ["--backbone", options.backbone, "--image-size", str(options.image_size)]
+    again += ["--batch-size", str(options.batch_size), *(["--amp", options.amp] if options.amp else [])]
+    result, path = memory.run(config, [*again, *(["--rehearse"] if options.rehearse else [])], options.out)
+    print(f"page faults of the head in a step: {result['faults']}; memory is {result['seen']}", path, sep="\n")
+    return 0
 
 
 def _gpu_check(options: argparse.Namespace) -> int:
@@ -260,17 +278,16 @@ def _refuse_load(limit: float) -> None:
         raise Refused(f"other programs keep {foreign:.2f} cores busy, so no time would be right (--allow-load)")
 
 
-def _settle(memory: str) -> None:
+def _settle(rules: str) -> None:
     """Start again, if need be, with what must be set before a process begins: pinned threads, and malloc's rules."""
     wanted = {
         "OMP_PROC_BIND": "true",
         "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
         "KINETO_LOG_LEVEL": "99",  # the profiler counts allocations here and would print at each start
-        **MEMORY[memory],
+        **memory.RULES[rules],
     }
     if not wanted.items() <= os.environ.items():
-        others = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
-        os.execve(sys.executable, [sys.executable, "-m", "bench", *sys.argv[1:]], {**others, **wanted})
+        os.execve(sys.executable, [sys.executable, "-m", "bench", *sys.argv[1:]], {**memory.variables(rules), **wanted})
 
 
 if __name__ == "__main__":

@@ -22,6 +22,9 @@ class FakeClock(WallClock):
         run(lambda: times.append(1.0 * next(marks)))
         return (*times, 1.0 + len(times) + self.replayed)
 
+    def release(self):
+        pass
+
     def capture(self, run, repetitions):
         def replay():
             run()

@@ -1,0 +1,57 @@
+"""Page faults are those of the head, and malloc's rules reach the processes that count them."""
+
+import json
+import mmap
+import types
+
+import pytest
+
+from bench import memory, results, step
+from bench.__main__ import main
+
+
+class Touching:
+    """A training whose step touches this many pages for the first time in each of its parts."""
+
+    PAGES = {"views": 300, "backbone forward": 200, "head": 64, "backbone backward": 500, "optimiser": 0}
+
+    def __init__(self, *_, **__):
+        self.kept = []
+
+    def parts(self, mark):
+        for i, part in enumerate(step.PARTS):
+            pages = mmap.mmap(-1, max(1, self.PAGES[part]) * mmap.PAGESIZE)
+            pages.madvise(mmap.MADV_NOHUGEPAGE)
+            for page in range(self.PAGES[part]):
+                pages[page * mmap.PAGESIZE] = 1
+            self.kept.append(pages)
+            if i < len(step.PARTS) - 1:
+                mark()
+
+
+def test_the_faults_are_those_of_the_head(monkeypatch):
+    monkeypatch.setattr(step, "Training", Touching)
+    assert memory.head_faults(step.REHEARSAL, warm_up=1, steps=3) == pytest.approx(64, abs=5)
+
+
+def test_three_processes_count_with_their_rules(monkeypatch, tmp_path, capsys):
+    counts = {"none": 900, "fresh": 1000, "reused": 10}
+    asked = []
+
+    def run(command, env, **_):
+        rules = {key for key in env if key.startswith("MALLOC_")}
+        asked.append(next((name for name, of in memory.RULES.items() if set(of) == rules), "none"))
+        assert command[1:4] == ["-m", "bench", "memory"] and command[-2:] == ["--rehearse", "--count"]
+        assert command[command.index("--batch-size") + 1] == "5"
+        return types.SimpleNamespace(stdout=json.dumps(counts[asked[-1]]))
+
+    monkeypatch.setattr(memory.subprocess, "run", run)
+    monkeypatch.setattr(results, "environment", lambda kind: {"kind": kind, "device": "EPYC"})
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
+    assert main(["memory", "--rehearse", "--batch-size", "5", "--out", str(tmp_path)]) == 0
+    assert asked == ["none", "fresh", "reused"]
+    (path,) = tmp_path.iterdir()
+    assert path.name == "memory-resnet10t-cpu-epyc.json"
+    read = json.loads(path.read_text())
+    assert (read["faults"], read["seen"], read["config"]["batch_size"]) == (counts, "fresh", 4)
+    assert "memory is fresh" in capsys.readouterr().out
