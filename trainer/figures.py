@@ -44,7 +44,7 @@ def confusion_matrix(path: Path, matrix: Tensor, classes: tuple[str, ...], title
     scores = metrics.accuracies(matrix)
     axes.set_title(f"{title}\n{split}: overall {scores['overall']:.2f} %, mean {scores['mean']:.2f} %", fontsize=9)
     figure.colorbar(shown, label="% of the true class", shrink=0.8)
-    _save(figure, path)
+    save(figure, path)
 
 
 @torch.no_grad()
@@ -111,7 +111,7 @@ def _draw_maps(
     figure.colorbar(scale, ax=axes, shrink=0.8, fraction=0.02).set_label("evidence for the class", fontsize=8)
     what = "class activation maps of images (left) and of their mirror images (right); red = evidence for a class"
     figure.suptitle(f"{title}\n{what}", fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
 def one_of_each(split: Split, only: Sequence[int] | None = None) -> tuple[Tensor, list[int]]:
@@ -143,26 +143,8 @@ def _has(family: str, text: str) -> bool:
     return all(ord(letter) in letters for letter in text)
 
 
-def study(path: Path, title: str, rows: Sequence[tuple[str, float, float, float, float]]) -> None:
-    """Overall and mean accuracy of each row: (label, overall, half its interval, mean, half its interval)."""
-    figure = Figure(figsize=(7.2, 1.2 + 0.34 * len(rows)), layout="constrained")
-    axes = figure.add_subplot()
-    places = np.arange(len(rows))[::-1]
-    for offset, (name, colour, at) in zip(
-        (0.12, -0.12), (("overall", "tab:gray", 1), ("mean", "tab:blue", 3)), strict=True
-    ):
-        centre = [row[at] for row in rows]
-        half = [0.0 if np.isnan(row[at + 1]) else row[at + 1] for row in rows]
-        axes.errorbar(centre, places + offset, xerr=half, fmt="o", color=colour, capsize=3, markersize=4, label=name)
-    axes.set_yticks(places, legible(tuple(row[0] for row in rows)))
-    axes.set(xlabel="accuracy in %, with 95 % intervals", title=title)
-    axes.title.set_fontsize(9)
-    axes.grid(axis="x", alpha=0.3)
-    axes.legend(loc="best", fontsize=8)
-    _save(figure, path)
-
-
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """As a PNG of few colours, whole or not at all."""
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=80, format="png")
     with Image.open(drawn) as picture, checkpoint.replacing(path) as file:

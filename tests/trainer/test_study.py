@@ -18,7 +18,7 @@ from trainer.__main__ import main
 from trainer.config import Backbone, UserError, found, from_dict
 from trainer.data import Split
 from trainer.run import Run
-from trainer.study import grid, measure, results, table
+from trainer.study import grid, measure, pictures, results, table
 
 TINY = {
     "epochs": 2,
@@ -191,6 +191,23 @@ def test_its_files_agree(finished, capsys):
     assert rows[0]["paper mean"] == "78.53" and "78.53" in text and rows[1]["paper mean"] == ""
     assert (folder / "table.png").read_bytes().startswith(b"\x89PNG")
     assert not list(folder.glob("*/last.pt")) and len(list(folder.glob("*/best.pt"))) == 6
+
+
+def test_an_option_that_rows_vary_has_a_curve_beside_the_row_compared_with(finished, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pictures, "save", lambda figure, path: drawn.append(figure))
+    found = table.of(grid.read(str(finished / "three.toml")), records(finished))
+    assert pictures.curves(tmp_path / "a.png", found)
+    (axes,) = drawn[0].axes
+    assert axes.get_xlabel() == "method.consistency_weight" and axes.get_title() == "RAC"
+    across = {line.get_label(): line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == ":"}
+    assert across == {"overall, plain": found.lines[0].overall.mean, "mean, plain": found.lines[0].mean.mean}
+    curves = {c.get_label(): c.lines[0].get_xydata().tolist() for c in axes.containers}
+    for name in ("overall", "mean"):
+        values = [getattr(line, name).mean for line in found.lines[1:]]
+        assert curves[name] == [[0.5, values[0]], [2.0, values[1]]]
+    assert not pictures.curves(tmp_path / "a.png", found._replace(lines=found.lines[:1]))  # nothing varies there
+    assert (finished / "runs/three/curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_finished_runs_are_not_run_again_and_missing_ones_are(finished, tmp_path, capsys, monkeypatch):

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from .. import checkpoint, figures
+from .. import checkpoint
 from ..config import NOTHING, UserError, expect_number, option
 from ..run import Busy, Diverged
-from ..study import grid, measure, results, table
+from ..study import grid, measure, pictures, results, table
 from ..study.table import Table
 from .train import Result, train
 
@@ -57,9 +57,9 @@ class Options:
         if not found.lines:
             print(f"no run of {study.name} is finished")
             return 0
-        self._write(found, folder)
+        written = self._write(found, folder)
         print(table.text(found))
-        print(f"{folder}: table.md, table.csv, table.png; {file}")
+        print(f"{folder}: {', '.join(written)}; {file}")
         return 0
 
     def _seeds(self) -> tuple[int, ...]:
@@ -108,15 +108,15 @@ class Options:
         if bad := [status for status in [child.wait() for child in children] if status]:
             raise UserError(f"processes: {len(bad)} of {self.processes} ended with status {bad[0]}; see above")
 
-    def _write(self, found: Table, folder: Path) -> None:
+    def _write(self, found: Table, folder: Path) -> list[str]:
+        """The table as files; their names."""
         folder.mkdir(parents=True, exist_ok=True)
         texts = {"table.md": table.markdown(found), "table.csv": table.as_csv(found)}
         for name, content in texts.items():
             with checkpoint.replacing(folder / name) as out:
                 out.write(content.encode())
-        rows = [(line.label, *line.overall[:2], *line.mean[:2]) for line in found.lines if line.runs]
-        if rows:
-            figures.study(folder / "table.png", found.study.title, rows)
+        drawn = {"table.png": pictures.accuracies, "curves.png": pictures.curves}
+        return [*texts, *(name for name, draw in drawn.items() if draw(folder / name, found))]
 
 
 NOT_PASSED = ("study", "options", "processes", "table")

@@ -43,6 +43,7 @@ class Row(NamedTuple):
     options: dict  #: of its runs, nested
     paper: dict  #: what the paper reports, in percent, where it does
     note: str
+    varied: tuple[str, str, float] | None = None  #: label without it, option and value, where a grid has one number
 
 
 class Run(NamedTuple):
@@ -175,7 +176,9 @@ def _rows(entry: dict) -> list[Row]:
         for name, value in values.items():
             nested = _with(nested, name.split("."), value)
         title = f"{label}, {text}" if text else label
-        rows.append(Row(title, nested, entry.get("paper", {}), entry.get("note", "")))
+        one = [(label, name, float(value)) for name, value in values.items() if isinstance(value, int | float)]
+        varied = one[0] if len(one) == len(values) == 1 else None
+        rows.append(Row(title, nested, entry.get("paper", {}), entry.get("note", ""), varied))
     return rows
 
 
