@@ -21,6 +21,7 @@ READY := $(VENV)/.ready
 endif
 
 .PHONY: demo test quick format lint tests test-oldest mutants kills sanitize weights wheel given
+.PHONY: tests-kernels tests-trainer tests-triton tests-triton-laws
 demo: $(READY)
 	$(RUN) -m trainer demo
 
@@ -44,17 +45,24 @@ lint: $(READY)
 test-oldest:
 	$(MAKE) tests VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
-# Two at a time, which is what two cores need: what trains and Triton's interpreter have one thread, the kernels all.
+# Two at a time, the longest first: what trains and Triton's interpreter have one thread, the kernels all.
 # Triton reads TRITON_INTERPRET when it is imported.
 TRAINS := tests/trainer tests/bench tests/test_integrations.py
 INTERPRET := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN) -m pytest -k triton
 tests: $(READY)
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest $(TRAINS) & first=$$!; \
-	  OMP_WAIT_POLICY=passive $(RUN) -m pytest $(TRAINS:%=--ignore=%) tests; second=$$?; \
-	  wait $$first && exit $$second
-	@$(INTERPRET) tests/test_laws.py & first=$$!; \
-	  $(INTERPRET) --ignore=tests/test_laws.py --ignore=tests/resources $(TRAINS:%=--ignore=%) tests; second=$$?; \
-	  wait $$first && exit $$second
+	@$(MAKE) --no-print-directory -k -j2 tests-kernels tests-triton tests-trainer tests-triton-laws
+
+tests-kernels: $(READY)
+	@OMP_WAIT_POLICY=passive $(RUN) -m pytest $(TRAINS:%=--ignore=%) tests
+
+tests-trainer: $(READY)
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest $(TRAINS)
+
+tests-triton: $(READY)
+	@$(INTERPRET) --ignore=tests/test_laws.py --ignore=tests/resources $(TRAINS:%=--ignore=%) tests
+
+tests-triton-laws: $(READY)
+	@$(INTERPRET) tests/test_laws.py
 
 mutants: $(READY)
 	$(RUN) tests/mutants
