@@ -77,7 +77,7 @@ def records(root):
 
 
 def test_every_study_that_comes_with_the_trainer_can_be_run():
-    assert {f"table{n}" for n in range(1, 8)} | {"fig3", "faces", "synthetic"} <= set(grid.found())
+    assert {f"table{n}" for n in range(1, 8)} | {"fig3", "faces", "strength", "synthetic"} <= set(grid.found())
     for name in grid.found():
         chosen = grid.read(name)
         every = chosen.runs()
