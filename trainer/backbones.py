@@ -13,7 +13,7 @@ import rebalfer_kernels as rk
 
 from . import weights
 from .activations import Activations
-from .config import Config, UserError
+from .config import Config, UserError, expect, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -156,22 +156,23 @@ def create(config: Config, origin: dict | None = None) -> Backbone:
         UserError: timm can't build the model, something stands between the last maps and the classifier, or the
         weights don't fit.
     """
-    start, options = None, dict(config.backbone.options)
-    pretrained = options.pop("pretrained", False)
+    options = dict(config.backbone.options)
+    pretrained, start = options.pop("pretrained", False), None
+    alone = not (pretrained and config.backbone.weights)
+    expect(alone, "backbone.options", config.backbone.options, "no pretrained beside backbone.weights")
     if origin is None and config.backbone.weights:
-        if pretrained:
-            raise UserError("backbone.options: got pretrained beside backbone.weights, expected one of them")
         start = weights.read(weights.locate(config.backbone.weights))
         origin = start.origin
     elif origin is None:
-        origin = {"recipe": "timm" if pretrained else "scratch"}
-        options |= {"pretrained": True} if pretrained else {}
+        origin, options["pretrained"] = {"recipe": "timm" if pretrained else "scratch"}, pretrained
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         backbone = _create(config, options, weights.recipe(origin.get("recipe", "scratch")))
     backbone.origin = origin
     if start:
-        logger.info("weights: %s", weights.load(backbone.model, start))
+        tensors, said = weights.fitted(backbone.model, start)
+        backbone.model.load_state_dict(tensors, strict=False)
+        logger.info("weights: %s", said)
     if config.backbone.train_from:
         backbone.freeze(config.backbone.train_from)
     return backbone.train()
@@ -179,56 +180,47 @@ def create(config: Config, origin: dict | None = None) -> Backbone:
 
 def _create(config: Config, options: dict, recipe: weights.Recipe) -> Backbone:
     name, image_size = config.backbone.name, config.image_size
-
-    def refuse(reason: str) -> UserError:
-        return UserError(
-            f"backbone: got {name!r}, whose class activation maps are not exact: {reason}; "
-            "expected a model such as resnet18, resnet50, mobilenetv2_100, swin_tiny_patch4_window7_224"
-        )
-
-    if name not in timm.list_models():
-        raise UserError(f"backbone: got {name!r}, expected a model of timm (see timm.list_models())")
+    expect(name in timm.list_models(), "backbone", name, "a model of timm (see timm.list_models())")
+    expect(recipe.model in ("", name), "backbone", name, f"{recipe.model}, which the weights are of")
     if useless := sorted(set(options) & set(WITHOUT_EFFECT)):
         raise UserError(f"backbone.options: got {useless[0]}, which has no effect: the classifier is replaced")
-    if recipe.model not in ("", name):
-        raise UserError(f"backbone: got {name!r}, expected {recipe.model}, which the weights are of")
-    if lacking := {key: value for key, value in recipe.needs if options.get(key) != value}:
-        raise UserError(f"backbone.options: got {options}, expected {lacking} too, which the weights need")
+    lacking = {key: value for key, value in recipe.needs if options.get(key) != value}
+    expect(not lacking, "backbone.options", config.backbone.options, f"{lacking} too, which the weights need")
     try:
-        model: Any = timm.create_model(name, num_classes=5, **options).eval()
+        model: Any = timm.create_model(name, num_classes=5, **options)
     except Exception as error:  # whatever timm, or the download that "pretrained" asks for, makes of the options
-        raise UserError(f"backbone.options: got {options} for {name!r}, which timm refuses: {_line(error)}") from error
+        got = f"got {config.backbone.options} for {name!r}"
+        raise UserError(f"backbone.options: {got}, which timm refuses: {one_line(error)}") from error
     recipe.prepare(model)
-    model.eval()
-    backbone = Backbone(model, config, recipe)
+    backbone = Backbone(model, config, recipe).eval()
     classifier = model.get_classifier()
-    if not isinstance(classifier, nn.Linear):
-        raise refuse(f"its classifier is {type(classifier).__name__}, not Linear")
 
+    def must(hold: bool, otherwise: str) -> None:
+        if not hold:
+            raise UserError(
+                f"backbone: got {name!r}, whose class activation maps are not exact: {otherwise}; "
+                "expected a model such as resnet18, resnet50, mobilenetv2_100, swin_tiny_patch4_window7_224"
+            )
+
+    must(isinstance(classifier, nn.Linear), f"its classifier is {type(classifier).__name__}, not Linear")
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        weight = torch.randn(classifier.weight.shape, generator=random)
-        bias = torch.randn(len(weight), generator=random)
-        classifier.weight.copy_(weight)
-        if classifier.bias is not None:
-            classifier.bias.copy_(bias)
+        for parameter in classifier.parameters():
+            parameter.normal_(generator=random)
         images = torch.randn(2, 3, image_size, image_size, generator=random)
         try:
             features, logits = backbone.maps(images), model(images)
         except (AssertionError, RuntimeError) as error:
-            raise UserError(f"image_size: got {image_size}, which {name!r} refuses: {_line(error)}") from error
-    if features.dim() != 4:
-        raise refuse(f"forward_features returns shape {tuple(features.shape)}, not maps (M, C, H, W)")
-    if config.batch_size == 1 and features.shape[2:] == (1, 1):
-        raise UserError(f"batch_size: got 1, expected at least 2: the last map of {name!r} is a single pixel")
-    if features.shape[1] != weight.shape[1]:
-        raise refuse(f"its last maps have {features.shape[1]} channels but its classifier takes {weight.shape[1]}")
-    linear = nn.functional.linear(features.mean((2, 3)), weight, None if classifier.bias is None else bias)
-    off = ((logits - linear).norm() / logits.norm()).item()
-    if not off < 1e-4:
-        raise refuse(f"its logits differ from W . GAP(features) + b by {off:.0%}, so a layer follows the pooling")
+            raise UserError(f"image_size: got {image_size}, which {name!r} refuses: {one_line(error)}") from error
+        shape, width = tuple(features.shape), classifier.in_features
+        must(len(shape) == 4, f"forward_features returns shape {shape}, not maps (M, C, H, W)")
+        must(shape[1] == width, f"its last maps have {shape[1]} channels but its classifier takes {width}")
+        off = ((logits - classifier(features.mean((2, 3)))).norm() / logits.norm()).item()
+    must(off < 1e-4, f"its logits differ from W . GAP(features) + b by {off:.0%}, so a layer follows the pooling")
+    single = config.batch_size == 1 and shape[2:] == (1, 1)
+    expect(not single, "batch_size", 1, f"at least 2: the last map of {name!r} is a single pixel")
     model.reset_classifier(0)
-    backbone.channels, backbone.map_size = features.shape[1], tuple(features.shape[2:])
+    backbone.channels, backbone.map_size = shape[1], shape[2:]
     return backbone
 
 
@@ -246,7 +238,3 @@ def _parts(model: Any) -> tuple[str, ...]:
 
     children = ((name, child) for name, child in model.named_children() if name not in AFTER)
     return tuple(part for name, child in children for part in taken_apart(name, child))
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

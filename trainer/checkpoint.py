@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, cast
 
 import torch
 
-from .config import UserError
+from .config import UserError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def read(path: Path) -> dict[str, Any]:
         try:
             return torch.load(path, weights_only=True, map_location="cpu")
         except Exception as error:  # the bytes are as they were written, so another program or version wrote them
-            problem = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            problem = one_line(error)
     raise UserError(f"{path}: not a whole checkpoint of this program: {problem}")
 
 

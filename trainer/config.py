@@ -117,6 +117,11 @@ def listed(items: Sequence[str], most: int) -> str:
     return ", ".join(map(printable, items[:most])) + (f" and {rest} more" if rest > 0 else "")
 
 
+def one_line(error: BaseException) -> str:
+    """What an exception says, with its type."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 @dataclass(frozen=True)
 class Backbone(Checked, group="backbone"):
     """backbone: a timm model whose class activation maps are exact"""

@@ -25,7 +25,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from .checkpoint import replacing
-from .config import UserError, listed, spelt
+from .config import UserError, expect, listed, one_line, spelt
 
 Tensors = dict[str, Tensor]
 
@@ -52,9 +52,8 @@ class Recipe:
 
     def knows(self, tensors: Tensors) -> bool:
         """Whether a file with these tensors is of this origin."""
-        wanted = [name.partition(" ") for name in self.has]
-        there = all(n in tensors and (not rows or len(tensors[n]) == int(rows)) for n, _, rows in wanted)
-        return bool(wanted) and there and not any(name in tensors for name in self.lacks)
+        seen = {*tensors, *(f"{name} {len(tensor)}" for name, tensor in tensors.items() if tensor.ndim)}
+        return bool(self.has) and seen.issuperset(self.has) and seen.isdisjoint(self.lacks)
 
 
 def _caffe(model: Any) -> None:
@@ -87,12 +86,10 @@ def _swin(tensors: Tensors, model: nn.Module) -> Tensors:
 
 def _in_order(tensors: Tensors, model: nn.Module) -> Tensors:
     """The model's names for tensors that come in its order; their kinds (weight, running_mean) must agree."""
-    names = [name for name in model.state_dict() if _counts(name)]
-    tensors = {name: tensor for name, tensor in tensors.items() if _counts(name)}
-    kinds, wanted = ([name.rpartition(".")[2] for name in names_] for names_ in (tensors, names))
-    if kinds != wanted:
-        raise UserError(f"backbone.weights: got {len(kinds)} tensors, expected the {len(wanted)} of its model in order")
-    return dict(zip(names, tensors.values(), strict=True))
+    ours, theirs = ([name for name in names if _counts(name)] for names in (model.state_dict(), tensors))
+    if [name.rpartition(".")[2] for name in ours] != [name.rpartition(".")[2] for name in theirs]:
+        raise UserError(f"backbone.weights: got {len(theirs)} tensors, expected the {len(ours)} of its model in order")
+    return {name: tensors[theirs[i]] for i, name in enumerate(ours)}
 
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -186,8 +183,7 @@ class Weights(NamedTuple):
 
 def recipe(name: str) -> Recipe:
     """The recipe of that name, which a file or a checkpoint has."""
-    if name not in RECIPES:
-        raise UserError(f"backbone.weights: got the recipe {name!r}, expected one of {', '.join(RECIPES)}")
+    expect(name in RECIPES, "backbone.weights", name, f"one of the recipes {', '.join(RECIPES)}")
     return RECIPES[name]
 
 
@@ -197,13 +193,10 @@ def locate(text: str) -> Path:
     Raises:
         UserError: there is none.
     """
-    path = Path(text).expanduser()
-    if path.is_file():
-        return path
     folder = Path(os.environ.get("REBALFER_WEIGHTS", FOLDER)).expanduser()
-    named = folder / f"{spelt(text)}.safetensors"
-    if re.fullmatch(r"[\w-]+", text) and named.is_file():
-        return named
+    for path in (Path(text).expanduser(), folder / f"{spelt(Path(text).name)}.safetensors"):
+        if path.is_file():
+            return path
     names = ", ".join(sorted(file.stem for file in folder.glob("*.safetensors"))) or "none; `make weights` makes some"
     raise UserError(f"backbone.weights: got {text!r}, expected a file or a name of {folder} ({names})")
 
@@ -214,11 +207,43 @@ def read(path: Path) -> Weights:
     Raises:
         UserError: a file that can't be read without running its code, or that no recipe can use.
     """
-    tensors, kind, about = _contents(path)
-    if about:
-        return Weights(path, _stripped(tensors), about["recipe"], True, about["sha256"])
-    found = recognised(path, tensors)
-    return found._replace(recipe="vggface2_resnet50") if kind == "arrays" else found  # the one such file
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(LEGACY))
+            file.seek(0)
+            if start[8:9] == b"{":
+                return _safetensors(path)
+            if start[:1] == b"\x80" and start != LEGACY:
+                arrays = _Arrays(file, encoding="latin1").load()
+                found = recognised(path, {name: torch.from_numpy(array) for name, array in arrays.items()})
+                return found._replace(recipe="vggface2_resnet50")  # the one such file
+            if path.suffix.lower() != ".onnx":
+                return _torch(path)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a damaged or foreign file makes of its reader
+        raise UserError(f"backbone.weights: got {path}: {_refusal(error)}") from error
+    command = f"python -m trainer convert-weights {path} {path.with_suffix('.safetensors')}"
+    raise UserError(f"backbone.weights: got {path}, expected it converted: {command}")
+
+
+def _safetensors(path: Path) -> Weights:
+    with safetensors.safe_open(path, "pt") as file:
+        about = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    if {"recipe", "sha256"} <= about.keys():  # written by this program
+        return Weights(path, tensors, about["recipe"], True, about["sha256"])
+    return recognised(path, tensors)
+
+
+def _torch(path: Path) -> Weights:
+    content = torch.load(path, weights_only=True, map_location="cpu")
+    if {"config", "identity", "model"} <= content.keys():  # a checkpoint of a run
+        about = {"recipe": "scratch", **content.get("weights", {})}
+        tensors = _stripped(content.get("average") or content["model"])
+        return Weights(path, tensors, about["recipe"], True, digest(path))
+    content = next((content[key] for key in INSIDE if isinstance(content.get(key), dict)), content)
+    return recognised(path, {str(n): t.detach() for n, t in content.items() if isinstance(t, Tensor)})
 
 
 def recognised(path: Path, tensors: Tensors) -> Weights:
@@ -231,11 +256,7 @@ def recognised(path: Path, tensors: Tensors) -> Weights:
 
 
 def digest(path: Path) -> str:
-    """sha256 of the file, or of that from which it was converted."""
-    if _kind(path) == "safetensors":
-        with safetensors.safe_open(path, "pt") as file:
-            if "sha256" in (about := file.metadata() or {}):
-                return about["sha256"]
+    """sha256 of the file."""
     with path.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
@@ -245,16 +266,10 @@ def changed(text: str, origin: dict) -> bool:
     if not text or "sha256" not in origin:
         return bool(text) != ("sha256" in origin)
     try:
-        return digest(locate(text)) != origin["sha256"]
+        path = locate(text)
     except UserError:
         return False
-
-
-def load(model: Any, weights: Weights) -> str:
-    """Puts them into a timm model, see :func:`fitted`; returns what matched, in words."""
-    tensors, said = fitted(model, weights)
-    model.load_state_dict(tensors, strict=False)
-    return said
+    return read(path).sha256 != origin["sha256"]
 
 
 def fitted(model: Any, weights: Weights) -> tuple[Tensors, str]:
@@ -263,11 +278,10 @@ def fitted(model: Any, weights: Weights) -> tuple[Tensors, str]:
     Raises:
         UserError: less than 90 % matches, or a tensor has another shape.
     """
-    of = RECIPES[weights.recipe]
-    drop = of.drop if of.model else _classifiers(model)
-    tensors = weights.tensors
-    dropped = [name for name in tensors if name.startswith(drop)]
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in dropped}
+    of, classifier = RECIPES[weights.recipe], model.pretrained_cfg.get("classifier") or ()
+    drop = of.drop or tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
+    dropped = [name for name in weights.tensors if name.startswith(drop)]
+    tensors = {name: tensor for name, tensor in weights.tensors.items() if name not in dropped}
     if not weights.converted:
         tensors = of.rename(tensors, model)
         if of.bgr in tensors:
@@ -293,12 +307,6 @@ def _counts(name: str) -> bool:
     return not name.endswith("num_batches_tracked")
 
 
-def _classifiers(model: Any) -> tuple[str, ...]:
-    """Starts of the names of the classifiers that timm's model was made with."""
-    names = model.pretrained_cfg.get("classifier") or ()
-    return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
-
-
 #: What some programs put in front of all names; ours is the second.
 PREFIXES = ("module.", "backbone.model.", "backbone.")
 
@@ -316,70 +324,20 @@ INSIDE = ("state_dict", "state_dict_backbone", "model_state_dict", "model")
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  #: how torch.save began before it wrote zip files
 
 
-def _kind(path: Path) -> str:
-    with path.open("rb") as file:
-        start = file.read(32)
-    if start[:4] == b"PK\x03\x04" or start.startswith(LEGACY):
-        return "torch"
-    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
-        return "safetensors"
-    return "arrays" if start[:1] == b"\x80" else "onnx" if path.suffix.lower() == ".onnx" else ""
-
-
-def _contents(path: Path) -> tuple[Tensors, str, dict[str, str]]:
-    """Names as in the file; its kind; what it says of itself if this program wrote it."""
-    try:
-        kind = _kind(path)
-        if kind == "safetensors":
-            with safetensors.safe_open(path, "pt") as file:
-                about = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-            return tensors, kind, about if {"recipe", "sha256"} <= about.keys() else {}
-        if kind == "torch":
-            return _torch(path)
-        if kind == "arrays":
-            with path.open("rb") as raw:
-                return {n: torch.from_numpy(a) for n, a in _Arrays(raw, encoding="latin1").load().items()}, kind, {}
-    except OSError as error:
-        raise UserError(f"backbone.weights: got {path}, which can't be read: {error.strerror}") from error
-    except Exception as error:  # whatever a damaged or foreign file makes of its reader
-        raise UserError(f"backbone.weights: got {path}: {_refusal(error)}") from error
-    if kind == "onnx":
-        raise UserError(
-            f"backbone.weights: got {path}, expected it converted: "
-            f"python -m trainer convert-weights {path} {path.with_suffix('.safetensors')}"
-        )
-    raise UserError(f"backbone.weights: got {path}, expected weights saved by torch.save or as safetensors")
-
-
-def _torch(path: Path) -> tuple[Tensors, str, dict[str, str]]:
-    content = torch.load(path, weights_only=True, map_location="cpu")
-    about = {}
-    if {"config", "identity", "model"} <= content.keys():  # a checkpoint of a run
-        about = {"recipe": "scratch", **content.get("weights", {}), "sha256": digest(path)}
-        content = content.get("average") or content["model"]
-    content = next((content[key] for key in INSIDE if isinstance(content.get(key), dict)), content)
-    return {str(n): t.detach() for n, t in content.items() if isinstance(t, Tensor)}, "torch", about
-
-
-RECONSTRUCT = np.empty(0).__reduce__()[0]  # numpy's function that makes an array for its pickle
-
-
 class _Arrays(pickle.Unpickler):
     """A pickle of nothing but numpy arrays by name, as Python 2 wrote it; anything else is refused, not run."""
 
-    ALLOWED: dict[tuple[str, str], Any] = {
-        ("numpy.core.multiarray", "_reconstruct"): RECONSTRUCT,
-        ("numpy._core.multiarray", "_reconstruct"): RECONSTRUCT,
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        ("collections", "OrderedDict"): OrderedDict,
+    ALLOWED: dict[str, Any] = {
+        "numpy.core.multiarray._reconstruct": np.empty(0).__reduce__()[0],  # what makes an array for its pickle
+        "numpy.ndarray": np.ndarray,
+        "numpy.dtype": np.dtype,
+        "collections.OrderedDict": OrderedDict,
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ALLOWED:
+        if (known := f"{module}.{name}".replace("numpy._core", "numpy.core")) not in self.ALLOWED:
             raise pickle.UnpicklingError(f"Unsupported global: {module}.{name}")
-        return self.ALLOWED[module, name]
+        return self.ALLOWED[known]
 
 
 def _refusal(error: Exception) -> str:
@@ -389,14 +347,11 @@ def _refusal(error: Exception) -> str:
             f"a whole pickled program ({names[0]}), and reading it would run its code; where you trust it, save its "
             "weights with torch.save(model.state_dict(), ...) and use that file"
         )
-    return f"not a whole file of weights ({type(error).__name__}: {' '.join(str(error).split())[:150]})"
+    return f"not a whole file of weights, as torch.save or safetensors write them ({one_line(error)})"
 
 
 def save(path: Path, tensors: Tensors, about: dict[str, str]) -> None:
-    """As safetensors with ``about``, which is text; compared with what a reader gets before it is put in place."""
+    """As safetensors with ``about``, which is text."""
     held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    content = safetensors.torch.save(held, about)
-    again = safetensors.torch.load(content)
-    assert again.keys() == held.keys() and all(torch.equal(again[n], t) for n, t in held.items())
     with replacing(path) as file:
-        file.write(content)
+        file.write(safetensors.torch.save(held, about))

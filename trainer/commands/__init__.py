@@ -7,7 +7,6 @@ its flags, and whose ``run`` does the work and returns the exit status.
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,8 +75,3 @@ def scores(classes: tuple[str, ...], counts: dict[str, int] | None, columns: dic
     for key, name in (("mean", "mean"), ("overall", "overall"), ("f1", "macro-F1")):
         add(name, "", [c[key] for c in columns.values()])
     return data.table(rows)
-
-
-def one_line(error: BaseException) -> str:
-    """What an exception says, with its type."""
-    return re.sub(r"\s+", " ", f"{type(error).__name__}: {error}").strip()

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 
 from .. import weights
-from ..config import UserError, option
-from . import new_file, one_line
+from ..config import UserError, expect, one_line, option
+from . import new_file
 
 
 @dataclass(frozen=True)
@@ -26,17 +25,13 @@ class Options:
     overwrite: bool = option(False, "replace the new file")
 
     def run(self) -> int:
-        if not self.out.endswith(".safetensors"):
-            raise UserError(f"out: got {self.out!r}, expected a name that ends with .safetensors")
+        expect(self.out.endswith(".safetensors"), "out", self.out, "a name that ends with .safetensors")
         source, out = weights.locate(self.source), new_file(self.out, self.overwrite)
-        if source.suffix.lower() == ".onnx":
-            found = weights.recognised(source, onnx_tensors(source))
-        else:
-            found = weights.read(source)
+        onnx = source.suffix.lower() == ".onnx"
+        found = weights.recognised(source, onnx_tensors(source)) if onnx else weights.read(source)
         recipe = weights.recipe(found.recipe)
         name = recipe.model or self.model
-        if name not in timm.list_models():
-            raise UserError(f"model: got {name!r}, expected a model of timm: {source} does not say which it is of")
+        expect(name in timm.list_models(), "model", name, f"a model of timm: {source} does not say which it is of")
         model: Any = timm.create_model(name, num_classes=0, **dict(recipe.needs), **self.options)
         recipe.prepare(model)
         tensors, said = weights.fitted(model, found)
@@ -56,27 +51,26 @@ def onnx_tensors(path: Path) -> weights.Tensors:
     """
     try:
         import onnx
+        from onnx.reference import ReferenceEvaluator
     except ImportError:
         raise UserError("source: an ONNX model needs the package onnx: pip install onnx") from None
     try:
-        graph = onnx.load(path, load_external_data=False).graph
+        model = onnx.load(path, load_external_data=False)
     except Exception as error:
-        raise UserError(f"source: got {path}, which is no ONNX model: {one_line(error)[:200]}") from error
-    known = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+        raise UserError(f"source: got {path}, which is no ONNX model: {one_line(error)}") from error
+    known = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    opsets = {opset.domain: opset.version for opset in model.opset_import}
     tensors = {}
-    for node in graph.node:
-        values: list[Any] = [known.get(name) for name in node.input]
-        settings = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-        first = values[0] if values else None  # a Constant has no input
-        if first is not None and settings.get("block_size"):
-            _, scale, zero = values
-            known[node.output[0]] = _dequantised(first, scale, zero, settings["axis"], settings["block_size"])
-        elif first is not None and node.op_type == "Reshape":
-            known[node.output[0]] = first.reshape(values[1])
-        for kind, value in zip(KINDS.get(node.op_type, ()), values[1:], strict=False):
-            if value is not None:
+    for node in model.graph.node:
+        if known.keys() >= set(node.input):  # such as weights that are dequantised and reshaped
+            inputs = {name: known[name] for name in node.input}
+            outputs: Any = ReferenceEvaluator(node, opsets=opsets).run(None, inputs)
+            known |= zip(node.output, outputs, strict=True)
+        for kind, name in zip(KINDS.get(node.op_type, ()), node.input[1:], strict=False):
+            if name in known:
                 slopes = node.op_type == "PRelu"  # (C, 1, 1)
-                tensors[f"{node.output[0]}.{kind}"] = torch.from_numpy(value.flatten() if slopes else value.copy())
+                value = known[name].flatten() if slopes else known[name].copy()
+                tensors[f"{node.output[0]}.{kind}"] = torch.from_numpy(value)
     return tensors
 
 
@@ -87,9 +81,3 @@ KINDS = {
     "BatchNormalization": ("weight", "bias", "running_mean", "running_var"),
     "PRelu": ("weight",),
 }
-
-
-def _dequantised(x: np.ndarray, scale: np.ndarray, zero: np.ndarray, axis: int, block: int) -> np.ndarray:
-    """(x - zero) * scale, which have one value for each ``block`` values of ``x`` along ``axis``."""
-    scale, zero = (v.repeat(block, axis).take(range(x.shape[axis]), axis).astype(np.float32) for v in (scale, zero))
-    return (x.astype(np.float32) - zero) * scale

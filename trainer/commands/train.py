@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 
 from .. import backbones, compute, data, distributed, loop, optim, presets, weights
-from ..config import NOTHING, Config, UserError, as_dict, option, without_effect
+from ..config import NOTHING, Config, UserError, as_dict, one_line, option, without_effect
 from ..data import frozen
 from ..methods import Method
 from ..run import Run
 from ..state import State
-from . import one_line, scores
+from . import scores
 
 logger = logging.getLogger(__name__)
 
