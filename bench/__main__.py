@@ -10,6 +10,7 @@
     python -m bench gpu-check right --out DIR  what a GPU must show; fast, deep: two more parts, see bench/verify
     python -m bench tune --cases C512          search the Triton tiles of GPU cases, propose rows of triton_tiles.TABLE
     python -m bench budget                     instructions that the GPU kernels issue, counted without a GPU
+    python -m bench model                      docs/gpu-model.md: how long they should take, and what they wait for
     python -m bench compare A B                what got slower beyond the noise from one result, or folder, to another
     python -m bench report                     docs/benchmark.md and the README's line (--check: only compare)
     python -m pytest tests/bench/test_micro.py -o addopts= --benchmark-only     the public functions, one by one;
@@ -100,12 +101,15 @@ def main(arguments: list[str] | None = None) -> int:
         "--kernel", metavar="NAME", help='where those of one go, as of "forward C512 7x7 L7 nchw bfloat16"'
     )
     budget.add_argument("--only", default="", metavar="SUBSTRING", help="rows whose name contains it")
+    model = commands.add_parser("model", help="write and print docs/gpu-model.md, times predicted for a GPU")
+    model.add_argument("--check", action="store_true", help="fail if it differs, write nothing")
     scale = commands.add_parser("scale", help="write docs/scale.md, a plan for several GPUs")
     scale.add_argument("--check", action="store_true", help="fail if it differs, write nothing")
     options = parser.parse_args(arguments)
     command_of = {
         "op": _op, "memory": _memory, "step": _step, "methods": _methods, "gpu-check": _gpu_check, "tune": _tune,
-        "budget": _budget, "report": _report, "scale": _scale, "compare": _compare,
+        "budget": _budget, "model": _model, "report": _report, "scale": _scale,
+        "compare": _compare,
     }  # fmt: skip
     try:
         return command_of[options.command](options)
@@ -200,6 +204,12 @@ def _budget(options: argparse.Namespace) -> int:
     from . import budget
 
     return budget.main(options.kernel, options.only)
+
+
+def _model(options: argparse.Namespace) -> int:
+    from . import model
+
+    return model.main(options.check)
 
 
 def _scale(options: argparse.Namespace) -> int:

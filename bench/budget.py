@@ -1,4 +1,4 @@
-"""How many instructions the GPU kernels issue, against the goals; counted without a GPU.
+"""How many instructions the GPU kernels issue, and what the model makes of it, against the goals; without a GPU.
 
 The figures are those of tests/resources/issue_budgets.json, which a test compares with the compiled kernels.
 """
@@ -10,6 +10,7 @@ import subprocess
 import sys
 from typing import Any, NamedTuple
 
+from . import model
 from .results import ROOT
 
 GOLDEN = ROOT / "tests/resources/issue_budgets.json"
@@ -78,4 +79,7 @@ def main(kernel: str | None, substring: str) -> int:
     judged = [row for row in found if row.judged]
     missed = sum(not row.met for row in judged)
     print(f"{len(judged) - missed} of {len(judged)} kernels reach {BYTES:g} bytes of features per warp instruction")
-    return int(missed > 0)
+    modelled = model.goals(model.present())
+    print("\nwhat `python -m bench model` predicts")
+    print(*(f"{'met' if met else 'NOT'}  {text}" for text, met in modelled), sep="\n")
+    return int(missed > 0 or not all(met for _, met in modelled))

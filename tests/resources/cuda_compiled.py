@@ -116,13 +116,21 @@ def figures() -> Figures:
         for architecture, (threads, dynamic) in launch.items():
             taken = found[name][architecture]
             taken["dynamic shared"] = dynamic
-            taken["blocks"] = min(
-                REGISTERS // (threads * -(-taken["registers"] // 8) * 8),
-                SHARED[architecture] // (max(taken["static shared"], 1024) + dynamic),
-                THREADS // threads,
-                BLOCKS,
+            taken["blocks"] = resident(
+                architecture, threads, taken["registers"], max(taken["static shared"], 1024) + dynamic
             )
     return {name: {a: found[name][a] for a in SHARED if a in found[name]} for name in sorted(found)}
+
+
+def resident(architecture: str, threads: int, registers: int, shared: int) -> int:
+    """Blocks of so many threads that a multiprocessor holds, each with ``shared`` bytes.
+
+    >>> resident("sm_90a", 128, 162, 61 << 10)
+    3
+    """
+    return min(
+        REGISTERS // (threads * -(-registers // 8) * 8), SHARED[architecture] // shared, THREADS // threads, BLOCKS
+    )
 
 
 def page(budgets: Figures) -> str:

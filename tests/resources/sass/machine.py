@@ -26,10 +26,10 @@ WAITS = (
 )  # fmt: skip
 COUNTS = ("issued", "lanes", "wavefronts", "sectors", "read", "written", "cold")
 
-#: Cycles of an H100 from the issue of an instruction until what waits for its result may issue; bench/model.py has the
-#: sources.
+#: Cycles of an H100 or H200 from the issue of an instruction until what waits for its result may issue; bench/model.py
+#: says where they come from.
 LATENCIES = {
-    "shared": 29, "wavefront": 2, "distributed": 200, "l1": 40, "l2": 270, "dram": 600, "bulk": 200, "special": 24,
+    "shared": 29, "wavefront": 2, "distributed": 200, "l1": 40, "l2": 281, "dram": 690, "bulk": 200, "special": 24,
     "constant": 40, "barrier": 20, "cluster_barrier": 200, "fence": 500, "read": 12,
 }  # fmt: skip
 

@@ -1,0 +1,342 @@
+"""docs/gpu-model.md: how long the kernels should take on a GPU, by a model that counts of their machine code feed.
+
+The counts are those of tests/resources/latency_chains.json, which a test compares with the compiled kernels; the model
+is compared with what GPUs have measured, each with the kernels that it measured.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import results
+from .results import ROOT
+
+PAGE = ROOT / "docs" / "gpu-model.md"
+CHAINS = ROOT / "tests/resources/latency_chains.json"
+#: The same counts, of kernels that a GPU has measured.
+MEASURED = ROOT / "bench/results/gpu/measured_kernels.json"
+
+Launches = dict[str, dict[str, Any]]  #: "forward N32 C512 nchw" -> figures
+
+
+class Gpu(NamedTuple):
+    name: str
+    multiprocessors: int
+    ghz: float
+    peak_gb_per_s: float  #: the maker's figure
+
+
+H100 = Gpu("H100 SXM", 132, 1.98, 3350.0)
+H200 = Gpu("H200 SXM", 132, 1.98, 4800.0)
+SCHEDULERS = 4  #: of a multiprocessor, each of which issues an instruction a cycle
+COPY = 0.87  #: share of the peak that a copy reaches
+LAUNCH_US = 0.5  #: from the start of a kernel to its first instruction, and from its last to its end
+FETCH_CYCLES = 2.5  #: for each instruction that a block executes, the first time
+GAP_US = 0.4  #: between two kernels of a CUDA graph
+
+#: What a GPU must reach by the model: time of the paper's batch on an H100, share of the copy bandwidth where large.
+PAPER, PAPER_US = (32, 512), 12.0
+LARGE, SHARE = (512, 2048), 0.85
+LAYOUTS = ("nchw", "channels_last")
+#: Batches up to this size must not wait for the weight's gradient.
+LONGEST = (4096, 512)
+
+CONSTANTS = (
+    ("multiprocessors", "132", "NVIDIA H100 Tensor Core GPU Architecture (white paper), SXM5; the H200's are as many"),
+    ("schedulers of a multiprocessor", "4", "the same white paper"),
+    ("clock", "1.98 GHz", "measured on an H200 during every case (`sm_mhz` of the result files); the H100's limit too"),
+    ("memory bandwidth", "3.35 and 4.8 TB/s", "NVIDIA's data sheets of the H100 SXM and the H200"),
+    ("share of it that a copy reaches", "87 %", "measured on an H200: 4.17 TB/s (`copy_gb_per_s`)"),
+    ("registers, shared memory, threads, blocks", "65536, 228 KiB, 2048, 32", "NVIDIA Hopper Tuning Guide"),
+    ("shared memory, latency", "29 cycles", "Luo et al., arXiv:2402.13499, H800"),
+    ("distributed shared memory, latency", "200 cycles", "Luo et al., arXiv:2501.12084, H800: 181 to 213"),
+    ("L1 cache, L2 cache, memory, latency", "40, 281, 690 cycles", "GH200, github.com/markdewing/AI_kernels/latency"),
+    (
+        "barrier, cluster barrier, fence, special units, constants",
+        "20, 200, 500, 24, 40 cycles",
+        "assumed, no source; together under a fifth of any chain",
+    ),
+    ("launch", "0.5 µs", "assumed; the smallest kernel measured on the H200 takes 1.2 µs with its own chain"),
+    ("first fetch of an instruction", "2.5 cycles", "**fitted** to the measurements below"),
+    ("gap between kernels of a CUDA graph", "0.4 µs", "**fitted**: the graph's time less that of its two kernels"),
+)
+
+
+class Prediction(NamedTuple):
+    """Of one kernel."""
+
+    us: float
+    latency_us: float  #: blocks one after the other on a multiprocessor, and what each waits for
+    issue_us: float  #: if the schedulers always had an instruction to issue
+    memory_us: float  #: if memory were always busy
+    ends_us: tuple[float, ...]  #: of each part's last block
+
+    @property
+    def bound(self) -> str:
+        return (
+            "memory"
+            if self.memory_us > self.latency_us
+            else "issue"
+            if self.issue_us > self.latency_us / 1.5
+            else "latency"
+        )
+
+
+def schedule(launch: dict[str, Any], multiprocessors: int) -> list[float]:
+    """Cycle at which the last block of each part ends.
+
+    Blocks start in order, as room for them becomes free. One that shares its multiprocessor with others takes longer,
+    because they issue instructions in between: with R resident blocks, each with I instructions for a scheduler, which
+    by itself takes S cycles, it takes S + (R - 1) I; one of another kind is slowed as much.
+
+    >>> part = {"blocks": 5, "instructions": 400, "cycles": 1000}
+    >>> schedule({"cluster": 1, "resident": 2, "parts": [part]}, 2)  # twice two of 1,100, then one of 1,000
+    [2100.0]
+    """
+    cluster, parts = launch["cluster"], launch["parts"]
+    most = max(parts, key=lambda part: part["blocks"])
+    issue = most["instructions"] / SCHEDULERS
+    room = multiprocessors * launch["resident"] // cluster
+    left = sum(part["blocks"] for part in parts) // cluster
+    running: list[float] = []  # when each ends
+    ends, now = [], 0.0
+    for part in parts:
+        end = 0.0
+        for _ in range(part["blocks"] // cluster):
+            if len(running) == room:
+                now = running[0]
+                while running and running[0] <= now:
+                    heapq.heappop(running)
+            blocks = cluster * min(room, len(running) + left)
+            others = min(launch["resident"], math.ceil(blocks / multiprocessors)) - 1
+            busy = others * issue / (most["cycles"] + others * issue)
+            heapq.heappush(running, now + part["cycles"] / (1 - busy))
+            end, left = max(end, now + part["cycles"] / (1 - busy)), left - 1
+        ends.append(end)
+    return ends
+
+
+def predict(launch: dict[str, Any], gpu: Gpu) -> Prediction:
+    """Of one launch on an otherwise idle GPU, its features not in the L2 cache."""
+    us = 1e-3 / gpu.ghz  # of a cycle
+    ends = schedule(launch, gpu.multiprocessors)
+    once = FETCH_CYCLES * launch["fetched"] + launch["last"]
+    latency = (max(ends) + once) * us
+    issued = sum(part["blocks"] * part["instructions"] for part in launch["parts"])
+    issue = issued / (SCHEDULERS * gpu.multiprocessors) * us
+    memory = launch["bytes"] / (COPY * gpu.peak_gb_per_s * 1e3)
+    return Prediction(LAUNCH_US + max(latency, memory), latency, issue, memory, tuple(end * us for end in ends))
+
+
+class Head(NamedTuple):
+    """Forward and backward in a CUDA graph."""
+
+    forward: Prediction
+    backward: Prediction
+    us: float
+    share: float  #: of the copy bandwidth, by the bytes that must move: the features read, their gradient written
+
+
+def head(launches: Launches, size: tuple[int, int], layout: str, gpu: Gpu) -> Head:
+    n, channels = size
+    forward, backward = (predict(launches[f"{way} N{n} C{channels} {layout}"], gpu) for way in ("forward", "backward"))
+    us = forward.us + backward.us + 2 * GAP_US
+    moved = 2 * 2 * n * channels * 49 * 2
+    return Head(forward, backward, us, moved / (COPY * gpu.peak_gb_per_s * 1e3) / us)
+
+
+def goals(launches: Launches) -> list[tuple[str, bool]]:
+    """What the model says of each goal, and whether it is met."""
+    found = []
+    for layout in LAYOUTS:
+        us = head(launches, PAPER, layout, H100).us
+        found.append((f"the paper's batch on an H100, {layout}: {us:.1f} µs, at most {PAPER_US:g}", us <= PAPER_US))
+    for gpu in (H100, H200):
+        for layout in LAYOUTS:
+            share = head(launches, LARGE, layout, gpu).share
+            text = (
+                f"N = 512, C = 2048 on an {gpu.name}, {layout}: {share:.0%} of the copy bandwidth, at least {SHARE:.0%}"
+            )
+            found.append((text, share >= SHARE))
+    for layout in LAYOUTS:
+        for n, channels in (PAPER, (512, 512), LARGE, LONGEST):
+            weight, features = predict(launches[f"backward N{n} C{channels} {layout}"], H100).ends_us
+            text = (
+                f"N = {n}, C = {channels}, {layout}: the weight's gradient ends after {weight:.0f} µs, the features' "
+            )
+            found.append((text + f"after {features:.0f}", weight <= features))
+    return found
+
+
+def present() -> Launches:
+    return json.loads(CHAINS.read_text())
+
+
+class Measured(NamedTuple):
+    launch: str
+    device: str
+    commit: str
+    us: float
+
+
+def measured(known: dict[str, str], directory: Path = results.RESULTS) -> list[Measured]:
+    """Durations of the CUDA kernels in the result files of the commits ``known``, which names what each is called."""
+    found: dict[str, Measured] = {}
+    for path in sorted(directory.rglob("op-cuda-*.json")):
+        result = json.loads(path.read_text())
+        commit = known.get(result["commit"] or "")
+        for row in result["rows"] if commit else []:
+            n, channels, layout, dtype = row["case"].split("-")
+            for kernel in row.get("kernels") or []:
+                way = next((w for w in ("forward", "backward") if f"::{w}_kernel" in kernel["name"]), None)
+                if way and dtype == "bfloat16":
+                    launch = f"{way} {n} {channels} {layout}"
+                    found[launch] = Measured(launch, result["device"], commit or "", kernel["us"])
+    return list(found.values())
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
+
+
+def page() -> str:
+    """The whole of docs/gpu-model.md."""
+    launches = present()
+    predictions = []
+    for gpu in (H100, H200):
+        for size in (PAPER, LARGE):
+            for layout in LAYOUTS:
+                h = head(launches, size, layout, gpu)
+                cells = [f"{p.us:.1f} ({p.bound})" for p in (h.forward, h.backward)]
+                predictions.append(
+                    [gpu.name, f"N = {size[0]}, C = {size[1]}, {layout}", *cells, f"{h.us:.1f}", f"{h.share:.0%}"]
+                )
+    return TEXT.format(
+        constants=table(["constant", "value", "source"], [list(c) for c in CONSTANTS]),
+        predictions=table(
+            ["GPU", "bfloat16, 7 × 7, L = 7", "forward, µs", "backward, µs", "both, µs", "of copy"], predictions
+        ),
+        goals="\n".join(f"- {'met' if met else '**not met**'}: {text}" for text, met in goals(launches)),
+        parts=_parts(launches),
+        chains="\n\n".join(_chain(way, layout, launches) for way in ("forward", "backward") for layout in LAYOUTS),
+        measured=_measured(launches),
+    )
+
+
+def _parts(launches: Launches) -> str:
+    rows = []
+    for size in (PAPER, LARGE):
+        for way in ("forward", "backward"):
+            for layout in LAYOUTS:
+                launch = launches[f"{way} N{size[0]} C{size[1]} {layout}"]
+                p = predict(launch, H100)
+                blocks = " + ".join(f"{part['blocks']:,} × {part['cycles']:,}" for part in launch["parts"])
+                rows.append([
+                    f"{way}, N = {size[0]}, C = {size[1]}, {layout}", str(launch["registers"]),
+                    f"{launch['shared']:,}", str(launch["resident"]), str(launch["cluster"]), blocks,
+                    f"{p.latency_us:.1f}", f"{p.issue_us:.1f}", f"{p.memory_us:.1f}",
+                ])  # fmt: skip
+    header = [
+        "kernel", "registers", "shared memory, bytes", "blocks a multiprocessor", "blocks a cluster",
+        "blocks × cycles", "waiting, µs", "issuing, µs", "moving bytes, µs",
+    ]  # fmt: skip
+    return table(header, rows)
+
+
+def _chain(way: str, layout: str, launches: Launches) -> str:
+    launch = launches[f"{way} N{PAPER[0]} C{PAPER[1]} {layout}"]
+    rows, at = [], 0
+    for wait, times, cycles in launch["chain"]:
+        at += cycles
+        rows.append([wait, str(times) if wait != "end" else "", f"{cycles:,}", f"{at:,}"])
+    return f"### {way}, {layout}\n\n" + table(["waits for", "times", "cycles", "after"], rows)
+
+
+def _measured(launches: Launches) -> str:
+    file = json.loads(MEASURED.read_text())
+    then, rows, changed = file["launches"], [], []
+    for row in measured(file["commits"]):
+        was, us = then[row.launch], predict(then[row.launch], H200).us
+        now = "the same kernel"
+        if launches[row.launch] != was:
+            now = f"{predict(launches[row.launch], H200).us:.1f}"
+            changed.append(row.launch)
+        rows.append([row.launch, row.device, row.commit, f"{row.us:.1f}", f"{us:.1f}", f"{us / row.us:.2f}", now])
+    said = (
+        "The kernels have changed since in "
+        f"{len(changed)} of these {len(rows)} launches: the last column is the model of the present ones, which no GPU "
+        "has measured."
+        if changed
+        else "The kernels are still these."
+    )
+    header = ["kernel", "GPU", "commit", "measured, µs", "model of it, µs", "model / measured", "model now, µs"]
+    return said + "\n\n" + table(header, rows)
+
+
+def main(check: bool) -> int:
+    """Writes and prints the page; with ``check`` returns 1 if it differs, and writes nothing."""
+    text = page()
+    if check:
+        return int(not PAGE.exists() or PAGE.read_text() != text)
+    PAGE.write_text(text)
+    print(text)
+    return 0
+
+
+TEXT = """# How fast the GPU kernels should be
+
+**A model, not a measurement**, of the CUDA kernels with bfloat16 features, 7 × 7 maps and 7 classes. What it is fed
+with is counted without a GPU: the compiled code for sm_90a is executed on a CPU, instruction by instruction
+(tests/resources/latency_chains.py). `python -m bench model` writes this page; a test fails when the counts change.
+
+## The model
+
+A kernel's time is *launch + max(waiting, moving bytes)*.
+
+- **Waiting** is a schedule of its blocks. One block, or cluster, by itself on its multiprocessors takes as long as its
+  chain: what each instruction waits for, by the scoreboards that the compiler has set, through registers, memory and
+  barriers, one instruction a cycle for each warp at most. With R blocks on a multiprocessor, each with I instructions
+  for each of the 4 schedulers, a block takes (R − 1) · I cycles longer: others issue in between. Blocks start in order
+  wherever there is room by registers, shared memory, threads and blocks, so that the last, incomplete wave counts as
+  what it takes. Once a kernel come the first fetch of its instructions, and what the last block does alone.
+- **Moving bytes**: the features read or their gradient written, and the saved tensors, at the speed of a copy.
+- Both kernels in a CUDA graph follow each other with a gap. The share of the copy bandwidth counts the bytes that must
+  move, the features and their gradient, over the time of both.
+
+Not in the model: that memory answers later when it is busy, clusters that find no room in one group of
+multiprocessors, instruction caches but for the first fetch, and the throughput of single units (integer arithmetic,
+shared memory), of which each issues less than an instruction a cycle.
+
+{constants}
+
+## What it predicts
+
+In brackets, what most of the time goes to: waiting for latency, or issuing instructions (where they fill two thirds of
+the time), or moving bytes.
+
+{predictions}
+
+{goals}
+
+What it is computed from, and the three times on an H100, of which the model takes the longest of the first and the
+third:
+
+{parts}
+
+## Where it has been measured
+
+{measured}
+
+## The chain of the paper's batch
+
+N = 32, C = 512: the longest chain of waits in a launch, in order; waits of the same kind that follow each other are
+one line. Cycles are from the end of the wait before, so they contain the instructions in between, and waits for
+constants, special units and the L1 cache. Where a launch has several kinds of blocks, it is the chain of the one that
+takes longest.
+
+{chains}
+"""

@@ -1,0 +1,105 @@
+"""The model of the kernels' times: its arithmetic by hand, its page, and what GPUs have measured."""
+
+import json
+
+import pytest
+
+from bench import model
+
+PART = {"blocks": 5, "instructions": 400, "cycles": 1000}
+
+
+def launch(*parts, **changed):
+    return {"cluster": 1, "resident": 2, "parts": list(parts or [PART]), "fetched": 0, "last": 0, "bytes": 0} | changed
+
+
+def test_the_page_is_what_the_counts_give():
+    assert model.PAGE.read_text() == model.page(), "python -m bench model"
+    assert model.main(check=True) == 0
+
+
+def test_the_page_and_the_counts_are_compared(monkeypatch, tmp_path):
+    launches = model.present()
+    launches["forward N32 C512 nchw"]["parts"][0]["cycles"] += 5000
+    other = tmp_path / "chains.json"
+    other.write_text(json.dumps(launches))
+    monkeypatch.setattr(model, "CHAINS", other)
+    assert model.main(check=True) == 1
+
+
+def test_changed_kernels_are_said_to_be_others():
+    launches = model.present()
+    file = json.loads(model.MEASURED.read_text())
+    assert "The kernels are still these" in model._measured(file["launches"])
+    launches = file["launches"] | {"forward N32 C512 nchw": launch(cluster=1)}
+    text = model._measured(launches)
+    assert "changed since in 1 of these" in text
+    (row,) = (line for line in text.splitlines() if "forward N32 C512 nchw" in line)
+    assert row.endswith(f"| {model.predict(launch(), model.H200).us:.1f} |")
+
+
+def test_measured_kernels_are_modelled_within_a_third():
+    file = json.loads(model.MEASURED.read_text())
+    rows = model.measured(file["commits"])
+    assert len(rows) >= 16
+    for row in rows:
+        assert 3 / 4 < model.predict(file["launches"][row.launch], model.H200).us / row.us < 4 / 3, row
+
+
+def test_blocks_that_share_a_multiprocessor_wait_for_each_other():
+    assert model.schedule(launch(), 132) == [1000]  # each by itself
+    assert model.schedule(launch(), 3) == [1100]  # 400 instructions are 100 for each scheduler
+    assert model.schedule(launch(resident=5), 1) == [1400]
+    assert model.schedule(launch(resident=1), 1) == [5000]
+    assert model.schedule(launch({**PART, "blocks": 8}, cluster=4), 2) == [2200]
+
+
+def test_another_kind_of_block_is_slowed_as_much():
+    few = {"blocks": 1, "instructions": 100, "cycles": 3000}
+    first, second = model.schedule(launch(few, {**PART, "blocks": 3}, resident=4), 1)
+    assert second == pytest.approx(1300)
+    assert first == pytest.approx(3000 * 1.3)
+
+
+def test_a_kernel_takes_as_long_as_the_slowest_of_waiting_and_memory():
+    gpu = model.Gpu("", 5, 1.0, 1000.0)
+    once = model.predict(launch(fetched=100, last=50), gpu)
+    assert once.us == pytest.approx(model.LAUNCH_US + 1.0 + 0.25 + 0.05)
+    assert (once.bound, once.issue_us) == ("latency", pytest.approx(0.1))
+    moved = model.predict(launch(bytes=8_700_000), gpu)
+    assert moved.us == pytest.approx(model.LAUNCH_US + 10.0) and moved.bound == "memory"
+    assert model.predict(launch({**PART, "instructions": 3000}), gpu).bound == "issue"
+
+
+def test_the_share_is_that_of_the_bytes_that_must_move():
+    name = "N512 C2048 nchw"
+    launches = {f"{way} {name}": launch(bytes=205_520_896) for way in ("forward", "backward")}
+    found = model.head(launches, (512, 2048), "nchw", model.H200)
+    copied = 205_520_896 / (0.87 * 4.8e6)
+    assert found.us == pytest.approx(2 * (copied + 0.9))
+    assert found.share == pytest.approx(2 * copied / found.us)
+
+
+def test_goals_are_judged():
+    def with_cycles(weight, features):
+        parts = {
+            "forward": [PART | {"blocks": 8, "cycles": features}],
+            "backward": [PART | {"blocks": 8, "cycles": weight}, PART | {"blocks": 8, "cycles": features}],
+        }
+        moved = {name: figures["bytes"] for name, figures in model.present().items()}
+        return {name: launch(*parts[name.split()[0]], bytes=moved[name]) for name in moved}
+
+    def missed(launches):
+        return [text for text, met in model.goals(launches) if not met]
+
+    assert missed(with_cycles(1000, 2000)) == []
+    late = missed(with_cycles(3000, 2000))
+    assert len(late) == 8 and all(
+        "the weight's gradient ends after 2 µs, the features' after 1" in text for text in late
+    )
+    slow = missed(with_cycles(50_000, 140_000))
+    assert [text.partition(":")[0] for text in slow[:2]] == [
+        "the paper's batch on an H100, nchw",
+        "the paper's batch on an H100, channels_last",
+    ]
+    assert "N = 512, C = 2048 on an H200 SXM, nchw: 69% of the copy bandwidth, at least 85%" in slow
