@@ -59,6 +59,12 @@ def replacing(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+def write(path: Path, text: str) -> None:
+    """A file of text, atomically."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
 def _copy(path: Path, to: Path) -> None:
     """A hard link, where the file system has them."""
     temporary = to.with_name(f".{to.name}.tmp")

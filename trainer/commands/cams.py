@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .. import data
-from ..config import UserError, option
+from ..config import UserError, expect, option
 from . import load, new_file
 
 
@@ -27,8 +27,7 @@ class Options:
         trained = load(self.checkpoint, self.device)
         sets = data.prepare(trained.config)
         name = self.split or sets.chooser
-        if name not in sets.splits:
-            raise UserError(f"split: got {name!r}, expected one of {', '.join(sets.splits)}")
+        expect(name in sets.splits, "split", name, f"one of {', '.join(sets.splits)}")
         if unknown := sorted(set(self.classes) - set(trained.classes)):
             raise UserError(f"classes: got {', '.join(unknown)}, expected some of {', '.join(trained.classes)}")
         only = [trained.classes.index(name) for name in self.classes] or None

@@ -43,7 +43,6 @@ class Options:
         print(trained.about + "".join(f"\nnote: not the data of the run: {note}" for note in notes))
         print(scores(sets.classes, None, columns))
         if out:
-            with checkpoint.replacing(out) as file:
-                content = {"checkpoint": trained.about, "classes": sets.classes, "images": images, "scores": columns}
-                file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+            content = {"checkpoint": trained.about, "classes": sets.classes, "images": images, "scores": columns}
+            checkpoint.write(out, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         return 0

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from .. import checkpoint, loop
-from ..config import UserError, option
+from ..config import UserError, expect, option
 from ..data import decode
 from . import load, new_file
 
@@ -28,24 +28,21 @@ class Options:
     device: str = option("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
     overwrite: bool = option(False, "replace the file and the folder's pictures")
 
-    def __post_init__(self) -> None:
-        if self.out and Path(self.out).suffix.lower() not in (".csv", ".json"):
-            raise UserError(f"out: got {self.out!r}, expected a name that ends with .csv or .json")
-
     def run(self) -> int:
+        suffix = Path(self.out).suffix.lower()
+        expect(suffix in (".csv", ".json") or not self.out, "out", self.out, "a name that ends with .csv or .json")
         out = new_file(self.out, self.overwrite) if self.out else None
         folder = new_file(self.maps, self.overwrite) if self.maps else None
         files = [file for name in self.images for file in _files(Path(name).expanduser())]
         trained = load(self.checkpoint, self.device)
-        labels = torch.zeros(len(files), dtype=torch.int64)  # not known
-        split = decode.read(
-            Path("/"), "predict", [file.absolute() for file in files], labels, trained.config.image_size
-        )
-        probabilities = loop.logits(trained.method, split.images, flip=self.flip).softmax(1)
-        text = (_json if self.out.lower().endswith(".json") else _csv)(files, trained.classes, probabilities)
+        labels, size = torch.zeros(len(files), dtype=torch.int64), trained.config.image_size  # labels are not known
+        images = decode.read(Path("/"), "predict", [file.absolute() for file in files], labels, size).images
+        found = loop.logits(trained.method, images, flip=self.flip).softmax(1)
+        classes = [trained.classes[i] for i in found.argmax(1).tolist()]
+        rows = list(zip(map(str, files), classes, found.tolist(), strict=True))
+        text = _text(rows, trained.classes, suffix)
         if out:
-            with checkpoint.replacing(out) as written:
-                written.write(text.encode())
+            checkpoint.write(out, text)
         else:
             print(text, end="")
         if folder:
@@ -53,10 +50,21 @@ class Options:
 
             folder.mkdir(exist_ok=True)
             for i, file in enumerate(files):
-                picture = folder / f"{i:05d}-{file.stem}.png"
-                image = split.images[i : i + 1]
-                figures.activation_maps(picture, trained.method, image, None, trained.classes, trained.about)
+                about = images[i : i + 1], None, trained.classes, trained.about
+                figures.activation_maps(folder / f"{i:05d}-{file.stem}.png", trained.method, *about)
         return 0
+
+
+def _text(rows: list[tuple[str, str, list[float]]], classes: tuple[str, ...], kind: str) -> str:
+    """CSV, or JSON where ``kind`` is ".json", of each file's name, class and probabilities."""
+    if kind == ".json":
+        of = [{"file": f, "class": c, "probabilities": dict(zip(classes, p, strict=True))} for f, c, p in rows]
+        return json.dumps(of, indent=1, ensure_ascii=False) + "\n"
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["file", "class", *classes])
+    writer.writerows([file, name, *(f"{p:.6f}" for p in found)] for file, name, found in rows)
+    return text.getvalue()
 
 
 def _files(path: Path) -> list[Path]:
@@ -68,24 +76,3 @@ def _files(path: Path) -> list[Path]:
     if not path.is_file():
         raise UserError(f"images: got {path}, expected a file or folder that exists")
     return [path]
-
-
-def _csv(files: list[Path], classes: tuple[str, ...], probabilities: torch.Tensor) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["file", "class", *classes])
-    for file, p in zip(files, probabilities, strict=True):
-        writer.writerow([file, classes[int(p.argmax())], *(f"{x:.6f}" for x in p.tolist())])
-    return text.getvalue()
-
-
-def _json(files: list[Path], classes: tuple[str, ...], probabilities: torch.Tensor) -> str:
-    rows = [
-        {
-            "file": str(file),
-            "class": classes[int(p.argmax())],
-            "probabilities": dict(zip(classes, p.tolist(), strict=True)),
-        }
-        for file, p in zip(files, probabilities, strict=True)
-    ]
-    return json.dumps(rows, indent=1, ensure_ascii=False) + "\n"

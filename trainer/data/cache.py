@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import checkpoint
-from ..config import UserError, printable
+from ..config import UserError, listed, printable
 
 logger = logging.getLogger(__name__)
 
@@ -318,16 +318,35 @@ def damaged(folder: Path) -> list[str]:
     return [name for i, (name, entry) in enumerate(index.items()) if checksum(pixels[i]) != entry.checksum]
 
 
-def delete(folder: Path) -> None:
-    """The files of a part, and its folder unless something else is in it."""
-    for file in (PIXELS, INDEX, PIXELS_PART, INDEX_PART, LOCK):
-        (folder / file).unlink(missing_ok=True)
-    for stale in folder.glob(".*.tmp"):
-        stale.unlink()
-    with contextlib.suppress(OSError):
-        folder.rmdir()
+def verify(directory: Path) -> None:
+    """Prints what is damaged.
+
+    Raises:
+        UserError: something is.
+    """
+    bad = {folder: names for folder in parts(directory) if (names := damaged(folder))}
+    for folder, names in bad.items():
+        print(f"{folder}: {len(names)} damaged: {listed(names, 20)}")
+    if bad:
+        raise UserError(f"output.cache: got {len(bad)} damaged parts; delete their folders, runs decode them again")
 
 
-def size_of(folder: Path) -> int:
-    """Bytes of a part."""
-    return sum(f.stat().st_size for f in folder.iterdir())
+def delete(directory: Path) -> None:
+    """The files of all parts, and the folders that have no others."""
+    for folder in parts(directory):
+        for file in (PIXELS, INDEX, PIXELS_PART, INDEX_PART, LOCK):
+            (folder / file).unlink(missing_ok=True)
+        for stale in folder.glob(".*.tmp"):
+            stale.unlink()
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        print(f"deleted {folder}")
+
+
+def listing(directory: Path) -> str:
+    """A line for each part: its images and its size."""
+    lines = []
+    for folder in parts(directory):
+        images = f"{len(index):,} images" if (index := load_index(folder)) else "unfinished"
+        lines.append(f"{folder}: {images}, {sum(f.stat().st_size for f in folder.iterdir()) / 2**20:,.0f} MiB")
+    return "\n".join(lines) or f"{directory}: nothing"
