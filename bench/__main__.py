@@ -12,7 +12,8 @@
     python -m bench budget                     instructions that the GPU kernels issue, counted without a GPU
     python -m bench model                      docs/gpu-model.md: how long they should take, and what they wait for
     python -m bench compare A B                what got slower beyond the noise from one result, or folder, to another
-    python -m bench report                     docs/benchmark.md and the README's line (--check: only compare)
+    python -m bench report                     docs/benchmark.md and .html, pictures, the README's line (--check: only
+                                               compare)
     python -m pytest tests/bench/test_micro.py -o addopts= --benchmark-only     the public functions, one by one;
                                                --benchmark-autosave, later --benchmark-compare, compares two runs
 
@@ -91,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--cases", default="", metavar="SUBSTRING", help="those whose name contains it, as in N32-C512-nchw"
     )
     tune.add_argument("--seconds", type=float, default=3600.0, help="in all; what is the best by then is proposed")
-    report = commands.add_parser("report", help="write docs/benchmark.md and the README's line")
+    report = commands.add_parser("report", help="write docs/benchmark.md, .html, their pictures, the README's line")
     report.add_argument("--check", action="store_true", help="fail if one differs, write nothing")
     compare = commands.add_parser("compare", help="what changed between two results; fails where ours got slower")
     compare.add_argument("before", type=Path, metavar="A", help="a file that op or step wrote, or a folder of them")
@@ -237,14 +238,7 @@ def _tune(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from . import report
 
-    wanted = report.generated()
-    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
-    for path in stale:
-        if options.check:
-            print(f"error: {path.name} is not what `python -m bench report` writes", file=sys.stderr)
-        else:
-            path.write_text(wanted[path])
-    return int(options.check and bool(stale))
+    return report.main(options.check)
 
 
 def _compare(options: argparse.Namespace) -> int:

@@ -10,28 +10,52 @@ from torch import Tensor
 
 from rebalfer_kernels.doctor.cases import Size, random_inputs
 
-L, H, W = 7, 7, 7
 #: Inputs are rotated until this many times the L2 cache was read.
 TIMES_L2 = 3
 
 
 class Case(NamedTuple):
-    """One size of the head's input, (2N, C, 7, 7) and 7 classes."""
+    """One operation on one size of input: (2N, C, side, side) features and L classes."""
 
     N: int
     C: int
     layout: str  #: "nchw" or "channels_last"
     dtype: torch.dtype  #: of features, weight and bias
     device: str = "cpu"
+    side: int = 7
+    L: int = 7
+    op: str = "head"  #: a name of operations.OPERATIONS
 
     @property
     def name(self) -> str:
-        """What ``--cases`` looks in.
+        """What ``--cases`` looks in; of side, L and op only what is not usual.
 
         >>> Case(32, 512, "nchw", torch.float32).name
         'N32-C512-nchw-float32'
+        >>> Case(32, 512, "nchw", torch.float32, side=14, L=100, op="maps").name
+        'N32-C512-nchw-float32-14x14-L100-maps'
         """
-        return f"N{self.N}-C{self.C}-{self.layout}-{str(self.dtype).removeprefix('torch.')}"
+        words = [f"N{self.N}", f"C{self.C}", self.layout, str(self.dtype).removeprefix("torch.")]
+        words += [f"{self.side}x{self.side}"] * (self.side != 7) + [f"L{self.L}"] * (self.L != 7)
+        return "-".join(words + [self.op] * (self.op != "head"))
+
+    @classmethod
+    def named(cls, name: str, device: str = "cpu") -> Case:
+        """The case of a name.
+
+        >>> Case.named("N32-C512-nchw-float32-14x14-L100-maps")
+        Case(N=32, C=512, layout='nchw', dtype=torch.float32, device='cpu', side=14, L=100, op='maps')
+        """
+        N, C, layout, dtype, *unusual = name.split("-")
+        case = cls(int(N[1:]), int(C[1:]), layout, getattr(torch, dtype), device)
+        for word in unusual:
+            if word[0].isdigit():
+                case = case._replace(side=int(word.partition("x")[0]))
+            elif word[0] == "L":
+                case = case._replace(L=int(word[1:]))
+            else:
+                case = case._replace(op=word)
+        return case
 
     @property
     def group(self) -> str:
@@ -47,6 +71,8 @@ class Case(NamedTuple):
         >>> Case(1, 16, "nchw", torch.float32).group
         'fixed cost'
         """
+        if (self.side, self.L, self.op) != (7, 7, "head"):
+            return ""
         if self.C <= 16:
             return "fixed cost"
         if self.C == 512 and self.N in (32, 64):
@@ -58,7 +84,7 @@ class Case(NamedTuple):
     @property
     def floor_bytes(self) -> int:
         """4s: both views' features read once, their gradient written once."""
-        return 2 * (2 * self.N * self.C * H * W) * self.dtype.itemsize
+        return 2 * (2 * self.N * self.C * self.side**2) * self.dtype.itemsize
 
 
 _CPU_SIZES = (
@@ -118,7 +144,9 @@ class Problem(NamedTuple):
 def problem(case: Case) -> Problem:
     """The doctor's random tensors in a case's size, drawn on its device: drawing a GPU's largest on a CPU takes 2 s."""
     generator = torch.Generator(case.device).manual_seed(0)
-    x = random_inputs(Size(case.N, case.C, H, W, L), case.dtype, case.layout, case.device, generator)
+    x = random_inputs(
+        Size(case.N, case.C, case.side, case.side, case.L), case.dtype, case.layout, case.device, generator
+    )
     weight, bias = (t.detach().to(case.dtype).requires_grad_() for t in (x.weight, x.bias))
     return Problem(x.features, weight, bias, x.targets, x.target_table, x.map_weights, consistency_weight=2.0)
 

@@ -64,7 +64,9 @@ def _as_markdown(block: Block, folder: str) -> str:
             return "\n".join(f"- **{figure}** {what}" for figure, what in block.boxes)
         case Table():
             rows = (block.header, ["---"] * len(block.header), *block.lines)
-            return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+            table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+            folded = f"<details><summary>{block.folded}</summary>\n\n{table}\n\n</details>"
+            return folded if block.folded else table
         case Picture():
             return f"![{block.text}]({folder}/{block.name})"
     return block
@@ -91,7 +93,7 @@ def _as_html(block: Block, pictures: dict[str, bytes]) -> str:
         case Picture():
             data = base64.b64encode(pictures[block.name]).decode()
             image = f'<img src="data:image/png;base64,{data}" alt="{html.escape(block.text)}">'
-            return f"<figure>{image}<figcaption>{inline(block.text)}</figcaption></figure>"
+            return f'<figure><div class="picture">{image}</div><figcaption>{inline(block.text)}</figcaption></figure>'
     return f"<p>{inline(block)}</p>"
 
 
@@ -138,7 +140,7 @@ STYLE = """\
 :root { --ink: #1d232b; --soft: #5b6673; --line: #dfe4ea; --wash: #f5f7f9; --ours: #c2410c; }
 * { box-sizing: border-box; }
 body { margin: 0; background: #fff; color: var(--ink); font: 16px/1.6 system-ui, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 2rem 1.25rem 4rem; overflow-wrap: break-word; }
+main { max-width: 1120px; margin: 0 auto; padding: 2rem 1.25rem 4rem; overflow-wrap: break-word; }
 h1 { font-size: 2.1rem; line-height: 1.2; margin: 0 0 1rem; }
 h2 { font-size: 1.45rem; margin: 3rem 0 .75rem; padding-top: 1.25rem; border-top: 1px solid var(--line); }
 h3 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
@@ -156,12 +158,14 @@ pre code { padding: 0; background: none; }
 table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .45rem .75rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { background: var(--wash); font-weight: 600; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 11rem; }
+td strong { color: #b91c1c; }
 tr:last-child td { border-bottom: 0; }
 tbody tr:hover { background: var(--wash); }
 figure { margin: 1.5rem 0; }
-img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
-figcaption { color: var(--soft); font-size: .9rem; max-width: 46rem; margin: .5rem auto 0; }
+.picture { overflow-x: auto; }
+img { display: block; width: 100%; min-width: 40rem; height: auto; }
+figcaption { color: var(--soft); font-size: .9rem; max-width: 46rem; margin: .5rem 0 0; }
 details { margin: 1rem 0; }
 summary { cursor: pointer; color: var(--soft); }
 """

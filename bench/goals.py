@@ -45,18 +45,31 @@ def microseconds(rows: Rows) -> float | None:
     return 1e3 * ms if ms else None
 
 
+def judged_dtype(result: dict[str, Any]) -> str:
+    """The dtype that most goals judge: float32 on a CPU, bfloat16 on a GPU."""
+    return "float32" if result["kind"] == "cpu" else "bfloat16"
+
+
+def by_case(result: dict[str, Any]) -> dict[str, Rows]:
+    """The rows, by the name of their case and the contender."""
+    cases: dict[str, Rows] = {}
+    for row in result["rows"]:
+        cases.setdefault(row["case"], {})[row["contender"]] = row
+    return cases
+
+
 def of(dtype: str, figure: Callable[[Rows], float | None], group: str | None = None) -> Figures:
-    """A figure of every case of a dtype but that of the fixed cost, or of those whose group begins with ``group``."""
+    """A figure of every case of a dtype but that of the fixed cost, or of those whose group begins with ``group``.
+
+    A case of other maps, classes or operations than usual has a name that does not end with its dtype.
+    """
 
     def belongs(to: str) -> bool:
         return to != "fixed cost" if group is None else to.startswith(group)
 
     def figures(result: dict[str, Any]) -> dict[str, float | None]:
-        cases: dict[str, Rows] = {}
-        for row in result["rows"]:
-            if row["case"].endswith(dtype) and belongs(row.get("group", "")):
-                cases.setdefault(row["case"], {})[row["contender"]] = row
-        return {case: figure(rows) for case, rows in cases.items()}
+        cases = {case: rows for case, rows in by_case(result).items() if case.endswith(dtype)}
+        return {case: figure(r) for case, r in cases.items() if belongs(next(iter(r.values())).get("group", ""))}
 
     return figures
 
@@ -134,10 +147,14 @@ GOALS = (
 )  # fmt: skip
 
 
-def judged(program: str, result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The goals of this program and this result's device, judged; a rehearsal has those of a GPU."""
+def applying(program: str, result: dict[str, Any]) -> list[Goal]:
+    """The goals of this program and this result's device; a rehearsal has those of a GPU."""
     device = f"cpu {result.get('memory')}" if result["kind"] == "cpu" else "cuda"
-    return [g.judge(result) for g in GOALS if g.program == program and device.startswith(g.device)]
+    return [goal for goal in GOALS if goal.program == program and device.startswith(goal.device)]
+
+
+def judged(program: str, result: dict[str, Any]) -> list[dict[str, Any]]:
+    return [goal.judge(result) for goal in applying(program, result)]
 
 
 def summary(goal: dict[str, Any]) -> str:

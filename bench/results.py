@@ -144,6 +144,18 @@ def newest_steps(directory: Path = RESULTS) -> list[dict[str, Any]]:
     return list({(r["device"], r["config"]["backbone"]["name"]): r for r in steps}.values())
 
 
+def newest_regimes(directory: Path = RESULTS) -> list[dict[str, Any]]:
+    """For each CPU and backbone the latest count of which kind of memory its training sees."""
+    counts = _read(directory, "memory", "cpu")
+    return list({(r["device"], r["config"]["backbone"]["name"]): r for r in counts}.values())
+
+
+def studies(directory: Path = RESULTS) -> dict[str, list[dict[str, Any]]]:
+    """The stored runs of each study, by its name."""
+    paths = sorted((directory / "study").glob("*.jsonl"))
+    return {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in paths}
+
+
 def _read(directory: Path, program: str, kind: str) -> list[dict[str, Any]]:
     """The results of a kind, also in folders below (``gpu-check --out`` makes one), in the order of their dates."""
     results = [json.loads(path.read_text()) for path in directory.rglob(f"{program}-*.json")]

@@ -21,7 +21,7 @@ from rebalfer_kernels.triton import tiles as triton_tiles
 from rebalfer_kernels.triton.tiles import Row
 
 from . import baselines
-from .cases import Case, H, L, W, problem, rotated
+from .cases import Case, problem, rotated
 from .clocks import Clock
 from .measure import Rotation, replay_ms
 from .op import REPETITIONS
@@ -88,7 +88,7 @@ def main(case: Case, clock: Clock, end: float = math.inf) -> str:
 
     tensors = problem(case)
     arch = host.arch(torch.cuda.current_device())
-    of = triton_tiles.Problem(case.C, H * W, L, case.layout == "channels_last", case.dtype, arch)
+    of = triton_tiles.Problem(case.C, case.side**2, case.L, case.layout == "channels_last", case.dtype, arch)
     loss = functools.partial(baselines.ours, backend="triton")
 
     def results() -> tuple[torch.Tensor, ...]:

@@ -4,10 +4,12 @@ import doctest
 
 import pytest
 
-from bench import cases, clocks, compare, document, goals, memory, report, results, sm_clock
+from bench import cases, clocks, compare, curves, document, goals, memory, pictures, report, results, sm_clock
 
 
-@pytest.mark.parametrize("module", [cases, clocks, compare, document, goals, memory, report, results, sm_clock])
+@pytest.mark.parametrize(
+    "module", [cases, clocks, compare, curves, document, goals, memory, pictures, report, results, sm_clock]
+)
 def test_examples(module):
     done = doctest.testmod(module)
     assert done.attempted and not done.failed

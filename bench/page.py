@@ -1,0 +1,471 @@
+"""What the benchmark's report says: the blocks of its document, from the newest result files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from rebalfer_kernels.backend import BACKENDS
+
+from . import budget, goals, model, pictures, results
+from .document import Block, Code, Figures, Heading, Picture, Table
+
+Result = dict[str, Any]
+
+CONTENDERS = ("identity", goals.PLAIN, goals.BEST, goals.RELEASED)
+#: A contender as a sentence names it.
+SPOKEN = {
+    goals.PLAIN: "plain PyTorch under `torch.compile`",
+    goals.BEST: "the best PyTorch formulation under `torch.compile`",
+    goals.RELEASED: "the formulation released with the papers",
+}
+MEMORY = {
+    "fresh": "Fresh memory: every large tensor gets pages from the system and gives them back",
+    "reused": "Reused memory: nothing is given back, so that pages are rarely touched for the first time",
+}
+
+
+class Found(NamedTuple):
+    """The newest results of each kind."""
+
+    cpus: list[Result]
+    gpus: list[Result]
+    steps: list[Result]
+    regimes: list[Result]  #: which kind of memory a training loop sees
+    studies: dict[str, list[dict[str, Any]]]  #: the runs of a study, by its name
+    modelled: list[tuple[model.Measured, float]]  #: kernels that a GPU has measured, and the µs that the model says
+
+    @property
+    def operators(self) -> list[Result]:
+        """Of the loss by itself: what a training loop sees first, the other kind of memory last."""
+        return [*self.gpus, *sorted(self.cpus, key=lambda cpu: cpu["memory"] != self.seen)]
+
+    @property
+    def seen(self) -> str | None:
+        """The kind of memory that training loops on a CPU see, if all that were looked at agree."""
+        seen = {regime["seen"] for regime in self.regimes}
+        return seen.pop() if len(seen) == 1 else None
+
+    @property
+    def headline(self) -> list[Result]:
+        """What a reader should see first: on a CPU only the kind of memory that a training loop sees, if known."""
+        return [r for r in self.operators if r["kind"] != "cpu" or self.seen in (None, r["memory"])]
+
+
+def found() -> Found:
+    return Found(
+        cpus=results.newest_cpu(),
+        gpus=results.newest_gpu(),
+        steps=results.newest_steps(),
+        regimes=results.newest_regimes(),
+        studies=results.studies(),
+        modelled=_modelled(),
+    )
+
+
+def _modelled() -> list[tuple[model.Measured, float]]:
+    """By the model of those kernels that were measured, which may have changed since."""
+    if not model.MEASURED.exists():
+        return []
+    then = json.loads(model.MEASURED.read_text())
+    measured = model.measured(then["commits"])
+    return [(row, model.predict(then["launches"][row.launch], model.H200).us) for row in measured]
+
+
+def drawn(found: Found) -> dict[str, Any]:
+    """The figures that there are numbers for, by the names of their files."""
+    figures = {
+        "speed-ups.png": pictures.speed_ups(found.operators),
+        "roofline.png": pictures.roofline(found.operators),
+        "scaling.png": pictures.scaling(found.headline),
+        "memory.png": pictures.memory(found.cpus),
+        "model.png": pictures.model([(row.launch, row.us, said) for row, said in found.modelled]),
+        "step.png": pictures.step(found.steps),
+    }
+    return {name: figure for name, figure in figures.items() if figure}
+
+
+CAPTIONS = {
+    "speed-ups.png": "Time of forward and backward over ours, the red line: longer bars are slower. The identity op "
+    "computes nothing: a formulation that is faster than it has better memory accesses, not less to do.",
+    "roofline.png": "How near each formulation comes to a copy: the bytes that any of them must move, over its time. "
+    "Small sizes are bound by the fixed cost of a call, large ones by memory.",
+    "scaling.png": "How the time grows with the number of images, channels and classes: flat where the fixed cost of a "
+    "call decides, proportional where memory does.",
+    "memory.png": "What each formulation holds beyond its inputs, over the gradient that every one of them must write; "
+    "and the bytes that its operators read and write, over the least possible.",
+    "model.png": "Time of each kernel on a GPU, and by the model that is fed by counts of its machine code.",
+    "step.png": "The trainer's step taken apart, the head in red.",
+}
+
+
+def blocks(found: Found) -> list[Block]:
+    """The whole document."""
+    shown = set(drawn(found))
+
+    def picture(name: str) -> list[Block]:
+        return [Picture(name, CAPTIONS[name])] if name in shown else []
+
+    return [
+        Heading(1, "Benchmark"),
+        *INTRODUCTION,
+        *_in_short(found),
+        *picture("speed-ups.png"),
+        Heading(2, "Goals"),
+        *_goals(found),
+        Heading(2, "From overhead to bandwidth"),
+        *picture("roofline.png"),
+        *(picture("scaling.png") or [NO_CURVES]),
+        Heading(2, "Memory and bytes"),
+        *picture("memory.png"),
+        *_regime(found),
+        Heading(2, "On a CPU"),
+        *([CPU] if found.cpus else [NO_CPU]),
+        *_each(_cpu_section, found.cpus),
+        Heading(2, "On a GPU"),
+        *([GPU] if found.gpus else [NO_GPU]),
+        *_each(_gpu_section, found.gpus),
+        *_model(found.modelled, picture("model.png")),
+        Heading(2, "A whole training step"),
+        *([STEP, *picture("step.png"), *_steps(found.steps)] if found.steps else [NO_STEP]),
+        *_studies(found.studies),
+        Heading(2, "Repeat it"),
+        *REPEAT,
+    ]
+
+
+def _each(section: Callable[[Result], list[Block]], found: Sequence[Result]) -> list[Block]:
+    return [block for result in found for block in section(result)]
+
+
+INTRODUCTION: tuple[Block, ...] = (
+    "A network is trained on images and their mirror images so that its class activation maps agree, with more weight "
+    "on rare classes. All that this costs happens in the classification head, on the last features of the network. "
+    "This library computes that head, forward and backward, reading the features once and writing their gradient once. "
+    "Here it is compared with the same loss written in PyTorch.",
+    "Generated by `python -m bench report` from the files in `bench/results`; edits are overwritten.",
+)
+
+
+def _in_short(found: Found) -> list[Block]:
+    boxes = []
+    for result in found.headline:
+        dtype = goals.judged_dtype(result)
+        for name, spoken in SPOKEN.items():
+            boxes.append((speed(result, name), f"as fast as {spoken} ({pictures.where(result)}, {dtype})"))
+    judged = _all_goals(found)
+    if judged:
+        met = sum(goal["met"] for _, goal in judged)
+        boxes.append((f"{met} of {len(judged)}", "goals are met, by the table below"))
+    return [
+        Figures(boxes),
+        "A case is one size of the head's input: N images and their N twins, C channels, the memory layout and the "
+        "dtype, all with 7 × 7 maps and 7 classes unless its name says otherwise. **Plain eager** is the loss as "
+        "people write it in PyTorch, **best eager** the same loss with the features multiplied only once, **compiled** "
+        "means under `torch.compile`, **released** is the formulation of the programs published with the papers, and "
+        "the **identity op** sums the features and writes a constant gradient: the same reads and writes, no "
+        "computation.",
+        "Every contender's loss and gradients were first shown to equal float64: one that is wrong has no row. Times "
+        "are medians of interleaved rounds, forward and backward with a fresh gradient.",
+    ]
+
+
+def speed(result: Result, contender: str) -> str:
+    """The range of our speed-ups over the cases of the dtype that the goals judge."""
+    of_all = goals.of(goals.judged_dtype(result), goals.speed_up(contender))(result).values()
+    known = [figure for figure in of_all if figure is not None]
+    if not known:
+        return "(not measured)"
+    low, high = (f"{f:.1f}" if f < 9.95 else f"{f:.0f}" for f in (min(known), max(known)))
+    return f"{low}×" if low == high else f"{low}–{high}×"
+
+
+def _all_goals(found: Found) -> list[tuple[str, dict[str, Any]]]:
+    """Every goal, where it was judged; where nothing was measured, once."""
+    judged: list[tuple[str, dict[str, Any]]] = []
+    seen: set[goals.Goal] = set()
+    for program, measured in (("op", [*found.cpus, *found.gpus]), ("step", found.steps)):
+        for result in measured:
+            where = pictures.where(result)
+            if program == "step":
+                where = f"{result['config']['backbone']['name']}, {where}"
+            applying = goals.applying(program, result)
+            judged += [(where, goal.judge(result)) for goal in applying]
+            seen.update(applying)
+    devices = {
+        "cuda": "a GPU",
+        "cpu": "a CPU",
+        "cpu fresh": "a CPU, fresh memory",
+        "cpu reused": "a CPU, reused memory",
+    }
+    nothing: Result = {"rows": [], "bfloat16_over_float32": {}}
+    judged += [(devices[goal.device], goal.judge(nothing)) for goal in goals.GOALS if goal not in seen]
+    return judged + [("counted without a GPU", goal) for goal in _budget()]
+
+
+def _budget() -> list[dict[str, Any]]:
+    """What the compiled GPU kernels issue, as goals."""
+    if not budget.GOLDEN.exists():
+        return []
+    rows = [row for row in budget.rows(json.loads(budget.GOLDEN.read_text())) if row.judged]
+    worst = min((row.bytes_per_instruction for row in rows), default=None)
+    return [
+        {
+            "goal": "bytes of features per warp instruction, forward and backward", "sense": "at least",
+            "bound": bound, "unit": "", "met": worst is not None and worst >= bound,
+            "cases": {row.name: row.bytes_per_instruction for row in rows},
+        }
+        for bound in (budget.BYTES, budget.BETTER)
+    ]  # fmt: skip
+
+
+def _goals(found: Found) -> list[Block]:
+    judged = [(goal["goal"], where, *_verdict(goal)) for where, goal in _all_goals(found)]
+    verdicts = [verdict.strip("*") for *_, verdict in judged]
+    total = ", ".join(f"{verdicts.count(v)} {v}" for v in ("met", "not met", "open") if v in verdicts)
+    return [
+        f"Judged by the worst case: {total}. A goal is open where nothing was measured, or only some of its cases and "
+        "all of these meet it.",
+        Table(["goal", "where", "bound", "worst case", "verdict"], [list(line) for line in judged]),
+    ]
+
+
+def _verdict(goal: dict[str, Any]) -> tuple[str, str, str]:
+    """Of a judged goal: its bound, the worst figure with the cases that it is of, and the verdict."""
+    known = [figure for figure in goal["cases"].values() if figure is not None]
+    bound, figure, verdict = f"{goal['sense']} {goal['bound']:g}{goal['unit']}", "-", "open"
+    if known:
+        worst = max(known) if goal["sense"] == "at most" else min(known)
+        figure = f"{worst:.2f}{goal['unit']}"
+        beyond = worst > goal["bound"] if goal["sense"] == "at most" else worst < goal["bound"]
+        verdict = "**not met**" if beyond else "open"
+        if len(known) < len(goal["cases"]):
+            figure += f" ({len(known)} of {len(goal['cases'])} cases)"
+    return bound, figure, "met" if goal["met"] else verdict
+
+
+def _regime(found: Found) -> list[Block]:
+    text = [MEMORY_ON_A_CPU]
+    for regime in found.regimes:
+        config, faults = regime["config"], regime["faults"]
+        text.append(
+            f"Found by training {config['backbone']['name']} at {config['image_size']} pixels in batches of "
+            f"{config['batch_size']} ({regime['device']}, {_origin(regime)}): in a step, the head touches "
+            f"{faults['none']:,} pages for the first time; with malloc set to fresh memory {faults['fresh']:,}, to "
+            f"reused memory {faults['reused']:,}. So a training loop sees **{regime['seen']} memory**."
+        )
+    return list(text)
+
+
+MEMORY_ON_A_CPU = (
+    "A tensor of a megabyte or more may get pages that the system has just cleared, or pages that an earlier tensor "
+    "has given back. The first costs more than the loss itself: each page must be cleared and mapped before it is "
+    "written, for every contender alike. Left to itself, glibc switches from the first to the second as tensors are "
+    "freed, so the benchmark fixes malloc's rules in one of two ways and shows both, the one that a training loop sees "
+    "first."
+)
+NO_CURVES = (
+    "How the time grows with N, C and L is not measured yet in enough sizes: `python -m bench op --set curves` does it."
+)
+CPU = (
+    'Milliseconds, call by call; the time relative to ours is in brackets; "-" is a contender that was refused or '
+    "could not be timed. A virtual machine that hands idle memory back to its host makes fresh pages, huge ones above "
+    "all, expensive after a pause of a second: rows with slow neighbours show it. The goal on bfloat16 is judged by "
+    "ours in both dtypes taking turns."
+)
+NO_CPU = "No result is committed yet; `python -m bench op` measures."
+GPU = (
+    "Microseconds per call of a CUDA graph that holds 20 calls or more, over inputs and gradients rotated beyond three "
+    'times the L2 cache. "Ours" is the backend that the library chooses.'
+)
+NO_GPU = (
+    "The kernels, tests and benchmarks for GPUs are not yet run on a GPU. `python -m bench gpu-check PART --out DIR` "
+    "runs them in three parts of at most 9 minutes: `right` (every operation, the tests, the doctor), `fast` (this "
+    "table, the duration of each kernel, better tiles) and `deep` (sanitizers, the profiler's counters, a training "
+    "step)."
+)
+STEP = (
+    "The trainer's step on uint8 images in memory, with its head and with other formulations of it; and a step as the "
+    "authors' programs take it: JPEG files decoded and transformed on the CPU whenever they are used, a forward pass "
+    "for each view, the whole product of features and weight."
+)
+NO_STEP = "No result is committed yet; `python -m bench step` measures."
+REPEAT: tuple[Block, ...] = (
+    "On a quiet machine; each command writes a file into `bench/results`, and the last one this page.",
+    Code(
+        "python -m bench op                     # the loss, fresh memory\n"
+        "python -m bench op --memory reused     # the same where pages are reused\n"
+        "python -m bench op --device cuda       # on a GPU\n"
+        "python -m bench memory                 # which memory a training loop sees\n"
+        "python -m bench step                   # a whole training step\n"
+        "python -m bench compare A B            # what got slower between two results\n"
+        "python -m bench report                 # this page, its pictures and the line in the README"
+    ),
+)
+
+
+def _cpu_section(result: Result) -> list[Block]:
+    where = (
+        f"{result['device']} ({result['capability']}), {result['threads']} threads, torch {result['torch']}, "
+        f"{_origin(result)}, {_copy(result)}."
+    )
+    return [Heading(3, MEMORY[result["memory"]]), where, _times(result, 1.0), _every_figure(result)]
+
+
+def _gpu_section(result: Result) -> list[Block]:
+    where = (
+        f"Driver {result['driver']}, CUDA {result['cuda']}, torch {result['torch']}, Triton {result['triton']}, "
+        f"{_origin(result)}, {_copy(result)}."
+    )
+    names, measured = result["left_out"], len(goals.by_case(result))
+    summary = f"Left out for want of time: {len(names)} of {len(names) + measured} cases"
+    left_out = [Table(["case"], [[name] for name in names], folded=summary)] if names else []
+    return [
+        Heading(3, result["device"]),
+        where,
+        _times(result, 1e3),
+        "Ours launched from Python call by call (µs), the host's part of it, launches, memory beyond the inputs, and "
+        "the bytes that must move (the features of both views read, their gradient written) over the time in the "
+        "graph.",
+        _launched(result),
+        _every_figure(result),
+        *left_out,
+    ]
+
+
+def _model(modelled: list[tuple[model.Measured, float]], picture: list[Block]) -> list[Block]:
+    """The GPU model beside the measurement."""
+    if not modelled:
+        return []
+    ratios = [said / row.us for row, said in modelled]
+    lines = [
+        [row.launch, row.device, row.commit, f"{row.us:.1f}", f"{said:.1f}", f"{said / row.us:.2f}×"]
+        for row, said in modelled
+    ]
+    return [
+        Heading(3, "The model of a GPU beside the measurement"),
+        "Most development happens without a GPU, by a model of how long the kernels take ([what it is](gpu-model.md)). "
+        f"It says {min(ratios):.2f} to {max(ratios):.2f} times what was measured, each kernel as it was then.",
+        *picture,
+        Table(["kernel", "GPU", "commit", "measured, µs", "model, µs", "model over measured"], lines,
+              folded=f"All {len(lines)} kernels"),
+    ]  # fmt: skip
+
+
+def _steps(steps: Sequence[Result]) -> list[Block]:
+    """A row for each backbone and step."""
+    lines, notes = [], []
+    for step in steps:
+        config, ours = step["config"], step["rows"][0]["ms"][1]
+        name, whole = config["backbone"]["name"], sum(step["parts_ms"].values())
+        lines += [
+            [f"{name}, {r['contender']}", f"{r['ms'][1]:.2f} ({r['ms'][1] / ours:.2f}×)", f"{r['images_per_s']:.1f}"]
+            for r in step["rows"]
+        ]
+        parts = ", ".join(f"{part} {ms / whole:.1%}" for part, ms in step["parts_ms"].items())
+        notes.append(
+            f"{name} on {step['device']}: {config['image_size']} pixels, N = {config['batch_size']} and as many twins, "
+            f"autocast {config['compute']['amp']}, {step['threads']} threads, torch {step['torch']}, {_origin(step)}. "
+            f"The trainer's step taken apart: {parts}."
+        )
+    return [Table(["step", "ms (over ours)", "images/s"], lines), *notes]
+
+
+def _studies(studies: dict[str, list[dict[str, Any]]]) -> list[Block]:
+    """The tables of the studies whose runs are stored; the trainer's own program makes them."""
+    if not studies:
+        return []
+    from trainer.study import grid, table
+
+    found: list[Block] = []
+    for name, records in studies.items():
+        study = grid.read(name)
+        whole = table.of(study, records)
+        if whole.lines:
+            header, *lines = table.cells(whole)
+            notes = "; ".join(table.footnotes(whole))
+            found += [
+                Heading(3, study.title),
+                Table(["method", *header[1:]], lines),
+                notes[:1].upper() + notes[1:] + ".",
+            ]
+    what = (
+        "What the methods reach, from the runs that are stored. `python -m trainer study NAME` repeats one "
+        "([what the studies are](studies.md)); few runs make wide intervals, and synthetic faces say nothing about "
+        "real ones."
+    )
+    return [Heading(2, "What training with it reaches"), what, *found] if found else []
+
+
+def _origin(result: Result) -> str:
+    commit = (result["commit"] or "unknown")[:9] + (" with local changes" if result["dirty"] else "")
+    return f"{result['date'][:10]}, commit {commit}"
+
+
+def _copy(result: Result) -> str:
+    copy = result["copy_gb_per_s"]
+    return "copy bandwidth not measured" if copy is None else f"copy bandwidth {copy:.4g} GB/s"
+
+
+def _times(result: Result, scale: float) -> Table:
+    """A row for each case; "-" is a contender that was refused or could not be timed."""
+    cases = goals.by_case(result)
+    columns = [*(name for name in BACKENDS if any(name in rows for rows in cases.values())), *CONTENDERS]
+    lines = []
+    for case, rows in cases.items():
+        ours, *others = (goals.median_ms(rows.get(name)) for name in ("ours", *columns))
+        served = result.get("served_by", {}).get(case)
+        first = "-" if ours is None else f"{scale * ours:.2f}" + (f" ({served})" if served else "")
+        lines.append([case, first, *(_time(scale, ms, ours) for ms in others)])
+    return Table(["case", "ours", *columns], lines)
+
+
+def _time(scale: float, ms: float | None, ours: float | None) -> str:
+    if ms is None:
+        return "-"
+    return f"{scale * ms:.2f}" + (f" ({ms / ours:.2f}×)" if ours else "")
+
+
+def _launched(result: Result) -> Table:
+    lines = []
+    for row in (row for row in result["rows"] if row["contender"] == "ours"):
+        call = f"{1e3 * row['eager']['both'][1]:.1f}"
+        lines.append([row["case"], call, *_cells(row, ("host µs", "launches", "MB", "GB/s", "of copy"))])
+    return Table(["case", "call by call", "host", "launches", "MB", "GB/s", "share of copy"], lines)
+
+
+#: Of a row: the key, a factor and a format.
+FIGURES: dict[str, tuple[str, float, str]] = {
+    "× identity": ("ratio_to_identity", 1, ".2f"),
+    "GB/s": ("gb_per_s", 1, ".0f"),
+    "of copy": ("share_of_copy", 1, ".0%"),
+    "bytes/floor": ("bytes_over_floor", 1, ".2f"),
+    "MB": ("peak_extra_bytes", 1e-6, ".1f"),
+    "host µs": ("host_ms", 1e3, ".1f"),
+    "launches": ("launches", 1, "d"),
+    "error": ("error", 1, ".1e"),
+}
+
+
+def _cells(row: dict[str, Any], names: Sequence[str]) -> list[str]:
+    found = []
+    for name in names:
+        key, scale, style = FIGURES[name]
+        value = row.get(key)
+        found.append("-" if value is None else format(value * scale, style))
+    return found
+
+
+def _every_figure(result: Result) -> Table:
+    """Each row's figures; the error of plain eager in the same dtype beside its own."""
+    scale, unit = (1.0, "ms") if result["kind"] == "cpu" else (1e3, "µs")
+    lines = []
+    for case, rows in goals.by_case(result).items():
+        eager = _cells(rows.get("plain eager", {}), ("error",))
+        for name, row in rows.items():
+            phases = [row.get(phase) for phase in ("forward", "backward", "both")]
+            times = [f"{scale * times[1]:.2f}" if times else "-" for times in phases]
+            lines.append([case, name, *times, *_cells(row, list(FIGURES)), *eager])
+    header = ["case", "contender", *(f"{phase}, {unit}" for phase in ("forward", "backward", "both")), *FIGURES]
+    return Table([*header, "error of plain eager"], lines, folded=f"Every figure of all {len(lines)} rows")
