@@ -254,9 +254,13 @@ def test_a_mean_teacher_chooses_small_losses_and_grows_its_demands(features, epo
     assert losses["classification"].item() == pytest.approx(classification, rel=1e-5)
     assert losses["consistency"].item() == pytest.approx(consistency, rel=1e-4)
     assert losses["loss"].item() == pytest.approx(classification + grown * 3 * consistency, rel=1e-5)
-    before = method.teacher["head"].weight.clone()
-    method.after_step(None)
-    torch.testing.assert_close(method.teacher["head"].weight, 0.75 * before + 0.25 * method.head.weight.detach())
+    for decay in (1 / 2, 2 / 3, 3 / 4, 3 / 4, 3 / 4):  # of the steps 1, 2, ...
+        before = method.teacher["head"].weight.clone()
+        method.after_step(None)
+        expected = decay * before + (1 - decay) * method.head.weight.detach()
+        torch.testing.assert_close(method.teacher["head"].weight, expected)
+        with torch.no_grad():
+            method.head.weight.add_(0.1)
     torch.testing.assert_close(
         method(features).double(),
         torch.tensor(classified(features, method.teacher["backbone"].model, method.teacher["head"])).double(),

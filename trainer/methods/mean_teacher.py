@@ -1,7 +1,9 @@
 """A mean teacher that chooses images of small loss: a stand-in for the progressive teacher (PT), which has no program.
 
-The teacher's weights are the moving average of the student's. The student learns from the images whose loss is small to
-the teacher, and to predict of an image what the teacher predicts of its twin. The teacher classifies.
+The teacher's weights are the moving average of the student's, which looks back less far in the first steps (Tarvainen &
+Valpola, 2017: a decay of min(1 - 1 / (t + 1), decay) in step t), or a short run would be over before the teacher has
+forgotten its random weights. The student learns from the images whose loss is small to the teacher, and to predict of
+an image what the teacher predicts of its twin. The teacher classifies.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ class Options(MethodOptions):
 
 class MeanTeacher(Method):
     capturable = False
+    steps: Tensor
 
     def __init__(self, backbone, task: Task, options: Options) -> None:
         n = len(task.counts)
@@ -41,6 +44,7 @@ class MeanTeacher(Method):
         super().__init__(backbone, head)
         self.teacher = nn.ModuleDict({"backbone": copy.deepcopy(backbone), "head": copy.deepcopy(head)})
         self.teacher.requires_grad_(False).eval()
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.options = options
 
     def train(self, mode: bool = True) -> MeanTeacher:
@@ -73,8 +77,10 @@ class MeanTeacher(Method):
             **dict(self.backbone.named_parameters(prefix="backbone")),
             **dict(self.head.named_parameters("head")),
         }
+        self.steps += 1
+        share = (1 / (self.steps + 1)).clamp(min=1 - self.options.decay)
         for name, parameter in self.teacher.named_parameters():
-            parameter.lerp_(student[name], 1 - self.options.decay)
+            parameter.lerp_(student[name], share)
         buffers = {**dict(self.backbone.named_buffers(prefix="backbone")), **dict(self.head.named_buffers("head"))}
         for name, buffer in self.teacher.named_buffers():
             buffer.copy_(buffers[name])
