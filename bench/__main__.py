@@ -1,7 +1,9 @@
 """Measure the head's loss against other ways to compute it, and write docs/benchmark.md.
 
+    python -m bench all                        every measurement of a CPU and the report; --list prints the commands
     python -m bench op                         every case, into bench/results/; taskset picks the cores
     python -m bench op --memory reused         the same where no page is fresh
+    python -m bench op --set curves            along N, C and L; --set all: other maps, classes, dtypes, operations too
     python -m bench op --cases C512 --seconds 5 --out DIR
     python -m bench op --device cuda           the GPU's cases, in CUDA graphs and call by call
     python -m bench memory                     which of the two a training loop sees, by its page faults
@@ -28,7 +30,9 @@ Not measured: bytes moved by compiled contenders, and on a GPU by any.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -54,6 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
     op.add_argument(
         "--cases", default="", metavar="SUBSTRING", help="those whose name contains it, as in N32-C512-nchw"
     )
+    op.add_argument("--set", choices=("short", "curves", "all"), default="short", help="of cases; see bench/cases.py")
+    op.add_argument("--more", action="store_true", help="max-autotune and a gradient in the forward, too")
     op.add_argument("--seconds", type=float, default=20.0, help="of timing for each case")
     op.add_argument("--memory", choices=memory.RULES, default="fresh", help="of a CPU; see python -m bench --help")
     op.add_argument("--limit", type=float, default=3600.0, help="seconds in all; later cases are left out")
@@ -104,13 +110,15 @@ def main(arguments: list[str] | None = None) -> int:
     budget.add_argument("--only", default="", metavar="SUBSTRING", help="rows whose name contains it")
     model = commands.add_parser("model", help="write and print docs/gpu-model.md, times predicted for a GPU")
     model.add_argument("--check", action="store_true", help="fail if it differs, write nothing")
+    whole = commands.add_parser("all", help="every measurement of a CPU, one after the other, then the report")
+    whole.add_argument("--list", action="store_true", help="only print the commands")
     scale = commands.add_parser("scale", help="write docs/scale.md, a plan for several GPUs")
     scale.add_argument("--check", action="store_true", help="fail if it differs, write nothing")
     options = parser.parse_args(arguments)
     command_of = {
         "op": _op, "memory": _memory, "step": _step, "methods": _methods, "gpu-check": _gpu_check, "tune": _tune,
         "budget": _budget, "model": _model, "report": _report, "scale": _scale,
-        "compare": _compare,
+        "compare": _compare, "all": _all,
     }  # fmt: skip
     try:
         return command_of[options.command](options)
@@ -132,12 +140,15 @@ def _op(options: argparse.Namespace) -> int:
     from . import goals, op
     from .cases import REHEARSED
 
-    cases = REHEARSED if options.rehearse else _cases(options.device, options.cases)
+    cases = REHEARSED if options.rehearse else _cases(options.device, options.cases, options.set)
     if kind == "cpu" and not options.allow_load:
         _refuse_load(op.FOREIGN_LIMIT)
     rules = options.memory if kind == "cpu" else None
     clock, out = _clock(kind), options.out
-    result, path = op.run(cases, options.seconds, options.limit, out, kind=kind, clock=clock, memory=rules)
+    result, path = op.run(
+        cases, options.seconds, options.limit, out, kind=kind, clock=clock, memory=rules, of=options.set,
+        contenders=functools.partial(op.contenders, more=options.more),
+    )  # fmt: skip
     print(*map(goals.summary, result["goals"]), path, sep="\n")
     disturbed = kind == "cpu" and not result["quiet"]
     return int(bool(result["rejected"] or result["errors"] or disturbed))
@@ -195,6 +206,27 @@ def _memory(options: argparse.Namespace) -> int:
     return 0
 
 
+#: Every measurement of a CPU that the report shows.
+ALL = (
+    "op", "op --memory reused", "memory", "op --memory reused --set curves --more --seconds 5",
+    "op --memory reused --set all --more --seconds 5 --limit 7200",
+    "step --backbone resnet18 --image-size 112 --batch-size 16",
+    "step --backbone mobilenetv1_100 --image-size 112 --batch-size 16", "report",
+)  # fmt: skip
+
+
+def _all(options: argparse.Namespace) -> int:
+    """Goes on after a command that fails, as others may not; the worst exit status."""
+    worst = 0
+    for command in ALL:
+        print(f"python -m bench {command}", flush=True)
+        if not options.list:
+            worst = max(
+                worst, subprocess.run([sys.executable, "-m", "bench", *command.split()], check=False).returncode
+            )
+    return worst
+
+
 def _gpu_check(options: argparse.Namespace) -> int:
     from .verify import gpu_check
 
@@ -250,10 +282,10 @@ def _compare(options: argparse.Namespace) -> int:
         raise Refused(str(error)) from None
 
 
-def _cases(device: str, substring: str) -> list[Case]:
-    from .cases import CASES
+def _cases(device: str, substring: str, of: str = "short") -> list[Case]:
+    from .cases import SETS
 
-    cases = [case for case in CASES if case.device == device and substring in case.name]
+    cases = [case for case in SETS[of](device) if substring in case.name]
     if not cases:
         raise Refused(f"no case of {device!r} has {substring!r} in its name")
     return cases

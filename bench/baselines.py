@@ -1,36 +1,56 @@
-"""The same loss in the ways people write it, each from only the formulas, and the proof that it is the same.
+"""The operations in the ways people write them, each from only the formulas.
 
-A formulation takes a :class:`bench.cases.Problem` and returns the loss of Eq. 6 (p = 2, horizontal flip,
-both views, detached CAM weight). The exception is ``identity``, which reads and writes what any of them must and
-computes nothing: the practical floor.
+A formulation takes a :class:`bench.cases.Problem` and returns the result of its operation: the loss of Eq. 6 (p = 2,
+horizontal flip, both views; the CAM weight detached or not), the consistency, the maps, the cross-entropy, views. The
+exception is ``identity``, which reads and writes what any of them must and computes nothing: the practical floor.
 """
 
 from __future__ import annotations
 
 import functools
-import math
+import importlib.util
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rebalfer_kernels as rk
 from rebalfer_kernels.backend import BACKENDS
 
-from .cases import Problem
-from .results import reason
+from .cases import Case, Problem
 
 Formulation = Callable[[Problem], Tensor]
 
-#: Largest relative L2 error of the loss or a gradient. A 16-bit formulation rounds its maps and logits.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+#: Of the views that are timed; without noise, whose random numbers take most of the time.
+AUGMENT = rk.Augment(flip=0.5, crop_scale=(0.8, 1.0), brightness=0.2, contrast=0.2, erase_probability=0.5)
+#: Largest product of the released formulation, 2N x L x C x H x W: a larger one is left out.
+LARGEST_BYTES = {"cpu": 2**31, "cuda": 2**34}
 
 
 def ours(x: Problem, backend: str | None = None) -> Tensor:
     """The library's head, on the backend it chooses or the one that is named."""
     return rk.rebalanced_head_loss(*x[:4], backend=backend, **x.options()).loss
+
+
+def our_consistency(x: Problem, backend: str | None = None) -> Tensor:
+    return rk.attention_consistency(x.features, x.weight, x.map_weights, backend=backend)
+
+
+def our_maps(x: Problem, backend: str | None = None) -> Tensor:
+    return rk.class_activation_maps(x.features, x.weight, backend=backend)
+
+
+def our_cross_entropy(x: Problem, backend: str | None = None) -> Tensor:
+    return rk.rebalanced_cross_entropy(x.features, x.targets, x.target_table, backend=backend)
+
+
+def our_views(x: Problem, backend: str | None = None) -> Tensor:
+    return rk.paired_views(
+        x.features, x.targets, out_size=x.side, mean=0.5, std=0.5, seed=0, epoch=1, augment=AUGMENT, dtype=x.dtype,
+        backend=backend,
+    )  # fmt: skip
 
 
 class _Identity(torch.autograd.Function):
@@ -49,25 +69,56 @@ def identity(x: Problem) -> Tensor:
     return _Identity.apply(x.features)
 
 
+def identity_of_views(x: Problem) -> Tensor:
+    """Writes the pair, eight times the bytes of the images that it does not even read."""
+    size = (2 * len(x.targets), 3, x.side, x.side)
+    return torch.full(size, 1.0, dtype=x.dtype, device=x.features.device)
+
+
+def maps_by_einsum(x: Problem) -> Tensor:
+    """What people write."""
+    return torch.einsum("lc,mchw->mlhw", x.cam_weight(), x.features)
+
+
+def maps_by_layout(x: Problem) -> Tensor:
+    """One product in the order that the features are stored in."""
+    if x.features.is_contiguous():
+        flat = x.features.flatten(2)
+        return torch.bmm(x.cam_weight().expand(len(flat), -1, -1), flat).unflatten(2, x.features.shape[2:])
+    return F.linear(x.features.permute(0, 2, 3, 1), x.cam_weight()).permute(0, 3, 1, 2)
+
+
+def maps_released(x: Problem) -> Tensor:
+    """The whole 2N x L x C x H x W product, then its sum."""
+    return (x.features.unsqueeze(1) * x.cam_weight()[None, :, :, None, None]).sum(2)
+
+
+def maps_by_torch_cam(x: Problem) -> Tensor:
+    """By the package torch-cam: an extractor on the last layer of a network, class by class."""
+    from torchcam.methods import CAM
+
+    network = nn.Sequential(nn.Identity(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(*x.weight.shape[::-1]))
+    network[3].weight = nn.Parameter(x.weight)
+    with CAM(network, "0", "3") as extractor, torch.no_grad():
+        network[0](x.features)
+        return torch.stack([extractor(i, normalized=False)[0] for i in range(len(x.weight))], 1)
+
+
 def plain_eager(x: Problem) -> Tensor:
     """GAP and FC for the logits, an einsum for the maps: what people write."""
     logits = F.linear(x.features.mean((2, 3)), x.weight, x.bias)
-    maps = torch.einsum("lc,mchw->mlhw", x.weight.detach(), x.features)
-    cams, twin_cams = maps.chunk(2)
+    cams, twin_cams = maps_by_einsum(x).chunk(2)
     return _loss(x, logits, cams, twin_cams.flip(-1))
 
 
 def best_eager(x: Problem) -> Tensor:
     """The features are multiplied once: z = mean(A) + b, and (W - W.detach()) P is zero with the gradient of W P."""
-    cam_weight = x.weight.detach()
-    if x.features.is_contiguous():
-        flat = x.features.flatten(2)
-        maps = torch.bmm(cam_weight.expand(len(flat), -1, -1), flat).unflatten(2, x.features.shape[2:])
-    else:
-        maps = F.linear(x.features.permute(0, 2, 3, 1), cam_weight).permute(0, 3, 1, 2)
-    with torch.no_grad():
-        pooled = x.features.mean((2, 3))
-    logits = maps.mean((2, 3)) + F.linear(pooled, x.weight - cam_weight) + x.bias
+    maps = maps_by_layout(x)
+    logits = maps.mean((2, 3)) + x.bias
+    if x.op != "undetached":
+        with torch.no_grad():
+            pooled = x.features.mean((2, 3))
+        logits = logits + F.linear(pooled, x.weight - x.cam_weight())
     cams, twin_cams = maps.chunk(2)
     return _loss(x, logits, cams, twin_cams.flip(-1))
 
@@ -75,12 +126,14 @@ def best_eager(x: Problem) -> Tensor:
 def released(x: Problem) -> Tensor:
     """As in the programs released with the papers: the 2N x L x C x H x W product, GAP, FC, a sampled flip."""
     logits = F.linear(F.adaptive_avg_pool2d(x.features, 1).flatten(1), x.weight, x.bias)
-    maps = (x.features.unsqueeze(1) * x.weight.detach()[None, :, :, None, None]).sum(2)
-    cams, twin_cams = maps.chunk(2)
-    height, width = cams.shape[2:]
-    grid = _flip_grid(height, width, cams.dtype, cams.device).expand(len(cams), -1, -1, -1)
-    twin_cams = F.grid_sample(twin_cams, grid, mode="bilinear", padding_mode="border", align_corners=True)
-    return _loss(x, logits, cams, twin_cams)
+    cams, twin_cams = maps_released(x).chunk(2)
+    return _loss(x, logits, cams, _sampled_flip(twin_cams))
+
+
+def _sampled_flip(maps: Tensor) -> Tensor:
+    height, width = maps.shape[2:]
+    grid = _flip_grid(height, width, maps.dtype, maps.device).expand(len(maps), -1, -1, -1)
+    return F.grid_sample(maps, grid, mode="bilinear", padding_mode="border", align_corners=True)
 
 
 @functools.cache
@@ -94,10 +147,58 @@ def _loss(x: Problem, logits: Tensor, cams: Tensor, untransformed_twin_cams: Ten
     soft = x.target_table[x.targets]
     image, twin = logits.to(soft.dtype).chunk(2)
     classification = F.cross_entropy(image, soft) + F.cross_entropy(twin, soft)
-    S = cams - untransformed_twin_cams
-    return classification + x.consistency_weight * (x.map_weights[:, None, None] * S).square().mean()
+    return classification + x.consistency_weight * _consistency(x, cams, untransformed_twin_cams)
 
 
+def _consistency(x: Problem, cams: Tensor, untransformed_twin_cams: Tensor) -> Tensor:
+    return (x.map_weights[:, None, None] * (cams - untransformed_twin_cams)).square().mean()
+
+
+def plain_consistency(x: Problem) -> Tensor:
+    cams, twin_cams = maps_by_einsum(x).chunk(2)
+    return _consistency(x, cams, twin_cams.flip(-1))
+
+
+def best_consistency(x: Problem) -> Tensor:
+    cams, twin_cams = maps_by_layout(x).chunk(2)
+    return _consistency(x, cams, twin_cams.flip(-1))
+
+
+def released_consistency(x: Problem) -> Tensor:
+    cams, twin_cams = maps_released(x).chunk(2)
+    return _consistency(x, cams, _sampled_flip(twin_cams))
+
+
+def plain_cross_entropy(x: Problem) -> Tensor:
+    soft = x.target_table[x.targets]
+    return F.cross_entropy(x.features.to(soft.dtype), soft)
+
+
+def plain_views(x: Problem) -> Tensor:
+    """The library's reference, plain PyTorch: no other program draws the same random numbers."""
+    return our_views(x, backend="reference")
+
+
+class _GradientInForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, weight: Tensor, bias: Tensor, x: Problem) -> Tensor:
+        leaves = [t.detach().requires_grad_() for t in (features, weight, bias)]
+        with torch.enable_grad():
+            loss = ours(x._replace(features=leaves[0], weight=leaves[1], bias=leaves[2]))
+        ctx.save_for_backward(*torch.autograd.grad(loss, leaves))
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor) -> Any:
+        return *(d_loss.to(gradient.dtype) * gradient for gradient in ctx.saved_tensors), None
+
+
+def gradient_in_forward(x: Problem) -> Tensor:
+    """Ours, with the gradient computed in the forward, stored, and scaled in the backward: what storing it costs."""
+    return _GradientInForward.apply(*x[:3], x)
+
+
+#: The loss by itself, as the goals judge it.
 FORMULATIONS: dict[str, Formulation] = {
     "ours": ours,
     "identity": identity,
@@ -105,15 +206,51 @@ FORMULATIONS: dict[str, Formulation] = {
     "best eager": best_eager,
     "released": released,
 }
+#: Every operation's, by its word in a case's name.
+OPERATIONS: dict[str, dict[str, Formulation]] = {
+    "head": FORMULATIONS,
+    "undetached": FORMULATIONS,
+    "consistency": {
+        "ours": our_consistency,
+        "identity": identity,
+        "plain eager": plain_consistency,
+        "best eager": best_consistency,
+        "released": released_consistency,
+    },
+    "maps": {
+        "ours": our_maps,
+        "identity": identity,
+        "plain eager": maps_by_einsum,
+        "best eager": maps_by_layout,
+        "released": maps_released,
+    },
+    "cross_entropy": {"ours": our_cross_entropy, "identity": identity, "plain eager": plain_cross_entropy},
+    "views": {"ours": our_views, "identity": identity_of_views, "plain eager": plain_views},
+}
+if importlib.util.find_spec("torchcam"):
+    OPERATIONS["maps"]["torch-cam"] = maps_by_torch_cam
+#: Which are timed under torch.compile too.
+COMPILED = ("plain eager", "best eager")
 
 
-def contenders() -> dict[str, Formulation]:
-    """Every formulation, and plain and best eager under torch.compile (which compiles at the first call)."""
+def contenders(case: Case, more: bool = False) -> dict[str, Formulation]:
+    """The operation's formulations, eager and under torch.compile, which compiles at the first call.
+
+    ``more`` adds those that take long to compile or that nobody uses: max-autotune, and the gradient in the forward.
+    """
     torch.compiler.reset()  # or the sizes of earlier cases make it compile for sizes in general
-    compiled = {
-        f"{name}, compiled": torch.compile(FORMULATIONS[name], fullgraph=True) for name in ("plain eager", "best eager")
-    }
-    return {**FORMULATIONS, **compiled}
+    known = dict(OPERATIONS[case.op])
+    if 2 * case.N * case.L * case.C * case.side**2 * case.dtype.itemsize > LARGEST_BYTES[case.device]:
+        known.pop("released", None)
+    compiled = {} if case.op == "views" else {name: known[name] for name in COMPILED if name in known}
+    known |= {f"{name}, compiled": torch.compile(f, fullgraph=True) for name, f in compiled.items()}
+    if more:
+        # Without CUDA graphs of its own, which cannot be captured in the ones that are timed.
+        mode = "max-autotune-no-cudagraphs"
+        known |= {f"{n}, max-autotune": torch.compile(f, fullgraph=True, mode=mode) for n, f in compiled.items()}
+        if case.op in ("head", "undetached"):
+            known["gradient in forward"] = gradient_in_forward
+    return known
 
 
 def fused_backends(device: str) -> list[str]:
@@ -121,48 +258,7 @@ def fused_backends(device: str) -> list[str]:
     return [backend.name for backend in BACKENDS.values() if backend.fused and device in backend.devices()]
 
 
-def on_each_backend(names: Iterable[str]) -> dict[str, Formulation]:
-    """The library's head on each of these that is available, by its name."""
-    return {name: functools.partial(ours, backend=name) for name in names if BACKENDS[name].available().ok}
-
-
-def truth(name: str, problem: Problem) -> list[Tensor | None]:
-    """Loss and gradients to features, weight and bias, in float64, from the library's reference."""
-    exact = problem.double()
-    if name == "identity":
-        return [exact.features.detach().sum(), torch.ones_like(exact.features), None, None]
-    loss = rk.reference.rebalanced_head_loss(*exact[:4], **exact.options()).loss
-    return [loss.detach(), *torch.autograd.grad(loss, exact[:3])]
-
-
-def prove(problem: Problem, formulations: dict[str, Formulation]) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """The errors, by name, of those whose loss and gradients are float64's, and what is wrong with the others."""
-    errors, refused = {}, []
-    expected = functools.cache(lambda name: truth(name, problem))
-    for name, formulation in formulations.items():
-        exact = expected("identity" if name == "identity" else "head")
-        error, why = math.inf, None
-        try:
-            error = worst_error(formulation, problem, exact)
-        except Exception as failure:  # it cannot be compiled here, say; the others can still be measured
-            why = reason(failure)
-        if error <= TOLERANCE[problem.features.dtype]:
-            errors[name] = error
-        else:
-            refused.append({"contender": name, "error": error if math.isfinite(error) else None, "reason": why})
-            print(f"  {name}: refused, {why or f'relative error {error:.2g}'}", flush=True)
-    return errors, refused
-
-
-def worst_error(formulation: Formulation, problem: Problem, expected: list[Tensor | None]) -> float:
-    """The largest relative L2 error of the loss and the gradients; infinite for a missing, surplus or NaN one."""
-    loss = formulation(problem)
-    got = [loss.detach(), *torch.autograd.grad(loss, problem[:3], allow_unused=True)]
-    return max(relative_error(g, e) for g, e in zip(got, expected, strict=True))
-
-
-def relative_error(got: Tensor | None, expected: Tensor | None) -> float:
-    if got is None or expected is None:
-        return 0.0 if got is expected else math.inf
-    error = ((got.double() - expected).norm() / expected.norm()).item()
-    return error if math.isfinite(error) else math.inf
+def on_each_backend(names: Iterable[str], op: str = "head") -> dict[str, Formulation]:
+    """The library's operation on each of these that is available, by its name."""
+    mine: Callable[..., Tensor] = OPERATIONS[op]["ours"]
+    return {name: functools.partial(mine, backend=name) for name in names if BACKENDS[name].available().ok}

@@ -36,6 +36,16 @@ def _ratio(numerator: str, denominator: str, phase: str = "both") -> Callable[[R
     return ratio
 
 
+def fixed_cost(phase: str) -> Callable[[Rows], float | None]:
+    """Our time over the identity op's, launched from Python one call after the other."""
+
+    def ratio(rows: Rows) -> float | None:
+        ours, identity = (rows.get(name, {}).get("eager", {}).get(phase) for name in ("ours", "identity"))
+        return ours[1] / identity[1] if ours and identity and identity[1] else None
+
+    return ratio
+
+
 def field(key: str, contender: str = "ours") -> Callable[[Rows], float | None]:
     return lambda rows: rows.get(contender, {}).get(key)
 
@@ -131,6 +141,10 @@ GOALS = (
          of("bfloat16", time_over("identity"), "large and wide")),
     Goal("op", "cuda", "share of the copy bandwidth, large and wide", "at least", 0.9, "",
          of("bfloat16", field("share_of_copy"), "large and wide")),
+    Goal("op", "cuda", "fixed cost of a forward against the identity op", "at most", 2.5, "×",
+         of("bfloat16", fixed_cost("forward"), "fixed cost")),
+    Goal("op", "cuda", "fixed cost of a backward against the identity op", "at most", 1.3, "×",
+         of("bfloat16", fixed_cost("backward"), "fixed cost")),
     Goal("op", "cuda", "speed-up over plain eager, compiled", "at least", 3.0, "×", of("bfloat16", speed_up(PLAIN))),
     Goal("op", "cuda", "speed-up over best eager, compiled, large", "at least", 1.5, "×",
          of("bfloat16", speed_up(BEST), "large")),

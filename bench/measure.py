@@ -58,7 +58,10 @@ def quartiles(samples: Sequence[float]) -> list[float]:
 
 
 def phases_ms(clock: Clock, runs: Mapping[str, Callable[[Mark], object]], seconds: float) -> dict[str, dict[str, Any]]:
-    """Quartiles of forward, backward and both, in ms, and the number of rounds; runs mark where backward begins."""
+    """Quartiles of forward, backward and both, in ms, and the number of rounds; runs mark where backward begins.
+
+    What has no backward takes its end there: some nanoseconds.
+    """
     timed = interleave({name: functools.partial(clock.intervals_ms, run) for name, run in runs.items()}, seconds)
     figures: dict[str, dict[str, Any]] = {}
     for name, samples in timed.items():
@@ -68,11 +71,17 @@ def phases_ms(clock: Clock, runs: Mapping[str, Callable[[Mark], object]], second
     return figures
 
 
-def once(formulation: Formulation, problem: Problem, mark: Mark = lambda: None) -> None:
-    """Forward and backward with fresh gradients that are dropped at once; ``mark`` is called between the two."""
-    loss = formulation(problem)
+def once(
+    formulation: Formulation, problem: Problem, mark: Mark = lambda: None, leaves: tuple[Tensor, ...] | None = None
+) -> None:
+    """Forward and backward with fresh gradients that are dropped at once; ``mark`` is called between the two.
+
+    ``leaves`` are the problem's, found before where that would be timed.
+    """
+    result = formulation(problem)
     mark()
-    torch.autograd.grad(loss, problem[:3], allow_unused=True)
+    if leaves := problem.leaves if leaves is None else leaves:
+        torch.autograd.grad(result, leaves, problem.seed, allow_unused=True)
 
 
 class Rotation:
@@ -82,22 +91,26 @@ class Rotation:
         self.formulation, self.problems = formulation, problems
         self.kept: list[object] = [None] * len(problems)
         self.turns = itertools.cycle(range(len(problems)))
-        self.seed = torch.ones_like(formulation(problems[0]).detach())
+        self.leaves = [problem.leaves for problem in problems]
+        result = formulation(problems[0]).detach()
+        self.seed = torch.ones_like(result) if problems[0].seed is None else problems[0].seed.to(result.dtype)
 
     def forward(self) -> Tensor:
-        """The loss with all that it saves for a backward."""
+        """The result with all that it saves for a backward."""
         i = next(self.turns)
         self.kept[i] = None
-        self.kept[i] = loss = self.formulation(self.problems[i])
-        return loss
+        self.kept[i] = result = self.formulation(self.problems[i])
+        return result
 
     def both(self, mark: Mark = lambda: None) -> None:
-        """Loss and gradients, by a seed gradient made before; ``mark`` is called between the two."""
+        """Result and gradients, by a seed gradient made before; ``mark`` is called between the two."""
         i = next(self.turns)
         self.kept[i] = None
-        loss = self.formulation(self.problems[i])
+        result = self.formulation(self.problems[i])
         mark()
-        self.kept[i] = torch.autograd.grad(loss, self.problems[i][:3], self.seed, allow_unused=True)
+        self.kept[i] = result
+        if self.leaves[i]:
+            self.kept[i] = torch.autograd.grad(result, self.leaves[i], self.seed, allow_unused=True)
 
     def clear(self) -> None:
         self.kept = [None] * len(self.problems)

@@ -1,8 +1,9 @@
 """The head's loss by itself: prove every contender, time those that passed, judge the goals, write one JSON file.
 
-A CPU's row holds ms of ``forward``, ``backward`` and ``both``, call by call. In a GPU's row ``forward`` and ``both``
-are ms per call of a CUDA graph of at least 20 over rotated buffers; ``eager`` is between events around calls launched
-one by one from Python, so at small sizes it is the host's time.
+A CPU's row holds ms of ``forward``, ``backward`` and ``both``, call by call, and as ``host_ms`` what the same call
+costs with next to nothing to compute. In a GPU's row ``forward`` and ``both`` are ms per call of a CUDA graph of at
+least 20 over rotated buffers; ``eager`` is between events around calls launched one by one from Python, so at small
+sizes it is the host's time, of which ``host_ms`` is that for a launch.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from typing import Any
 
 import torch
 
-import rebalfer_kernels as rk
+from rebalfer_kernels import dispatch
 from rebalfer_kernels.backend import BACKENDS
 from rebalfer_kernels.doctor.environment import copy_gb_per_s
 
-from . import baselines, goals, measure, results, sm_clock
+from . import baselines, goals, measure, proof, results, sm_clock
 from .baselines import Formulation
 from .cases import Case, Problem, problem, rotated
 from .clocks import Clock
@@ -31,6 +32,8 @@ from .measure import LoadMeter, Rotation
 
 #: Cores that others may keep busy before a time is no longer worth reporting.
 FOREIGN_LIMIT = 0.1
+#: Of timing the fixed cost of a call, for each case of a CPU.
+FIXED_SECONDS = 1.0
 #: Calls captured in one graph, at least.
 REPETITIONS = 20
 #: Calls under the profiler for the durations of kernels, and the share of a GPU's time that is kept for them.
@@ -40,20 +43,22 @@ Row = dict[str, Any]
 Say = Callable[[str, str, str], None]
 
 
-def contenders(kind: str, chosen: Sequence[str] | None = None) -> dict[str, Formulation]:
+def contenders(
+    kind: str, case: Case, chosen: Sequence[str] | None = None, more: bool = False
+) -> dict[str, Formulation]:
     """Every formulation, both eager ones compiled too, and on a GPU ours on each backend available there.
 
-    Or those that are ``chosen``: nothing of the others is then run.
+    Or those that are ``chosen``: nothing of the others is then run. ``more``: as in baselines.
 
     Raises:
         ValueError: one of those is not known, or is a backend that is not available.
     """
-    known = baselines.FORMULATIONS  # in a rehearsal, where compiling would be most of it
+    known = baselines.OPERATIONS[case.op]  # in a rehearsal, where compiling would be most of it
     if kind != "rehearsal":
-        known = baselines.contenders()
+        known = baselines.contenders(case, more)
     if kind == "cuda":
         backends = [name for name in baselines.fused_backends("cuda") if chosen is None or name in chosen]
-        known = {**known, **baselines.on_each_backend(backends)}
+        known = {**known, **baselines.on_each_backend(backends, case.op)}
     if chosen is None:
         return known
     if unknown := [name for name in chosen if name not in known]:
@@ -71,9 +76,10 @@ def run(
     *,
     kind: str,
     clock: Clock,
-    contenders: Callable[[str], dict[str, Formulation]] = contenders,
+    contenders: Callable[[str, Case], dict[str, Formulation]] = contenders,
     memory: str | None = None,
     chosen: Sequence[str] | None = None,
+    of: str = "short",
     resume: bool = False,
     say: Say = lambda case, state, text: None,
 ) -> tuple[dict[str, Any], Path]:
@@ -81,14 +87,14 @@ def run(
 
     The file is written after every case. A case that fails is recorded and the next one tried; one that would not
     end in time, by the longest so far, is left out and named. ``kind`` is "cpu", "cuda" or "rehearsal", a GPU's
-    program on a CPU; ``memory`` says how malloc was set when the process began and is only written down, as are the
-    contenders that were ``chosen``. ``resume`` adds to the file of an earlier process of the same run. ``say`` hears
-    of each case that it has "begun", then that it has "passed" or "failed", and why; or that it is "not run" for want
-    of time.
+    program on a CPU. Only written down: ``memory``, how malloc was set when the process began; ``chosen``, the
+    contenders; ``of``, the set of cases. ``resume`` adds to the file of an earlier process of the same run. ``say``
+    hears of each case that it has "begun", then that it has "passed" or "failed", and why; or that it is "not run" for
+    want of time.
     """
     end, longest = time.monotonic() + limit, 0.0
     last = end if kind == "cpu" else end - KERNELS_SHARE * limit  # to begin a case
-    found = {**results.environment(kind), "memory": memory, "chosen": chosen}
+    found = {**results.environment(kind), "memory": memory, "chosen": chosen, "set": of}
     path = directory / results.file_name("op", found)
     result = _earlier(path) if resume and path.exists() else _begin(found, cases[0].device, clock)
     proven: dict[Case, dict[str, Formulation]] = {}
@@ -102,7 +108,7 @@ def run(
         say(case.name, "begun", "")
         failure = ""
         try:
-            proven[case] = _add(result, case, contenders(kind), seconds, clock)
+            proven[case] = _add(result, case, contenders(kind, case), seconds, clock)
             clock.wait()  # what a refused contender did to the device shows here, if not before
             failure = _shortcomings(result, case)
         except Exception as error:
@@ -165,11 +171,10 @@ def _add(
     result: dict[str, Any], case: Case, contenders: dict[str, Formulation], seconds: float, clock: Clock
 ) -> dict[str, Formulation]:
     """Measure one case into the result; the contenders that passed."""
-    one = problem(case._replace(N=1))  # the batch size never changes the choice
-    result["served_by"][case.name] = rk.explain(one.features, one.weight, one.targets).backend
+    result["served_by"][case.name] = served_by(problem(case._replace(N=1)))  # the batch size never changes the choice
     clock.release()
     data = problem(case)
-    errors, refused = baselines.prove(data, contenders)
+    errors, refused = proof.prove(data, contenders)
     result["rejected"] += [{"case": case.name, **r} for r in refused]
     passed = {name: contenders[name] for name in errors}
     timed = call_by_call if result["kind"] == "cpu" else in_graphs
@@ -183,6 +188,15 @@ def _add(
     _compare(rows, case, result["copy_gb_per_s"])
     result["rows"] += rows
     return passed
+
+
+def served_by(x: Problem) -> str:
+    """The backend that the library chooses."""
+    if x.op == "cross_entropy":
+        return dispatch.choose(dispatch.request_of_rows(x.features), None)
+    if x.op == "views":
+        return dispatch.choose(dispatch.request_of_views(x.features, x.dtype), None)
+    return dispatch.choose(dispatch.request("cam" if x.op == "maps" else "head", x.features, x.weight), None)
 
 
 def _shortcomings(result: dict[str, Any], case: Case) -> str:
@@ -207,22 +221,35 @@ def _compare(rows: list[Row], case: Case, copy: float | None) -> None:
 
 def call_by_call(case: Case, data: Problem, passed: dict[str, Formulation], seconds: float, clock: Clock) -> list[Row]:
     """A row for each contender on a CPU: [lower quartile, median, upper quartile] in ms of each phase, and bytes."""
-    runs = {name: functools.partial(measure.once, formulation, data) for name, formulation in passed.items()}
+    runs = _runs(passed, data)
+    tiny = {name: f for name, f in passed.items() if not is_compiled(name)}  # or it would compile for sizes in general
+    fixed = measure.phases_ms(clock, _runs(tiny, problem(case.smallest)), min(seconds, FIXED_SECONDS))
     rows = []
     for name, times in measure.phases_ms(clock, runs, seconds).items():
-        moved = None if name.endswith("compiled") else measure.bytes_moved(passed[name], data)
+        moved = None if is_compiled(name) else measure.bytes_moved(passed[name], data)
+        if not data.leaves:
+            times["backward"] = None
         rows.append(
             {
                 "case": case.name,
                 "group": case.group,
                 "contender": name,
                 **times,
+                "host_ms": fixed[name]["both"][1] if name in fixed else None,
                 "bytes_moved": moved,
                 "bytes_over_floor": None if moved is None else moved / case.floor_bytes,
                 "peak_extra_bytes": clock.peak_bytes(runs[name]),
             }
         )
     return rows
+
+
+def is_compiled(name: str) -> bool:
+    return name.endswith(("compiled", "max-autotune"))
+
+
+def _runs(formulations: dict[str, Formulation], data: Problem) -> dict[str, Callable[..., None]]:
+    return {n: functools.partial(measure.once, f, data, leaves=data.leaves) for n, f in formulations.items()}
 
 
 def in_graphs(case: Case, data: Problem, passed: dict[str, Formulation], seconds: float, clock: Clock) -> list[Row]:
@@ -291,8 +318,8 @@ def bfloat16_over_float32(cases: Sequence[Case], seconds: float, clock: Clock) -
     ratios = {}
     for case in cases:
         half = case._replace(dtype=torch.bfloat16)
-        if case.dtype == torch.float32 and half in cases:
-            runs = {c.name: functools.partial(measure.once, baselines.ours, problem(c)) for c in (case, half)}
+        if case.dtype == torch.float32 and half in cases and case.name.endswith("float32"):
+            runs = {c.name: _runs({"": baselines.ours}, problem(c))[""] for c in (case, half)}
             times = measure.phases_ms(clock, runs, seconds)
             ratios[case.name] = times[half.name]["both"][1] / times[case.name]["both"][1]
     return ratios

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from rebalfer_kernels.backend import BACKENDS
 
 from . import budget, goals, model, pictures, results
+from .cases import Case
 from .document import Block, Code, Figures, Heading, Picture, Table
 
 Result = dict[str, Any]
@@ -34,6 +35,7 @@ class Found(NamedTuple):
     steps: list[Result]
     regimes: list[Result]  #: which kind of memory a training loop sees
     studies: dict[str, list[dict[str, Any]]]  #: the runs of a study, by its name
+    more: list[Result]  #: of the loss at more sizes, and of other operations
     modelled: list[tuple[model.Measured, float]]  #: kernels that a GPU has measured, and the µs that the model says
 
     @property
@@ -60,6 +62,7 @@ def found() -> Found:
         steps=results.newest_steps(),
         regimes=results.newest_regimes(),
         studies=results.studies(),
+        more=results.newest_more(),
         modelled=_modelled(),
     )
 
@@ -78,7 +81,7 @@ def drawn(found: Found) -> dict[str, Any]:
     figures = {
         "speed-ups.png": pictures.speed_ups(found.operators),
         "roofline.png": pictures.roofline(found.operators),
-        "scaling.png": pictures.scaling(found.headline),
+        "scaling.png": pictures.scaling([*found.more, *found.headline]),
         "memory.png": pictures.memory(found.cpus),
         "model.png": pictures.model([(row.launch, row.us, said) for row, said in found.modelled]),
         "step.png": pictures.step(found.steps),
@@ -126,6 +129,8 @@ def blocks(found: Found) -> list[Block]:
         Heading(2, "On a GPU"),
         *([GPU] if found.gpus else [NO_GPU]),
         *_each(_gpu_section, found.gpus),
+        *([Heading(2, "Other sizes and operations"), MORE] if found.more else []),
+        *_each(_more_section, found.more),
         *_model(found.modelled, picture("model.png")),
         Heading(2, "A whole training step"),
         *([STEP, *picture("step.png"), *_steps(found.steps)] if found.steps else [NO_STEP]),
@@ -285,6 +290,11 @@ NO_GPU = (
     "table, the duration of each kernel, better tiles) and `deep` (sanitizers, the profiler's counters, a training "
     "step)."
 )
+MORE = (
+    "Milliseconds on a CPU, microseconds on a GPU. **undetached** is the loss with the gradient of the weight through "
+    "the maps, **consistency** that part of the loss by itself, **maps** the class activation maps without a gradient, "
+    "**cross_entropy** that of rows of logits, **views** both views of a batch, made from uint8 images."
+)
 STEP = (
     "The trainer's step on uint8 images in memory, with its head and with other formulations of it; and a step as the "
     "authors' programs take it: JPEG files decoded and transformed on the CPU whenever they are used, a forward pass "
@@ -294,8 +304,10 @@ NO_STEP = "No result is committed yet; `python -m bench step` measures."
 REPEAT: tuple[Block, ...] = (
     "On a quiet machine; each command writes a file into `bench/results`, and the last one this page.",
     Code(
+        "python -m bench all                    # all of the following, in this order\n"
         "python -m bench op                     # the loss, fresh memory\n"
         "python -m bench op --memory reused     # the same where pages are reused\n"
+        "python -m bench op --set curves        # how time grows; --set all: other sizes and operations\n"
         "python -m bench op --device cuda       # on a GPU\n"
         "python -m bench memory                 # which memory a training loop sees\n"
         "python -m bench step                   # a whole training step\n"
@@ -332,6 +344,22 @@ def _gpu_section(result: Result) -> list[Block]:
         _every_figure(result),
         *left_out,
     ]
+
+
+def _more_section(result: Result) -> list[Block]:
+    """A table for each operation."""
+    cases: dict[str, goals.Rows] = {}
+    found: list[Block] = [
+        Heading(3, f"{pictures.where(result)}: {result['set']}"),
+        f"{_origin(result)}, {_copy(result)}.",
+    ]
+    for case in goals.by_case(result):
+        cases.setdefault(Case.named(case).op, {})[case] = {}
+    for op, names in cases.items():
+        rows = [row for row in result["rows"] if row["case"] in names]
+        times = _times({**result, "rows": rows}, 1.0 if result["kind"] == "cpu" else 1e3)
+        found.append(times._replace(folded=f"{op}: {len(names)} cases"))
+    return [*found, _every_figure(result)]
 
 
 def _model(modelled: list[tuple[model.Measured, float]], picture: list[Block]) -> list[Block]:

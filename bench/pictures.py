@@ -119,16 +119,20 @@ def roofline(results: Sequence[Result]) -> Figure | None:
 
 
 def scaling(results: Sequence[Result]) -> Figure | None:
-    """Time against N, C and L, where at least three sizes of a line were measured."""
+    """Time against N, C and L, where three sizes of a line were measured; by the first result of a place that has "
+    "one."""
     names = ("ours", *SHOWN)
-    panels = [(result, axis, lines) for result in results for axis, lines in curves.of(result, names).items()]
+    panels: dict[tuple[str, str], curves.Line] = {}
+    for result in results:
+        for axis, line in curves.of(result, names).items():
+            panels.setdefault((where(result), axis), line)
     if not panels:
         return None
     figure, axes = _panels(len(panels), 3.2)
-    for ax, (result, axis, line) in zip(axes, panels, strict=True):
+    for ax, ((place, axis), line) in zip(axes, panels.items(), strict=True):
         for name, points in line.times.items():
             ax.plot(*zip(*points, strict=True), "o-", color=COLOURS[name], markersize=4, linewidth=1.5)
-        ax.set(title=f"{where(result)}\n{line.fixed}", xlabel=curves.AXES[axis], ylabel="ms")
+        ax.set(title=f"{place}\n{line.fixed}", xlabel=curves.AXES[axis], ylabel="ms")
         _log(ax, "x")
         _log(ax, "y")
     _legend(figure, names)

@@ -81,13 +81,21 @@ def reason_of(refusal: dict[str, Any]) -> str:
 
 
 def file_name(program: str, result: dict[str, Any]) -> str:
-    """A file for each kind, device and, on a CPU, memory; where only some contenders were chosen, for the first.
+    """A file for each kind, device, on a CPU memory, and set of cases; of some chosen contenders, for the first.
 
     >>> file_name("op", {"kind": "cuda", "device": "NVIDIA H200 (SXM)", "chosen": ["triton", "identity"]})
     'op-cuda-nvidia-h200-sxm-triton.json'
     """
     chosen = result.get("chosen") or [""]
-    words = (program, result["kind"], result["device"], result.get("memory") or "", chosen[0])
+    of = result.get("set", "short")
+    words = (
+        program,
+        result["kind"],
+        result["device"],
+        result.get("memory") or "",
+        "" if of == "short" else of,
+        chosen[0],
+    )
     return re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower()).strip("-") + ".json"
 
 
@@ -102,14 +110,26 @@ def write(result: dict[str, Any], path: Path) -> Path:
 
 def newest_cpu(directory: Path = RESULTS) -> list[dict[str, Any]]:
     """For each kind of memory the latest result that nothing disturbed."""
-    latest = {r["memory"]: r for r in _read(directory, "op", "cpu") if r["quiet"]}
+    latest = {r["memory"]: r for r in _read(directory, "op", "cpu") if r["quiet"] and _is_short(r)}
     return [latest[memory] for memory in sorted(latest)]
+
+
+def newest_more(directory: Path = RESULTS) -> list[dict[str, Any]]:
+    """For each device, kind of memory and longer set of cases the latest result that nothing disturbed."""
+    found = [*_read(directory, "op", "cpu"), *_read(directory, "op", "cuda")]
+    latest = {(r["device"], r["memory"] or "", r["set"]): r for r in found if r["quiet"] and not _is_short(r)}
+    return [latest[key] for key in sorted(latest)]
+
+
+def _is_short(result: dict[str, Any]) -> bool:
+    """Of the cases that the goals judge."""
+    return result.get("set", "short") == "short"
 
 
 def newest_gpu(directory: Path = RESULTS) -> list[dict[str, Any]]:
     """For each GPU the latest result of the loss, of several runs if its contenders were measured apart."""
     runs: dict[str, list[dict[str, Any]]] = {}
-    for result in _read(directory, "op", "cuda"):
+    for result in filter(_is_short, _read(directory, "op", "cuda")):
         runs.setdefault(result["device"], []).append(result)
     return [merged(of_one) for of_one in runs.values()]
 

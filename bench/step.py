@@ -24,7 +24,7 @@ from trainer.data import Split
 from trainer.data.batches import Batch, Source
 from trainer.data.synthetic import TRAIN_COUNTS
 
-from . import authors, baselines, goals, results
+from . import authors, baselines, goals, proof, results
 from .baselines import Formulation
 from .cases import Problem
 from .clocks import Clock, Mark
@@ -141,7 +141,7 @@ def prove(training: Training) -> tuple[dict[str, Loss], dict[str, float], list[d
         features = method.backbone(batch.pair())
     others = {name: in_features_dtype(f) for name, f in CONTENDERS.items()}
     formulations = {"ours": lambda x: method.loss_of(x.features, x.targets).loss, **others}
-    errors, refused = baselines.prove(training.problem(features.requires_grad_(), batch.labels), formulations)
+    errors, refused = proof.prove(training.problem(features.requires_grad_(), batch.labels), formulations)
     losses = {"ours": training.ours, **{name: training.with_head(f) for name, f in others.items()}}
     return {name: losses[name] for name in errors}, errors, refused
 

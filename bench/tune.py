@@ -20,7 +20,7 @@ import torch
 from rebalfer_kernels.triton import tiles as triton_tiles
 from rebalfer_kernels.triton.tiles import Row
 
-from . import baselines
+from . import baselines, proof
 from .cases import Case, problem, rotated
 from .clocks import Clock
 from .measure import Rotation, replay_ms
@@ -103,7 +103,7 @@ def main(case: Case, clock: Clock, end: float = math.inf) -> str:
         with first(row):
             try:
                 pairs = zip(results(), expected, strict=True)
-                close = all(baselines.relative_error(a, b.double()) < 1e-2 for a, b in pairs)
+                close = all(proof.relative_error(a, b.double()) < 1e-2 for a, b in pairs)
                 rotation = Rotation(loss, rotated(tensors, clock.l2_bytes()))
                 run = rotation.forward if kind == "forward" else rotation.both
                 replay = clock.capture(run, REPETITIONS)

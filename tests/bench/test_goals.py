@@ -47,6 +47,8 @@ def test_a_gpus_goals_are_judged_on_their_own_cases():
     assert _figures(gpu([*GPU_ROWS, *rows(PAPER, "paper's batch", launches=1, cuda=10.0)])) == {
         "time against the identity op, large and wide": (1.1111, False),
         "share of the copy bandwidth, large and wide": (0.91, True),
+        "fixed cost of a forward against the identity op": (None, False),
+        "fixed cost of a backward against the identity op": (None, False),
         "speed-up over plain eager, compiled": (round(320 / 110, 4), False),
         "speed-up over best eager, compiled, large": (1.6, True),
         "speed-up over best eager, compiled, the paper's batch": (2.9, False),
@@ -54,6 +56,12 @@ def test_a_gpus_goals_are_judged_on_their_own_cases():
         "the paper's batch in a CUDA graph": (10.0, True),
         "nodes of the paper's batch in a CUDA graph, CUDA kernels": (1, True),  # of ours, by Triton, 2
     }
+    smallest = rows("N1-C16-nchw-bfloat16", "fixed cost", ours=1.0, identity=1.0)
+    for row, (forward, backward) in zip(smallest, ((50.0, 39.0), (20.0, 30.0)), strict=True):
+        row["eager"] = {"forward": [0.0, forward, 0.0], "backward": [0.0, backward, 0.0]}
+    fixed = _figures(gpu([*GPU_ROWS, *smallest]))
+    assert fixed["fixed cost of a forward against the identity op"] == (2.5, True)
+    assert fixed["fixed cost of a backward against the identity op"] == (1.3, True)
     narrow = rows("N512-C512-nchw-bfloat16", "large", share=0.5, ours=10.0, identity=5.0, best=15.9)
     judged_of_all = _figures(gpu([*GPU_ROWS, *narrow]))
     assert judged_of_all["share of the copy bandwidth, large and wide"] == (0.91, True)

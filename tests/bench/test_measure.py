@@ -2,13 +2,12 @@
 
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 from support.benchmark import FakeClock
 
-from bench import baselines, measure
+from bench import baselines, measure, proof
 from bench.cases import Case, problem, rotated
 
 TINY = Case(2, 8, "channels_last", torch.float32)
@@ -84,12 +83,12 @@ def test_a_rotation_takes_turns_and_keeps_results_until_their_turn():
     for _ in range(4):
         rotation.both(lambda: marks.append(len(seen)))
     assert seen == [0, 0, 1, 2, 0] and marks == [2, 3, 4, 5]
-    expected = baselines.truth("head", data)[1:]
+    expected = proof.truth("ours", data)[1:]
     for kept in rotation.kept:
         for got, exact in zip(kept, expected, strict=True):
             assert (got - exact).norm() < 1e-5 * exact.norm()
     assert len({kept[0].data_ptr() for kept in rotation.kept}) == 3
-    assert rotation.forward().item() == pytest.approx(baselines.truth("head", data)[0].item(), rel=1e-5)
+    assert rotation.forward().item() == pytest.approx(proof.truth("ours", data)[0].item(), rel=1e-5)
     assert rotation.kept[1] is not None and rotation.kept[1].requires_grad
     rotation.clear()
     assert rotation.kept == [None] * 3
@@ -112,11 +111,13 @@ def test_graph_times_are_per_call_and_a_failed_capture_is_reported():
     assert len(calls) >= 5
 
 
-def test_times_have_phases_and_the_host_is_timed_unwaited():
+def test_times_have_phases_and_the_host_is_timed_unwaited(monkeypatch):
     clock = FakeClock()
     rotation = measure.Rotation(baselines.plain_eager, rotated(problem(TINY), 1))
     timed = measure.phases_ms(clock, {"plain": rotation.both}, 0.0)["plain"]
     assert timed == {"rounds": measure.MINIMUM, "forward": [1.0] * 3, "backward": [2.0] * 3, "both": [3.0] * 3}
     assert clock.waits == 0
-    assert measure.host_ms(clock, lambda: time.sleep(2e-3), calls=5, rounds=3) == pytest.approx(2, rel=0.9)
+    now = iter([0.0, 0.010, 1.0, 1.015, 2.0, 2.090])  # 2, 3 and 18 ms a call
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(now))
+    assert measure.host_ms(clock, lambda: None, calls=5, rounds=3) == pytest.approx(3)
     assert clock.waits == 4

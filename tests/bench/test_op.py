@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import types
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from support import child
 from support.benchmark import FakeClock
 
 import rebalfer_kernels as rk
+from bench import __main__ as command_line
 from bench import baselines, measure, op, results
-from bench.cases import CASES, Case, problem
+from bench.cases import CASES, DTYPES, LAYOUTS, SETS, Case, problem
 from bench.clocks import Launch, WallClock
 from rebalfer_kernels.backend import Verdict
 
@@ -33,6 +35,76 @@ def test_the_gpus_cases_are_those_of_the_design():
     assert growing == {32, 64, 256, 512, 1024, 4096}
 
 
+def _has(cases, **wanted):
+    return any(all(getattr(case, key) == value for key, value in wanted.items()) for case in cases)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_all_cases_are_those_that_people_have(device):
+    cases = SETS["all"](device)
+    assert len(set(cases)) == len(cases) and all(Case.named(case.name, device) == case for case in cases)
+    for C, layouts in ((512, LAYOUTS), (768, LAYOUTS[1:]), (1024, LAYOUTS), (2048, LAYOUTS)):
+        for layout, dtype in itertools.product(layouts, DTYPES):
+            assert _has(cases, C=C, layout=layout, dtype=dtype, side=7, L=7)
+    wanted = [{"side": side} for side in (4, 7, 14)] + [{"L": L} for L in (7, 8, 11, 100, 1000)]
+    wanted += [{"N": N} for N in (32, 64, 128, 256, 512, 1024, 2048, 4096)]
+    wanted += [{"op": op} for op in baselines.OPERATIONS]
+    assert [w for w in wanted if not _has(cases, **w)] == []
+    assert set(SETS["curves"](device)) <= set(cases) and len(SETS["short"](device)) < len(cases) / 3
+
+
+def test_the_floor_of_each_operation():
+    case = Case(4, 64, "nchw", torch.bfloat16, side=5, L=3)
+    features = 2 * 4 * 64 * 25 * 2
+    assert {op: case._replace(op=op).floor_bytes for op in baselines.OPERATIONS} == {
+        "head": 2 * features, "undetached": 2 * features, "consistency": 2 * features,
+        "maps": features + 2 * 4 * 3 * 25 * 4, "cross_entropy": 2 * 4 * 3 * 2,
+        "views": 4 * 64 * 25 + features,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", baselines.OPERATIONS)
+def test_every_operation_is_measured(name, monkeypatch, tmp_path):
+    monkeypatch.setattr(baselines, "contenders", lambda case, more: baselines.OPERATIONS[case.op])
+    monkeypatch.setattr(op, "copy_gb_per_s", lambda device: 10.0)
+    monkeypatch.setattr(results, "environment", lambda kind: {"kind": kind, "device": "EPYC"})
+    size = (3, 3, "channels_last") if name == "views" else (3, 20, "nchw")
+    case = Case(*size, torch.float32, op=name)
+    result, path = op.run([case], 0.0, 1000.0, tmp_path, kind="cpu", clock=WallClock(), memory="reused", of="all")
+    assert path.name == "op-cpu-epyc-reused-all.json" and result["rejected"] == result["errors"] == []
+    assert result["served_by"][case.name] in rk.backends()
+    assert [row["contender"] for row in result["rows"]] == list(baselines.OPERATIONS[name])
+    forward_only = name in ("maps", "views")
+    for row in result["rows"]:
+        assert (row["backward"] is None) == forward_only and row["both"][1] > 0 < row["host_ms"]
+    captured, _ = op.run([case], 0.0, 1000.0, tmp_path, kind="rehearsal", clock=FakeClock())
+    assert captured["errors"] == [] and all(row["both"] and row["errors"] == {} for row in captured["rows"])
+
+
+def test_longer_sets_of_cases_are_results_of_their_own(tmp_path):
+    for date, of in enumerate(("short", "curves", "all", "curves"), 2020):
+        result = {"kind": "cpu", "memory": "reused", "device": "E", "quiet": True, "date": str(date), "set": of}
+        (tmp_path / f"op-{date}.json").write_text(json.dumps(result))
+    (tmp_path / "op-x.json").write_text(json.dumps({**result, "date": "2030", "quiet": False}))
+    (tmp_path / "op-old.json").write_text(json.dumps({**result, "date": "2019", "memory": "fresh", "set": "short"}))
+    assert [r["date"] for r in results.newest_cpu(tmp_path)] == ["2019", "2020"]
+    assert [r["date"] for r in results.newest_more(tmp_path)] == ["2022", "2023"]
+
+
+def test_all_runs_every_measurement_and_the_report_even_if_one_fails(monkeypatch, capsys):
+    ran = []
+
+    def run(command, check):
+        ran.append(" ".join(command[3:]))
+        return types.SimpleNamespace(returncode=int("memory" in command))
+
+    monkeypatch.setattr(command_line.subprocess, "run", run)
+    assert command_line.main(["all", "--list"]) == 0 and ran == []
+    assert command_line.main(["all"]) == 1
+    assert ran[0] == "op" and ran[-1] == "report" and len(ran) == len(command_line.ALL)
+    assert all(words[:1] in (["op"], ["memory"], ["step"], ["report"]) for words in map(str.split, ran))
+
+
 def test_the_dtypes_take_turns_at_each_size_that_has_both(monkeypatch):
     turns = []
     monkeypatch.setattr(baselines, "ours", lambda x: turns.append(x.features.dtype) or baselines.plain_eager(x))
@@ -43,7 +115,7 @@ def test_the_dtypes_take_turns_at_each_size_that_has_both(monkeypatch):
 
 
 def test_a_cpus_run_writes_what_it_measured(monkeypatch, tmp_path):
-    monkeypatch.setattr(baselines, "contenders", lambda: baselines.FORMULATIONS)  # without the compiler
+    monkeypatch.setattr(baselines, "contenders", lambda case, more: baselines.FORMULATIONS)  # without the compiler
     monkeypatch.setattr(op, "copy_gb_per_s", lambda device: 10.0)
     case = Case(3, 20, "nchw", torch.float32)
     _, path = op.run([case], 0.0, 1000.0, tmp_path, kind="cpu", clock=WallClock(), memory="fresh")
@@ -66,7 +138,7 @@ def _half_the_loss(x):
 
 
 def _run(tmp_path, cases, limit=1000.0, clock=None, **more):
-    def contenders(kind):
+    def contenders(kind, case):
         assert kind == "rehearsal"
         return {**baselines.FORMULATIONS, "wrong": _half_the_loss}
 
@@ -151,9 +223,9 @@ def test_a_process_that_resumes_adds_to_what_the_one_before_it_left(tmp_path, mo
         return op.run(cases, 0.0, 1000.0, tmp_path, chosen=["ours", "identity"], **options)
 
     other = TINY._replace(C=9)
-    first, path = run(TINY, other, contenders=lambda kind: op.contenders(kind, ["ours", "identity"]))
+    first, path = run(TINY, other, contenders=lambda kind, case: op.contenders(kind, case, ["ours", "identity"]))
     monkeypatch.setattr(op, "copy_gb_per_s", _unusable)
-    second, again = run(TINY._replace(C=10), contenders=lambda kind: 1 / 0, resume=True)
+    second, again = run(TINY._replace(C=10), contenders=lambda kind, case: 1 / 0, resume=True)
     assert path == again and path.name.endswith("-ours.json")
     assert second["rows"] == json.loads(json.dumps(first["rows"])) and len(first["rows"]) == 4
     assert second["copy_gb_per_s"] == first["copy_gb_per_s"] and [e["case"] for e in second["errors"]] == [
@@ -167,17 +239,17 @@ def test_a_process_that_resumes_adds_to_what_the_one_before_it_left(tmp_path, mo
 
 
 def test_only_the_chosen_contenders_are_made(monkeypatch):
-    monkeypatch.setattr(baselines, "contenders", lambda: baselines.FORMULATIONS)
+    monkeypatch.setattr(baselines, "contenders", lambda case, more: baselines.FORMULATIONS)
     asked = []
     cuda = baselines.BACKENDS["cuda"]
     monkeypatch.setattr(cuda, "available", lambda: asked.append("cuda") or Verdict(True, ""))
     monkeypatch.setattr(
         baselines.BACKENDS["triton"], "available", lambda: asked.append("triton") or Verdict(False, "no")
     )
-    assert list(op.contenders("cuda", ["cuda", "identity"])) == ["cuda", "identity"] and asked == ["cuda"]
+    assert list(op.contenders("cuda", TINY, ["cuda", "identity"])) == ["cuda", "identity"] and asked == ["cuda"]
     with pytest.raises(ValueError, match="got triton is not available: no, expected some of ours"):
-        op.contenders("cuda", ["triton"])
-    assert list(op.contenders("cuda")) == [*baselines.FORMULATIONS, "cuda"]
+        op.contenders("cuda", TINY, ["triton"])
+    assert list(op.contenders("cuda", TINY)) == [*baselines.FORMULATIONS, "cuda"]
 
 
 def test_a_gpus_contenders_measured_apart_become_one_result(tmp_path):
@@ -206,7 +278,9 @@ def test_the_first_case_does_not_decide_how_long_the_others_take(tmp_path, monke
     monkeypatch.setattr(op.time, "monotonic", lambda: next(now))
     monkeypatch.setattr(op, "_add", lambda *a: {})
     cases = [TINY._replace(C=c) for c in (9, 10, 11)]
-    result, _ = op.run(cases, 0.0, 130.0, tmp_path, clock=FakeClock(), contenders=lambda kind: {}, kind="rehearsal")
+    result, _ = op.run(
+        cases, 0.0, 130.0, tmp_path, clock=FakeClock(), contenders=lambda kind, case: {}, kind="rehearsal"
+    )
     assert result["left_out"] == []
 
 

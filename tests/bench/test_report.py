@@ -45,8 +45,8 @@ COUNTED = {
 }  # fmt: skip
 
 
-def _found(cpus=(), gpus=(), steps=(), regimes=(), studies=None, modelled=()):
-    return Found(list(cpus), list(gpus), list(steps), list(regimes), studies or {}, list(modelled))
+def _found(cpus=(), gpus=(), steps=(), regimes=(), studies=None, more=(), modelled=()):
+    return Found(list(cpus), list(gpus), list(steps), list(regimes), studies or {}, list(more), list(modelled))
 
 
 def _text(found):
@@ -189,6 +189,14 @@ def test_a_studys_table_is_the_trainers():
 def settings():
     with pictures.settings():
         yield
+
+
+def test_other_sizes_and_operations_have_tables_of_their_own():
+    measured = [*rows("N1-C8-nchw-float32-14x14", ours=2000, plain=5000), *rows("N1-C8-nchw-float32-maps", ours=1000)]
+    text = _text(_found([CPU], more=[{**CPU, "set": "all", "memory": "reused", "rows": measured}]))
+    assert "### AMD EPYC, reused memory: all" in text and "<summary>maps: 1 cases</summary>" in text
+    assert "| N1-C8-nchw-float32-14x14 | 2.00 | - | 5.00 (2.50×) | - | - |" in text
+    assert "Other sizes" not in _text(_found([CPU]))
 
 
 def test_the_model_stands_beside_what_was_measured():
