@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import logging
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import torch
 
@@ -76,34 +77,13 @@ def _copy(path: Path, to: Path) -> None:
     os.replace(temporary, to)
 
 
-class _Hashed:
-    """What torch.save writes to, which keeps the checksum of what passes and the error that torch would hide."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.sha = file, hashlib.sha256()
-        self.error: OSError | None = None
-
-    def write(self, content: bytes) -> int:
-        self.sha.update(content)
-        try:
-            return self.file.write(content)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
 def save(path: Path, state: dict, keep: Path | None = None) -> None:
     """Atomically: the file of ``torch.save`` and then its checksum, which torch.load ignores; see :func:`replacing`."""
+    content = io.BytesIO()
+    torch.save(state, content)
     with replacing(path, keep) as file:
-        hashed = _Hashed(file)
-        try:
-            torch.save(state, cast(BinaryIO, hashed))
-        except RuntimeError as error:
-            raise (hashed.error or error) from error
-        file.write(MARK + hashed.sha.hexdigest().encode())
+        file.write(content.getbuffer())
+        file.write(_tail(content.getbuffer()))
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -114,24 +94,19 @@ def read(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file, expected a checkpoint of a run")
-    problem = damage(path)
-    if not problem:
+    content = path.read_bytes()
+    state, tail = content[:-TAIL], content[-TAIL:]
+    if not tail.startswith(MARK):
+        problem = "it does not end with a checksum, so it was cut off or another program wrote it"
+    elif tail != _tail(state):
+        problem = "its checksum differs, so bytes of it have changed"
+    else:
         try:
-            return torch.load(path, weights_only=True, map_location="cpu")
+            return torch.load(io.BytesIO(state), weights_only=True, map_location="cpu")
         except Exception as error:  # the bytes are as they were written, so another program or version wrote them
             problem = one_line(error)
     raise UserError(f"{path}: not a whole checkpoint of this program: {problem}")
 
 
-def damage(path: Path) -> str:
-    """What is wrong with a checkpoint's bytes; "" if nothing is."""
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        left = os.fstat(file.fileno()).st_size - TAIL
-        while left > 0 and (block := file.read(min(left, 1 << 20))):
-            sha.update(block)
-            left -= len(block)
-        tail = file.read()
-    if left < 0 or not tail.startswith(MARK):
-        return "it does not end with a checksum, so it was cut off or another program wrote it"
-    return "" if tail == MARK + sha.hexdigest().encode() else "its checksum differs, so bytes of it have changed"
+def _tail(content: bytes | memoryview) -> bytes:
+    return MARK + hashlib.sha256(content).hexdigest().encode()

@@ -16,7 +16,7 @@ from .config import Config, UserError
 from .data import Data, Split
 from .data.batches import Batch, Source, order
 from .methods import Method, Task
-from .run import Diverged, Run, Signals, Stopped, signals
+from .run import Diverged, Run, Signals, Stopped
 from .state import State
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def fit(config: Config, method: Method, data: Data, run: Run, device: torch.devi
     if run.saved:
         state.restore(run.saved)
     run.begin(state)
-    with signals() as noted:
+    with Signals() as noted:
         while state.epoch < config.epochs:
             started, first = time.perf_counter(), state.step
             steps = _train_epoch(config, train, state, run, noted)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import functools
 import json
 import logging
 import math
@@ -11,12 +10,12 @@ import os
 import signal
 import threading
 import time
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from . import checkpoint, distributed
-from .config import NOTHING, RESULTS, ROUNDING, Config, UserError, as_dict, differences, restored
+from .config import RESULTS, ROUNDING, Config, UserError, as_dict, differences, restored
 from .state import State
 
 logger = logging.getLogger(__name__)
@@ -66,28 +65,27 @@ class Run(AbstractContextManager):
         self.folder = Path(config.output.root).expanduser() / config.name
         self.about: dict = {}  #: what else the checkpoints hold: the identity of the data
         self.board: Any = None
-        self.saved: dict | None = None
         self.lock = -1
         self.saved_at, self.position = math.inf, ""
-        distributed.first(functools.partial(self._open, resume, overwrite))
-        self.saved = distributed.same(self.saved)
+        self.saved: dict | None = distributed.same(distributed.first(lambda: self._open(resume, overwrite)))
 
-    def _open(self, resume: bool, overwrite: bool) -> None:
-        config = self.config
+    def _open(self, resume: bool, overwrite: bool) -> dict | None:
+        """Locks the folder; the state to resume from."""
         if distributed.rank():
-            return
+            return None
         if resume and not (last := self.folder / "last.pt").is_file():
             expected = f"expected the checkpoint of an earlier run{self._offer_previous()}"
             raise UserError(f"resume: got no file {last}, {expected}")
         self.lock = _lock(self.folder)
         try:
             if resume:
-                self.saved = self._resumed()
-            elif not overwrite and (found := [name for name in FILES if (self.folder / name).exists()]):
+                return self._resumed()
+            if not overwrite and (found := [name for name in FILES if (self.folder / name).exists()]):
                 raise UserError(
-                    f"name: got {config.name!r}, but {self.folder} has a run already ({', '.join(found)}): "
+                    f"name: got {self.config.name!r}, but {self.folder} has a run already ({', '.join(found)}): "
                     "--resume continues it, --overwrite replaces it, or choose another --name"
                 )
+            return None
         except UserError:
             self.close()
             raise
@@ -124,7 +122,7 @@ class Run(AbstractContextManager):
                 (self.folder / name).unlink(missing_ok=True)
             self.save(state)
         text = json.dumps(as_dict(self.config), indent=2, ensure_ascii=False)
-        self._write("config.json", text + "\n")
+        checkpoint.write(self.folder / "config.json", text + "\n")
         self._publish(state)
         if self.config.output.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
@@ -153,22 +151,21 @@ class Run(AbstractContextManager):
         self._publish(state)
         if self.board:
             row = state.history[-1]
-            for name, value in _scalars(row):
-                self.board.add_scalar(name, value, row["epoch"])
+            splits = {name: scores for name, scores in row.items() if isinstance(scores, dict)}
+            numbers = row | {f"{name}/{key}": v for name, scores in splits.items() for key, v in scores.items()}
+            for name, value in numbers.items():
+                if isinstance(value, float):
+                    self.board.add_scalar(name, value, row["epoch"])
 
     def _publish(self, state: State) -> None:
         if distributed.rank():
             return
         rows = (json.dumps(row, allow_nan=False, ensure_ascii=False) for row in state.history)
-        self._write("metrics.jsonl", "".join(row + "\n" for row in rows))
+        checkpoint.write(self.folder / "metrics.jsonl", "".join(row + "\n" for row in rows))
         if state.best:
             row = state.history[state.best["epoch"]]
             best = {**self.about, **state.best, "row": row, "config": as_dict(self.config)}
             checkpoint.save(self.folder / "best.pt", best)
-
-    def _write(self, name: str, text: str) -> None:
-        with checkpoint.replacing(self.folder / name) as file:
-            file.write(text.encode())
 
     def close(self) -> None:
         if self.lock < 0:
@@ -223,44 +220,26 @@ def check_config(path: Path, saved: dict, config: Config) -> None:
         raise UserError(f"resume: got other options than {path} was made with: {', '.join(changed[RESULTS])}")
     if changed[ROUNDING]:
         logger.info("note: %s: continues, but results may be rounded differently", ", ".join(changed[ROUNDING]))
-    if changed[NOTHING]:
-        logger.debug("changed: %s", ", ".join(changed[NOTHING]))
 
 
-def _scalars(row: dict, prefix: str = "") -> list[tuple[str, float]]:
-    """The numbers of a row of the log, by path."""
-    found = []
-    for name, value in row.items():
-        if isinstance(value, dict):
-            found += _scalars(value, f"{prefix}{name}/")
-        elif isinstance(value, float):
-            found.append((prefix + name, value))
-    return found
+class Signals(AbstractContextManager):
+    """SIGINT, SIGTERM and SIGHUP are noted, so that the step in progress ends; a second Ctrl-C stops at once.
 
-
-class Signals:
-    """Set by SIGINT, SIGTERM or SIGHUP, so that the step in progress ends; a second Ctrl-C stops at once."""
+    Only the main thread of a process can do so.
+    """
 
     def __init__(self) -> None:
         self.asked: int | None = None
+        on = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        main = threading.current_thread() is threading.main_thread()
+        self.before = {signum: signal.signal(signum, self._ask) for signum in on} if main else {}
 
-    def ask(self, signum: int, _frame: object) -> None:
+    def _ask(self, signum: int, _frame: object) -> None:
         if self.asked == signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = signum
         logger.info("%s: stopping after this step", signal.Signals(signum).name)
 
-
-@contextmanager
-def signals():
-    """Signals are noted instead of ending the process; only the main thread can do so."""
-    noted = Signals()
-    if threading.current_thread() is not threading.main_thread():
-        yield noted
-        return
-    before = {s: signal.signal(s, noted.ask) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield noted
-    finally:
-        for signum, handler in before.items():
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self.before.items():
             signal.signal(signum, handler)
