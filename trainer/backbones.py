@@ -105,26 +105,25 @@ class Backbone(nn.Module):
         *,
         both: bool,
         indices: Tensor | None = None,
-        samples: Tensor | None = None,
         seed: int = 0,
         epoch: int | Tensor = 0,
-        augment: rk.Augment | None = None,
+        **options: Any,
     ) -> Tensor:
-        """(N or 2N, C, H, W) as it expects them, of :meth:`coloured` uint8 images (K, h, w, C): ``rk.paired_views``."""
+        """(N or 2N, C, H, W) as it expects them, of :meth:`coloured` uint8 images (K, h, w, C): ``rk.paired_views``
+        with its ``options``."""
         if isinstance(images, Activations):
             return images.views(indices, epoch, both=both)
         return rk.paired_views(
             images,
             torch.arange(len(images), device=images.device) if indices is None else indices,
-            samples=samples,
             out_size=self.image_size,
             mean=self.mean,
             std=self.std,
             seed=seed,
             epoch=epoch,
-            augment=augment,
             views="both" if both else "original",
             dtype=self.amp or torch.float32,
+            **options,
         )
 
     def pair(self, images: Tensor) -> Tensor:

@@ -306,8 +306,7 @@ def restored(saved: Mapping) -> Config:
 def select(kind: str, name: str) -> type:
     """The ``Options`` of the method or data set called ``name``."""
     options = found(PACKAGES[kind])
-    if spelt(name) not in options:
-        raise UserError(f"{kind}: got {name!r}, expected one of {', '.join(sorted(options))}")
+    expect(spelt(name) in options, kind, name, f"one of {', '.join(sorted(options))}")
     return options[spelt(name)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -58,7 +58,8 @@ def first(work: Callable[[], T]) -> T:
     Raises:
         UserError: as rank 0 did, in every process.
     """
-    result, error = None, None
+    result: Any = None
+    error = None
     if not rank():
         try:
             result = work()
@@ -66,7 +67,7 @@ def first(work: Callable[[], T]) -> T:
             error = refused
     if error := same(error):
         raise error
-    return work() if rank() else cast(T, result)
+    return work() if rank() else result
 
 
 def share(n: int) -> slice:

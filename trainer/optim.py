@@ -14,7 +14,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from . import distributed
-from .config import Config, UserError
+from .config import Config, UserError, expect
 from .methods import Method
 
 FUSED = ("adam", "adamw", "sgd", "momentum", "nesterov")  #: PyTorch's own, which have one kernel for all weights
@@ -27,17 +27,13 @@ def create(config: Config, model: nn.Module, device: torch.device) -> torch.opti
         UserError: timm knows no such optimiser, or refuses its options.
     """
     options = config.optim
-    if options.optimizer not in timm.optim.list_optimizers():
-        raise UserError(
-            f"optim.optimizer: got {options.optimizer!r}, expected adam, adamw, sgd or another one of timm "
-            "(see timm.optim.list_optimizers())"
-        )
-    extra = dict(options.options)
+    expected = "adam, adamw, sgd or another one of timm (see timm.optim.list_optimizers())"
+    expect(options.optimizer in timm.optim.list_optimizers(), "optim.optimizer", options.optimizer, expected)
+    extra, graph = dict(options.options), config.compute.cuda_graph
     if device.type == "cuda" and options.optimizer in FUSED:
-        extra |= {"fused": True}
-    graph = config.compute.cuda_graph
+        extra["fused"] = True
     if graph and options.optimizer in FUSED[:2]:
-        extra |= {"capturable": True}
+        extra["capturable"] = True
     try:
         return timm.optim.create_optimizer_v2(
             groups(model, options.weight_decay, decay_all=options.decay_all),
@@ -69,12 +65,11 @@ def fewest(config: Config) -> int:
     Raises:
         UserError: the batch is smaller.
     """
-    parts = config.optim.accumulate * distributed.size()
-    if config.batch_size == parts == 1:
+    parts, size = config.optim.accumulate * distributed.size(), config.batch_size
+    if size == parts == 1:
         return 1
-    if config.batch_size < 2 * parts:
-        what = f"{config.optim.accumulate} parts in {distributed.size()} processes" if parts > 1 else "BatchNorm"
-        raise UserError(f"batch_size: got {config.batch_size}, expected at least {2 * parts}: two for {what}")
+    what = f"{config.optim.accumulate} parts in {distributed.size()} processes" if parts > 1 else "BatchNorm"
+    expect(size >= 2 * parts, "batch_size", size, f"at least {2 * parts}: two for {what}")
     return 2 * parts
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable
 
 from .config import Augment, Backbone, Compute, Config, Optim, SplitOptions
@@ -71,7 +70,4 @@ def demo() -> Config:
 
 def found() -> dict[str, Callable[[], Config]]:
     """Name -> preset."""
-    here = vars(sys.modules[__name__])
-    return {
-        n: f for n, f in here.items() if callable(f) and getattr(f, "__module__", "") == __name__ and f is not found
-    }
+    return {n: f for n, f in globals().items() if getattr(f, "__module__", "") == __name__ and f is not found}

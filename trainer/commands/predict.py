@@ -68,11 +68,9 @@ def _text(rows: list[tuple[str, str, list[float]]], classes: tuple[str, ...], ki
 
 
 def _files(path: Path) -> list[Path]:
-    if path.is_dir():
-        images, _ = decode.image_files(path)
-        if not images:
-            raise UserError(f"images: got the folder {path}, which has no images")
-        return images
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"images: got {path}, expected a file or folder that exists")
-    return [path]
+    images = decode.image_files(path)[0] if path.is_dir() else [path]
+    if not images:
+        raise UserError(f"images: got the folder {path}, which has no images")
+    return images

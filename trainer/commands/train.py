@@ -42,7 +42,6 @@ class Options:
 class Result:
     """What a finished run has to say."""
 
-    config: Config
     classes: tuple[str, ...]
     counts: tuple[int, ...]  #: training images per class
     history: list[dict]  #: the rows of metrics.jsonl
@@ -90,9 +89,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> R
         optim.create(config, backbone, device)  # refuses its options while no image is read yet
         sets = distributed.first(lambda: data.prepare(config))
         logger.info("%s", data.describe(sets))
-        rounding = {"threads": torch.get_num_threads(), "processes": distributed.size()}
-        about = {"identity": sets.identity(), "chooser": sets.chooser, "notes": list(sets.notes)}
-        run.about = {**about, "weights": backbone.origin, **rounding}
+        run.about = {"identity": sets.identity(), "chooser": sets.chooser, "notes": list(sets.notes)}
+        run.about |= {"weights": backbone.origin, "threads": torch.get_num_threads(), "processes": distributed.size()}
         if run.saved:
             expect_same(run.saved, run.about, config.backbone.weights)
         method = loop.build(config, sets.counts, device, backbone)
@@ -100,8 +98,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> R
         state = loop.fit(config, method, used, run, device)
         if config.output.pictures:
             draw(config, state, used, sets, run)
-    finished = state.history, sets.chooser, run.folder, state.take.evaluated, used
-    return Result(config, sets.classes, sets.counts, *finished)
+    return Result(sets.classes, sets.counts, state.history, sets.chooser, run.folder, state.take.evaluated, used)
 
 
 def expect_same(saved: dict, now: dict, start: str) -> None:
