@@ -208,8 +208,8 @@ def _memory(options: argparse.Namespace) -> int:
 
 #: Every measurement of a CPU that the report shows.
 ALL = (
-    "op", "op --memory reused", "memory", "op --memory reused --set curves --more --seconds 5",
-    "op --memory reused --set all --more --seconds 5 --limit 7200",
+    "op --more", "op --more --memory reused", "memory", "op --memory reused --set curves --seconds 5",
+    "op --memory reused --set all --seconds 5 --limit 7200",
     "step --backbone resnet18 --image-size 112 --batch-size 16",
     "step --backbone mobilenetv1_100 --image-size 112 --batch-size 16", "report",
 )  # fmt: skip

@@ -23,7 +23,7 @@ RULES = {
     "reused": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)},
 }
 LEFT_ALONE = "none"  #: of malloc's rules: what a training loop has
-WARM_UP, STEPS = 3, 5
+WARM_UP, STEPS = 2, 3
 
 
 def variables(rules: str) -> dict[str, str]:

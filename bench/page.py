@@ -15,6 +15,8 @@ from .document import Block, Code, Figures, Heading, Picture, Table
 Result = dict[str, Any]
 
 CONTENDERS = ("identity", goals.PLAIN, goals.BEST, goals.RELEASED)
+#: Which have a column only where they were measured.
+MORE_CONTENDERS = ("plain eager, max-autotune", "best eager, max-autotune", "gradient in forward", "torch-cam")
 #: A contender as a sentence names it.
 SPOKEN = {
     goals.PLAIN: "plain PyTorch under `torch.compile`",
@@ -439,7 +441,8 @@ def _copy(result: Result) -> str:
 def _times(result: Result, scale: float) -> Table:
     """A row for each case; "-" is a contender that was refused or could not be timed."""
     cases = goals.by_case(result)
-    columns = [*(name for name in BACKENDS if any(name in rows for rows in cases.values())), *CONTENDERS]
+    seen = {name for rows in cases.values() for name in rows}
+    columns = [*(n for n in BACKENDS if n in seen), *CONTENDERS, *(n for n in MORE_CONTENDERS if n in seen)]
     lines = []
     for case, rows in cases.items():
         ours, *others = (goals.median_ms(rows.get(name)) for name in ("ours", *columns))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -105,9 +106,12 @@ class Training:
 
     def as_authors(self, batch: Batch, workers: ThreadPoolExecutor) -> Tensor:
         """The loss with images from files, a forward pass for each view and the released formulation of the head."""
-        x = self.files.batch(batch.rows, workers).to(self.source.device)
+        return self.two_forwards(self.files.batch(batch.rows, workers).to(self.source.device), batch.labels)
+
+    def two_forwards(self, x: Tensor, labels: Tensor) -> Tensor:
+        """The released formulation of the loss on (N, 3, H, W) and its mirror images, one after the other."""
         features = torch.cat([self.method.backbone(x), self.method.backbone(x.flip(-1))])
-        return in_features_dtype(baselines.released)(self.problem(features, batch.labels))
+        return in_features_dtype(baselines.released)(self.problem(features, labels))
 
     def parts(self, mark: Mark) -> None:
         """A step in four parts: views, backbone forward, head forward and backward, the rest of backward and Adam."""
@@ -146,6 +150,28 @@ def prove(training: Training) -> tuple[dict[str, Loss], dict[str, float], list[d
     return {name: losses[name] for name in errors}, errors, refused
 
 
+def authors_error(training: Training) -> float:
+    """Largest relative error of the authors' loss and the head's gradients, against the trainer's on the same pixels.
+
+    BatchNorm keeps its statistics here: of one view they are not those of both.
+    """
+    method, batch = training.method, training.batch()
+    method.eval()
+    try:
+        pair = batch.pair()
+        parameters = [method.head.weight, method.head.bias]
+        found = []
+        for loss in (
+            method.loss_of(method.backbone.pair(pair), batch.labels).loss,
+            training.two_forwards(pair[: len(pair) // 2], batch.labels),
+        ):
+            found.append([loss.detach(), *torch.autograd.grad(loss, parameters)])
+    finally:
+        method.train()
+    ours, theirs = found
+    return max(proof.relative_error(a, b.double()) for a, b in zip(theirs, ours, strict=True))
+
+
 def run(
     config: Config, device: str, seconds: float, directory: Path, *, clock: Clock, kind: str
 ) -> tuple[dict[str, Any], Path]:
@@ -163,8 +189,14 @@ def run(
             result["errors"].append({"part": "whole run", "error": results.reason(error)})
     result["goals"] = goals.judged("step", result)
     results.write(result, path)
+    errors[AUTHORS] = authors_error(training)
+    proven = errors[AUTHORS] <= proof.TOLERANCE[torch.float32 if config.compute.amp == "off" else torch.bfloat16]
+    if not proven:
+        finite = errors[AUTHORS] if math.isfinite(errors[AUTHORS]) else None
+        result["rejected"].append({"contender": AUTHORS, "error": finite, "reason": None})
     with ThreadPoolExecutor(torch.get_num_threads()) as workers:
-        losses[AUTHORS] = functools.partial(training.as_authors, workers=workers)
+        if proven:
+            losses[AUTHORS] = functools.partial(training.as_authors, workers=workers)
         runs = {name: functools.partial(_step_ms, training, loss, clock) for name, loss in losses.items()}
         timed: dict[str, Any] = interleave({**runs, "parts": lambda: clock.intervals_ms(training.parts)}, seconds / 2)
     parts = zip(*timed.pop("parts"), strict=True)

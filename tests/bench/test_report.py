@@ -196,7 +196,9 @@ def test_other_sizes_and_operations_have_tables_of_their_own():
     text = _text(_found([CPU], more=[{**CPU, "set": "all", "memory": "reused", "rows": measured}]))
     assert "### AMD EPYC, reused memory: all" in text and "<summary>maps: 1 cases</summary>" in text
     assert "| N1-C8-nchw-float32-14x14 | 2.00 | - | 5.00 (2.50×) | - | - |" in text
-    assert "Other sizes" not in _text(_found([CPU]))
+    assert "Other sizes" not in _text(_found([CPU])) and "max-autotune" not in _text(_found([CPU]))
+    tuned = {**CPU["rows"][0], "contender": "best eager, max-autotune"}
+    assert "| released | best eager, max-autotune |" in _text(_found([{**CPU, "rows": [*CPU["rows"], tuned]}]))
 
 
 def test_the_model_stands_beside_what_was_measured():

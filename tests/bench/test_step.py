@@ -51,6 +51,17 @@ def test_the_authors_step_has_the_same_loss_on_the_same_pixels(training, monkeyp
     assert theirs.item() == pytest.approx(ours.item(), rel=1e-5)
 
 
+def test_the_authors_step_is_proven_and_a_wrong_one_is_not_timed(training, monkeypatch, tmp_path):
+    assert step.authors_error(training) < 1e-5 and training.method.training
+    released = baselines.released
+    monkeypatch.setattr(baselines, "released", lambda x: 1.01 * released(x))
+    assert step.authors_error(training) == pytest.approx(0.01, rel=1e-2)
+    monkeypatch.setitem(step.CONTENDERS, "released", released)
+    result, _ = step.run(step.REHEARSAL, "cpu", 0.0, tmp_path, clock=FakeClock(), kind="rehearsal")
+    assert [row["contender"] for row in result["rows"]] == ["ours", "plain eager", "released"]
+    assert [r["contender"] for r in result["rejected"]] == ["as the authors"]
+
+
 def test_the_parts_of_a_step_are_the_step(training):
     """The same gradients as by the whole step, from the same batch."""
     before = training.steps
@@ -91,5 +102,6 @@ def test_a_step_run_writes_its_result(tmp_path):
     assert json.loads(path.read_text())["goals"] == result["goals"]
     assert [row["contender"] for row in result["rows"]] == ["ours", "plain eager", "released", "as the authors"]
     assert list(result["parts_ms"]) == list(step.PARTS)
+    assert all(row["error"] < 1e-5 for row in result["rows"]) and result["rejected"] == []
     assert result["rows"][0]["ms"] == [1.0] * 3 and result["rows"][0]["images_per_s"] == pytest.approx(4000)
     assert result["goals"][0]["figure"] == result["whole_run"]["whole_run_s"]
