@@ -53,6 +53,8 @@ class Checked:
                 expect_number(name, value, **{k: v for k, v in f.metadata.items() if k in ("low", "high", "above")})
             if choices := f.metadata.get("choices"):
                 expect(value in choices, name, value, " or ".join(choices))
+            if isinstance(f.default, bool):
+                expect(isinstance(value, bool), name, value, "true or false")
 
 
 class Named(Checked):
@@ -84,7 +86,8 @@ def expect(ok: bool, name: str, got: object, expected: str) -> None:
 
 def expect_number(name: str, value: float, low: float, high: float = math.inf, *, above: bool = False) -> None:
     """A finite number from ``low``, or above it, to ``high``."""
-    ok = math.isfinite(value) and (low < value if above else low <= value) and value <= high
+    ok = isinstance(value, int | float) and math.isfinite(value) and value <= high
+    ok = ok and (low < value if above else low <= value)
     end = "" if high == math.inf else f" and <= {high:g}"
     expect(ok, name, value, f"a finite number {'>' if above else '>='} {low:g}{end}")
 

@@ -13,7 +13,7 @@ from support import child, runs
 
 from trainer import backbones, compute, presets
 from trainer.__main__ import flags, main, parse
-from trainer.config import PACKAGES, UserError, as_dict, found
+from trainer.config import PACKAGES, Checked, UserError, as_dict, found, from_dict
 from trainer.data import synthetic
 from trainer.methods import Task
 from trainer.methods.tables import TableMethod
@@ -115,6 +115,12 @@ def test_a_hyphen_in_a_name_is_an_underscore(tmp_path):
 # What is refused
 
 
+def test_limits_and_choices_are_checked_wherever_an_option_has_them():
+    for options in (o for package in ("commands", *PACKAGES.values()) for o in found(package).values()):
+        limited = [f.name for f in dataclasses.fields(options) if f.metadata.keys() & {"low", "high", "choices"}]
+        assert not limited or issubclass(options, Checked), (options, limited)
+
+
 @pytest.mark.parametrize(
     "flag, key, near",
     [
@@ -212,11 +218,29 @@ def test_a_value_that_makes_no_sense_is_named(flag, message, capsys):
     assert refusal(capsys, "train", flag).startswith(message)
 
 
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"optim": {"schedule": "cosin"}}, "optim.schedule: got 'cosin', expected exponential or cosine or constant"),
+        ({"optim": {"clip": "5"}}, "optim.clip: got '5', expected a finite number >= 0"),
+        ({"backbone": {"frozen_batchnorm": "false"}}, "backbone.frozen_batchnorm: got 'false', expected true or false"),
+        ({"optim": 3}, "optim: got 3, expected options by name"),
+        ({"method": {"name": "cb", "loss": "hinge"}}, "method.loss: got 'hinge', expected softmax or focal or sigmoid"),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_named_where_no_command_line_reads_it(values, message):
+    """As in a study's file."""
+    with pytest.raises(UserError, match=message):
+        from_dict(values, presets.paper())
+
+
 def test_other_commands_name_what_is_wrong_too(capsys):
     assert refusal(capsys, "trian") == (
         f"command: got 'trian', expected one of {', '.join(found('commands'))}; did you mean train?"
     )
     assert refusal(capsys, "predict", "run").endswith("required: images")
+    for command in (["evaluate", "run"], ["predict", "run", "a.png"], ["cams", "run", "a.png"]):
+        assert refusal(capsys, *command, "--device=tpu") == "device: got 'tpu', expected auto or cpu or cuda"
     assert refusal(capsys, "demo", "--epoch=3").endswith("did you mean epochs?")
     assert refusal(capsys, "demo", "--epochs=0").startswith("epochs: got 0")
     assert refusal(capsys, "cams", "run", "out", "--classes=fear") == (

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .. import data
-from ..config import UserError, expect, option
+from ..config import Checked, UserError, expect, option
 from . import load, new_file
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked):
     """a picture of every class's activation map for images of a run's data (Fig. 4)"""
 
     checkpoint: str = option("", "a run's folder, or its best.pt or last.pt", positional=True)

@@ -7,12 +7,12 @@ import json
 from dataclasses import dataclass
 
 from .. import checkpoint, data, loop, metrics
-from ..config import UserError, option
+from ..config import Checked, UserError, option
 from . import load, new_file, scores
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked):
     """accuracies of a checkpoint on the data of its run, or on another folder"""
 
     checkpoint: str = option("", "a run's folder, or its best.pt or last.pt", positional=True)

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 
 from .. import checkpoint, loop
-from ..config import UserError, expect, option
+from ..config import Checked, UserError, expect, option
 from ..data import decode
 from . import load, new_file
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked):
     """classes of image files and folders, as text, CSV or JSON"""
 
     checkpoint: str = option("", "a run's folder, or its best.pt or last.pt", positional=True)
