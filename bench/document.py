@@ -99,7 +99,9 @@ def _as_html(block: Block, pictures: dict[str, bytes]) -> str:
 
 def _table(table: Table) -> str:
     def row(tag: str, cells: list[str]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{inline(cell)}</{tag}>" for cell in cells) + "</tr>"
+        words = f'<{tag} class="words">' if " " in cells[0] else f"<{tag}>"  # only words are broken into lines
+        first, *others = [f"{inline(cell)}</{tag}>" for cell in cells]
+        return "<tr>" + words + first + "".join(f"<{tag}>{other}" for other in others) + "</tr>"
 
     head, rows = row("th", table.header), "\n".join(row("td", line) for line in table.lines)
     whole = f'<div class="wide"><table><thead>{head}</thead><tbody>\n{rows}\n</tbody></table></div>'
@@ -158,7 +160,8 @@ pre code { padding: 0; background: none; }
 table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .45rem .75rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { background: var(--wash); font-weight: 600; }
-th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 11rem; }
+th:first-child, td:first-child { text-align: left; }
+.words { white-space: normal; min-width: 11rem; }
 td strong { color: #b91c1c; }
 tr:last-child td { border-bottom: 0; }
 tbody tr:hover { background: var(--wash); }

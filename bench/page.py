@@ -260,17 +260,17 @@ def _regime(found: Found) -> list[Block]:
             f"Found by training {config['backbone']['name']} at {config['image_size']} pixels in batches of "
             f"{config['batch_size']} ({regime['device']}, {_origin(regime)}): in a step, the head touches "
             f"{faults['none']:,} pages for the first time; with malloc set to fresh memory {faults['fresh']:,}, to "
-            f"reused memory {faults['reused']:,}. So a training loop sees **{regime['seen']} memory**."
+            f"reused memory {faults['reused']:,}. So this training loop sees **{regime['seen']} memory**."
         )
     return list(text)
 
 
 MEMORY_ON_A_CPU = (
-    "A tensor of a megabyte or more may get pages that the system has just cleared, or pages that an earlier tensor "
-    "has given back. The first costs more than the loss itself: each page must be cleared and mapped before it is "
-    "written, for every contender alike. Left to itself, glibc switches from the first to the second as tensors are "
-    "freed, so the benchmark fixes malloc's rules in one of two ways and shows both, the one that a training loop sees "
-    "first."
+    "A large tensor may get pages that the system has just cleared, or pages that an earlier tensor has given back. "
+    "The first costs more than the loss itself, for every contender alike: each page must be cleared and mapped before "
+    "it is written. Left to itself, glibc begins with the first and changes to the second as tensors are freed, but "
+    "never for tensors of 32 MiB and more (mallopt(3)), so the benchmark fixes malloc's rules in one of two ways and "
+    "shows both, the one that a training loop sees first."
 )
 NO_CURVES = (
     "How the time grows with N, C and L is not measured yet in enough sizes: `python -m bench op --set curves` does it."

@@ -63,10 +63,13 @@ DPI = 150
 def where(result: Result) -> str:
     """What a panel's title says.
 
-    >>> where({"kind": "cpu", "device": "AMD EPYC", "memory": "fresh"})
-    'AMD EPYC, fresh memory'
+    >>> where({"kind": "cpu", "device": "AMD EPYC", "capability": "AVX2", "memory": "fresh"})
+    'AMD EPYC (AVX2), fresh memory'
     """
-    return result["device"] + (f", {result['memory']} memory" if result.get("memory") else "")
+    if result["kind"] != "cpu":
+        return result["device"]
+    memory = f", {result['memory']} memory" if result.get("memory") else ""
+    return f"{result['device']} ({result['capability']}){memory}"
 
 
 def speed_ups(results: Sequence[Result]) -> Figure | None:
@@ -239,8 +242,9 @@ def _bars(ax: Axes, groups: dict[str, dict[str, float]], names: Sequence[str], l
     ax.set_yticks(range(len(groups)), [_two_lines(case) for case in groups], fontsize=8)
     ax.set_ylim(len(groups) - 0.45, -0.55)
     values = [value for bars in groups.values() for value in bars.values()]
-    _log(ax, "x")
+    ax.set_xscale("log")
     ax.set_xlim(0.6 * min(values, default=1.0), 2.4 * max(values, default=1.0))
+    _log(ax, "x")
     ax.grid(axis="y", visible=False)
 
 
@@ -255,10 +259,11 @@ def _two_lines(case: str) -> str:
 
 
 def _log(ax: Axes, axis: str) -> None:
-    """A logarithmic axis that is labelled in plain numbers, more of them where there are few powers of ten."""
+    """Makes an axis, whose limits are known, logarithmic, and labels it in plain numbers as densely as they fit."""
     getattr(ax, f"set_{axis}scale")("log")
     one = getattr(ax, f"{axis}axis")
-    one.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12) if axis == "x" else LogLocator())
+    low, high = sorted(one.get_view_interval())
+    one.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 200 * low else (1.0,), numticks=12))
     one.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     one.set_minor_formatter(NullFormatter())
     one.set_minor_locator(NullLocator())

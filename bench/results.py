@@ -81,21 +81,19 @@ def reason_of(refusal: dict[str, Any]) -> str:
 
 
 def file_name(program: str, result: dict[str, Any]) -> str:
-    """A file for each kind, device, on a CPU memory, and set of cases; of some chosen contenders, for the first.
+    """A file for each kind, device, on a CPU instruction set and memory, set of cases; of chosen contenders, the first.
 
     >>> file_name("op", {"kind": "cuda", "device": "NVIDIA H200 (SXM)", "chosen": ["triton", "identity"]})
     'op-cuda-nvidia-h200-sxm-triton.json'
+    >>> file_name("op", {"kind": "cpu", "device": "AMD EPYC", "capability": "AVX512", "memory": "fresh"})
+    'op-cpu-amd-epyc-avx512-fresh.json'
     """
     chosen = result.get("chosen") or [""]
     of = result.get("set", "short")
-    words = (
-        program,
-        result["kind"],
-        result["device"],
-        result.get("memory") or "",
-        "" if of == "short" else of,
-        chosen[0],
-    )
+    words = [program, result["kind"], result["device"]]
+    if result["kind"] == "cpu":
+        words += [result.get("capability") or "", result.get("memory") or ""]
+    words += ["" if of == "short" else of, chosen[0]]
     return re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower()).strip("-") + ".json"
 
 
@@ -109,15 +107,17 @@ def write(result: dict[str, Any], path: Path) -> Path:
 
 
 def newest_cpu(directory: Path = RESULTS) -> list[dict[str, Any]]:
-    """For each kind of memory the latest result that nothing disturbed."""
-    latest = {r["memory"]: r for r in _read(directory, "op", "cpu") if r["quiet"] and _is_short(r)}
-    return [latest[memory] for memory in sorted(latest)]
+    """For each instruction set and kind of memory the latest result that nothing disturbed."""
+    found = [r for r in _read(directory, "op", "cpu") if r["quiet"] and _is_short(r)]
+    latest = {(r["capability"], r["memory"]): r for r in found}
+    return [latest[key] for key in sorted(latest)]
 
 
 def newest_more(directory: Path = RESULTS) -> list[dict[str, Any]]:
     """For each device, kind of memory and longer set of cases the latest result that nothing disturbed."""
     found = [*_read(directory, "op", "cpu"), *_read(directory, "op", "cuda")]
-    latest = {(r["device"], r["memory"] or "", r["set"]): r for r in found if r["quiet"] and not _is_short(r)}
+    longer = [r for r in found if r["quiet"] and not _is_short(r)]
+    latest = {(r["device"], r["capability"], r["memory"] or "", r["set"]): r for r in longer}
     return [latest[key] for key in sorted(latest)]
 
 
@@ -159,9 +159,9 @@ def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def newest_steps(directory: Path = RESULTS) -> list[dict[str, Any]]:
-    """For each device and backbone the latest result of the training step."""
+    """For each device, instruction set of the CPU and backbone the latest result of the training step."""
     steps = [*_read(directory, "step", "cpu"), *_read(directory, "step", "cuda")]
-    return list({(r["device"], r["config"]["backbone"]["name"]): r for r in steps}.values())
+    return list({(r["device"], r["capability"], r["config"]["backbone"]["name"]): r for r in steps}.values())
 
 
 def newest_regimes(directory: Path = RESULTS) -> list[dict[str, Any]]:

@@ -46,12 +46,12 @@ def test_three_processes_count_with_their_rules(monkeypatch, tmp_path, capsys):
         return types.SimpleNamespace(stdout=json.dumps(counts[asked[-1]]))
 
     monkeypatch.setattr(memory.subprocess, "run", run)
-    monkeypatch.setattr(results, "environment", lambda kind: {"kind": kind, "device": "EPYC"})
+    monkeypatch.setattr(results, "environment", lambda kind: {"kind": kind, "device": "EPYC", "capability": "AVX2"})
     monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
     assert main(["memory", "--rehearse", "--batch-size", "5", "--out", str(tmp_path)]) == 0
     assert asked == ["none", "fresh", "reused"]
     (path,) = tmp_path.iterdir()
-    assert path.name == "memory-resnet10t-cpu-epyc.json"
+    assert path.name == "memory-resnet10t-cpu-epyc-avx2.json"
     read = json.loads(path.read_text())
     assert (read["faults"], read["seen"], read["config"]["batch_size"]) == (counts, "fresh", 4)
     assert "memory is fresh" in capsys.readouterr().out

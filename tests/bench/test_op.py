@@ -67,11 +67,11 @@ def test_the_floor_of_each_operation():
 def test_every_operation_is_measured(name, monkeypatch, tmp_path):
     monkeypatch.setattr(baselines, "contenders", lambda case, more: baselines.OPERATIONS[case.op])
     monkeypatch.setattr(op, "copy_gb_per_s", lambda device: 10.0)
-    monkeypatch.setattr(results, "environment", lambda kind: {"kind": kind, "device": "EPYC"})
+    monkeypatch.setattr(results, "environment", lambda kind: {"kind": kind, "device": "EPYC", "capability": "AVX2"})
     size = (3, 3, "channels_last") if name == "views" else (3, 20, "nchw")
     case = Case(*size, torch.float32, op=name)
     result, path = op.run([case], 0.0, 1000.0, tmp_path, kind="cpu", clock=WallClock(), memory="reused", of="all")
-    assert path.name == "op-cpu-epyc-reused-all.json" and result["rejected"] == result["errors"] == []
+    assert path.name == "op-cpu-epyc-avx2-reused-all.json" and result["rejected"] == result["errors"] == []
     assert result["served_by"][case.name] in rk.backends()
     assert [row["contender"] for row in result["rows"]] == list(baselines.OPERATIONS[name])
     forward_only = name in ("maps", "views")
@@ -84,6 +84,7 @@ def test_every_operation_is_measured(name, monkeypatch, tmp_path):
 def test_longer_sets_of_cases_are_results_of_their_own(tmp_path):
     for date, of in enumerate(("short", "curves", "all", "curves"), 2020):
         result = {"kind": "cpu", "memory": "reused", "device": "E", "quiet": True, "date": str(date), "set": of}
+        result["capability"] = "AVX2"
         (tmp_path / f"op-{date}.json").write_text(json.dumps(result))
     (tmp_path / "op-x.json").write_text(json.dumps({**result, "date": "2030", "quiet": False}))
     (tmp_path / "op-old.json").write_text(json.dumps({**result, "date": "2019", "memory": "fresh", "set": "short"}))

@@ -33,14 +33,14 @@ STEP = {
         {"contender": "ours", "ms": [1, 7.5, 9], "images_per_s": 4266.7},
         {"contender": "as the authors", "ms": [1, 15.0, 16], "images_per_s": 2133.3},
     ],
-    "parts_ms": {"views": 1.0, "head": 3.0}, "threads": 16, "torch": "2.11.0",
+    "parts_ms": {"views": 1.0, "head": 3.0}, "capability": "AVX512", "threads": 16, "torch": "2.11.0",
     "whole_run": {"whole_run_s": 172.6},
 }  # fmt: skip
 
 
 COUNTED = {
-    "kind": "cpu", "device": "AMD EPYC", "date": "2026-01-02T00:00:00", "commit": None, "dirty": None,
-    "config": {"backbone": {"name": "resnet18"}, "image_size": 224, "batch_size": 32},
+    "kind": "cpu", "device": "AMD EPYC", "capability": "AVX2", "date": "2026-01-02T00:00:00", "commit": None,
+    "dirty": None, "config": {"backbone": {"name": "resnet18"}, "image_size": 224, "batch_size": 32},
     "faults": {"none": 4, "fresh": 2400, "reused": 3}, "seen": "reused",
 }  # fmt: skip
 
@@ -58,12 +58,13 @@ def _save(path, result, **changes):
     path.write_text(json.dumps({**result, **changes}))
 
 
-def test_the_newest_undisturbed_result_of_each_kind_of_memory_is_shown(tmp_path):
+def test_the_newest_undisturbed_result_of_each_kind_of_memory_and_instruction_set_is_shown(tmp_path):
     _save(tmp_path / "op-old.json", CPU, date="2020-01-01", device="Old")
     _save(tmp_path / "op-new.json", CPU, date="2021-01-01", device="New")
     _save(tmp_path / "op-disturbed.json", CPU, date="2022-01-01", device="Disturbed", quiet=False)
     _save(tmp_path / "op-reused.json", CPU, date="2020-01-01", device="Other", memory="reused")
-    assert [r["device"] for r in results.newest_cpu(tmp_path)] == ["New", "Other"]
+    _save(tmp_path / "op-wide.json", CPU, date="2019-01-01", device="Wide", capability="AVX512")
+    assert [r["device"] for r in results.newest_cpu(tmp_path)] == ["New", "Other", "Wide"]
 
 
 def test_a_gpus_newest_results_are_found_in_folders_too(tmp_path):
@@ -91,10 +92,12 @@ def test_the_page_of_a_cpu():
 
 def test_every_goal_has_a_verdict():
     text = _text(_found([CPU], [GPU]))
-    assert "| time against the identity op | AMD EPYC, fresh memory | at most 1.3× | 1.25× | met |" in text
-    plain = "| speed-up over plain eager, compiled | AMD EPYC, fresh memory | at least 2.5× | 2.05× | **not met** |"
+    assert "| time against the identity op | AMD EPYC (AVX2), fresh memory | at most 1.3× | 1.25× | met |" in text
+    plain = (
+        "| speed-up over plain eager, compiled | AMD EPYC (AVX2), fresh memory | at least 2.5× | 2.05× | **not met** |"
+    )
     assert plain in text
-    assert "| speed-up over best eager, compiled | AMD EPYC, fresh memory | at least 1.2× | - | open |" in text
+    assert "| speed-up over best eager, compiled | AMD EPYC (AVX2), fresh memory | at least 1.2× | - | open |" in text
     assert "| time against the identity op | a CPU, reused memory | at most 1.5× | - | open |" in text
     assert "extrapolated from the steady state | a GPU | at most 180 s | - | open |" in text
     assert "| the paper's batch in a CUDA graph | NVIDIA H200 | at most 12 µs | 10.00 µs | met |" in text
@@ -143,14 +146,14 @@ def test_every_figure_of_a_row_is_shown():
 def test_what_a_training_loop_sees_is_the_headline():
     fresh, reused = CPU, {**CPU, "memory": "reused", "rows": rows("N1-C8-nchw-float32", ours=1000, plain=2500)}
     unknown = _found([fresh, reused])
-    assert "2.0×** as fast as plain PyTorch under `torch.compile` (AMD EPYC, fresh memory" in _text(unknown)
+    assert "2.0×** as fast as plain PyTorch under `torch.compile` (AMD EPYC (AVX2), fresh memory" in _text(unknown)
     known = _found([fresh, reused], regimes=[COUNTED])
     first, _, rest = _text(known).partition("## Goals")
     assert "2.5×** as fast as plain PyTorch" in first and "fresh memory" not in first
     assert (
         "the head touches 4 pages for the first time; with malloc set to fresh memory 2,400, to reused memory 3" in rest
     )
-    assert "sees **reused memory**" in rest and "### Fresh memory" in rest
+    assert "this training loop sees **reused memory**." in rest and "### Fresh memory" in rest
     assert "2.5×, (not measured) and (not measured) as fast with reused memory, as in a training loop (float32" in (
         report.speed_line(known)
     )
@@ -194,7 +197,7 @@ def settings():
 def test_other_sizes_and_operations_have_tables_of_their_own():
     measured = [*rows("N1-C8-nchw-float32-14x14", ours=2000, plain=5000), *rows("N1-C8-nchw-float32-maps", ours=1000)]
     text = _text(_found([CPU], more=[{**CPU, "set": "all", "memory": "reused", "rows": measured}]))
-    assert "### AMD EPYC, reused memory: all" in text and "<summary>maps: 1 cases</summary>" in text
+    assert "### AMD EPYC (AVX2), reused memory: all" in text and "<summary>maps: 1 cases</summary>" in text
     assert "| N1-C8-nchw-float32-14x14 | 2.00 | - | 5.00 (2.50×) | - | - |" in text
     assert "Other sizes" not in _text(_found([CPU])) and "max-autotune" not in _text(_found([CPU]))
     tuned = {**CPU["rows"][0], "contender": "best eager, max-autotune"}
@@ -220,7 +223,7 @@ def test_the_bars_are_times_over_ours():
     figure = pictures.speed_ups([CPU, {**CPU, "rows": []}])
     (axes,) = figure.axes
     assert _bars(axes) == [0.8, 2.05, 15.0]  # the identity op, plain eager, released; no best eager
-    assert axes.get_title("left") == "AMD EPYC, fresh memory\nfloat32"
+    assert axes.get_title("left") == "AMD EPYC (AVX2), fresh memory\nfloat32"
     assert [label.get_text() for label in axes.get_yticklabels()] == ["N1 C8\nnchw"]
     assert pictures.speed_ups([]) is None
 
@@ -242,7 +245,7 @@ def test_curves_are_drawn_along_each_size_that_three_cases_share():
     assert pictures.scaling([{**CPU, "rows": line[:2]}]) is None
     (axes,) = pictures.scaling([{**CPU, "rows": [*line, *case(C=1024)]}]).axes
     assert axes.lines[0].get_xydata().tolist() == [[32, 0.001], [64, 0.002], [128, 0.004]]
-    assert axes.get_title("left") == "AMD EPYC, fresh memory\nC512 nchw float32"
+    assert axes.get_title("left") == "AMD EPYC (AVX2), fresh memory\nC512 nchw float32"
     classes = [*case(), *case(L="-L8"), *case(L="-L100", us=3.0)]
     (axes,) = pictures.scaling([{**CPU, "rows": classes}]).axes
     assert axes.lines[0].get_xydata().tolist() == [[7, 0.001], [8, 0.001], [100, 0.003]]
