@@ -142,7 +142,6 @@ def record(run: grid.Run, result: Result) -> dict:
         "last": last[name],
         "best": {**best[name], "epoch": best["epoch"]},
         "losses": {k: v for k, v in last.items() if isinstance(v, float) and k not in ("seconds", "images_per_s")},
-        "consistency_share": [1 - r["classification"] / r["loss"] for r in result.history if "consistency" in r],
         "view_difference": measure.view_difference(result.method, split),
         "gradient_share": measure.gradient_share(result.method, split),
         "seconds": sum(row["seconds"] for row in result.history),

@@ -160,7 +160,7 @@ def cells(table: Table) -> list[list[str]]:
         if differ:
             d = line.difference
             sign = "" if not d.n else f"{d.mean:+.2f}" + ("" if math.isnan(d.half) else f" ± {d.half:.2f}")
-            row += [sign, "" if math.isnan(line.p) else f"{line.p:.3f}"]
+            row += [sign, _small(line.p)]
         if maps:
             row.append(str(line.view_difference))
         if pull:
@@ -169,6 +169,14 @@ def cells(table: Table) -> list[list[str]]:
             row += [f"{line.paper[k]:.2f}" if k in line.paper else "-" for k in ("overall", "mean")]
         rows.append(row)
     return rows
+
+
+def _small(p: float) -> str:
+    """
+    >>> _small(0.0312), _small(0.0002), _small(math.nan)
+    ('0.031', '< 0.001', '')
+    """
+    return "" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def text(table: Table) -> str:
