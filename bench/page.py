@@ -41,9 +41,14 @@ class Found(NamedTuple):
     modelled: list[tuple[model.Measured, float]]  #: kernels that a GPU has measured, and the µs that the model says
 
     @property
+    def ordered(self) -> list[Result]:
+        """Of a CPU: what a training loop sees, then the other kind of memory."""
+        return sorted(self.cpus, key=lambda cpu: cpu["memory"] != self.seen)
+
+    @property
     def operators(self) -> list[Result]:
-        """Of the loss by itself: what a training loop sees first, the other kind of memory last."""
-        return [*self.gpus, *sorted(self.cpus, key=lambda cpu: cpu["memory"] != self.seen)]
+        """Of the loss by itself, wherever it was measured."""
+        return [*self.gpus, *self.ordered]
 
     @property
     def seen(self) -> str | None:
@@ -84,7 +89,7 @@ def drawn(found: Found) -> dict[str, Any]:
         "speed-ups.png": pictures.speed_ups(found.operators),
         "roofline.png": pictures.roofline(found.operators),
         "scaling.png": pictures.scaling([*found.more, *found.headline]),
-        "memory.png": pictures.memory(found.cpus),
+        "memory.png": pictures.memory(found.ordered),
         "model.png": pictures.model([(row.launch, row.us, said) for row, said in found.modelled]),
         "step.png": pictures.step(found.steps),
     }
@@ -127,7 +132,7 @@ def blocks(found: Found) -> list[Block]:
         *_regime(found),
         Heading(2, "On a CPU"),
         *([CPU] if found.cpus else [NO_CPU]),
-        *_each(_cpu_section, found.cpus),
+        *_each(_cpu_section, found.ordered),
         Heading(2, "On a GPU"),
         *([GPU] if found.gpus else [NO_GPU]),
         *_each(_gpu_section, found.gpus),
@@ -192,7 +197,7 @@ def _all_goals(found: Found) -> list[tuple[str, dict[str, Any]]]:
     """Every goal, where it was judged; where nothing was measured, once."""
     judged: list[tuple[str, dict[str, Any]]] = []
     seen: set[goals.Goal] = set()
-    for program, measured in (("op", [*found.cpus, *found.gpus]), ("step", found.steps)):
+    for program, measured in (("op", [*found.ordered, *found.gpus]), ("step", found.steps)):
         for result in measured:
             where = pictures.where(result)
             if program == "step":
