@@ -17,6 +17,7 @@ from .results import ROOT
 
 PAGE = ROOT / "docs" / "gpu-model.md"
 CHAINS = ROOT / "tests/resources/latency_chains.json"
+TRITON = ROOT / "tests/resources/triton_launches.json"
 #: The same counts, of kernels that a GPU has measured.
 MEASURED = ROOT / "bench/results/gpu/measured_kernels.json"
 
@@ -35,13 +36,15 @@ H200 = Gpu("H200 SXM", 132, 1.98, 4800.0)
 SCHEDULERS = 4  #: of a multiprocessor, each of which issues an instruction a cycle
 COPY = 0.87  #: share of the peak that a copy reaches
 LAUNCH_US = 0.5  #: from the start of a kernel to its first instruction, and from its last to its end
-FETCH_CYCLES = 2.5  #: for each instruction that a block executes, the first time
+FETCH_CYCLES = 1.0  #: for each instruction that a block executes, the first time
 GAP_US = 0.4  #: between two kernels of a CUDA graph
 
 #: What a GPU must reach by the model: time of the paper's batch on an H100, share of the copy bandwidth where large.
 PAPER, PAPER_US = (32, 512), 12.0
 LARGE, SHARE = (512, 2048), 0.85
 LAYOUTS = ("nchw", "channels_last")
+#: What each of Triton's kernels may take, and how many blocks of it must fit on a multiprocessor.
+REGISTERS, RESIDENT = 168, 3
 #: Batches up to this size must not wait for the weight's gradient.
 LONGEST = (4096, 512)
 
@@ -60,8 +63,9 @@ CONSTANTS = (
         "20, 200, 500, 24, 40 cycles",
         "assumed, no source; together under a fifth of any chain",
     ),
-    ("launch", "0.5 µs", "assumed; the smallest kernel measured on the H200 takes 1.2 µs with its own chain"),
-    ("first fetch of an instruction", "2.5 cycles", "**fitted** to the measurements below"),
+    ("wavefronts of shared memory", "1 a cycle", "CUDA C++ Programming Guide: 32 banks of 32 bits a cycle"),
+    ("launch", "0.5 µs", "**fitted** to the measurements below, with the next"),
+    ("first fetch of an instruction", "1 cycle", "**fitted**"),
     ("gap between kernels of a CUDA graph", "0.4 µs", "**fitted**: the graph's time less that of its two kernels"),
 )
 
@@ -90,18 +94,20 @@ def schedule(launch: dict[str, Any], multiprocessors: int) -> list[float]:
     """Cycle at which the last block of each part ends.
 
     Blocks start in order, as room for them becomes free. One that shares its multiprocessor with others takes longer,
-    because they issue instructions in between: with R resident blocks, each with I instructions for a scheduler, which
-    by itself takes S cycles, it takes S + (R - 1) I; one of another kind is slowed as much.
+    because they issue instructions and access shared memory in between: with R resident blocks, each with I
+    instructions for a scheduler and W wavefronts of shared memory, which by itself takes S cycles, it takes
+    S + (R - 1) (I + W); one of another kind is slowed as much for each cycle, as long as there are others.
 
-    >>> part = {"blocks": 5, "instructions": 400, "cycles": 1000}
+    >>> part = {"blocks": 5, "instructions": 400, "wavefronts": 0, "cycles": 1000}
     >>> schedule({"cluster": 1, "resident": 2, "parts": [part]}, 2)  # twice two of 1,100, then one of 1,000
     [2100.0]
     """
     cluster, parts = launch["cluster"], launch["parts"]
     most = max(parts, key=lambda part: part["blocks"])
-    issue = most["instructions"] / SCHEDULERS
+    issue = most["instructions"] / SCHEDULERS + most["wavefronts"]
     room = multiprocessors * launch["resident"] // cluster
-    left = sum(part["blocks"] for part in parts) // cluster
+    total = sum(part["blocks"] for part in parts)
+    left = total // cluster
     running: list[float] = []  # when each ends
     ends, now = [], 0.0
     for part in parts:
@@ -113,9 +119,10 @@ def schedule(launch: dict[str, Any], multiprocessors: int) -> list[float]:
                     heapq.heappop(running)
             blocks = cluster * min(room, len(running) + left)
             others = min(launch["resident"], math.ceil(blocks / multiprocessors)) - 1
-            busy = others * issue / (most["cycles"] + others * issue)
-            heapq.heappush(running, now + part["cycles"] / (1 - busy))
-            end, left = max(end, now + part["cycles"] / (1 - busy)), left - 1
+            # By all of the launch's blocks on one multiprocessor, at most.
+            longer = issue * min(others * part["cycles"] / most["cycles"], total / multiprocessors)
+            heapq.heappush(running, now + part["cycles"] + longer)
+            end, left = max(end, now + part["cycles"] + longer), left - 1
         ends.append(end)
     return ends
 
@@ -169,6 +176,13 @@ def goals(launches: Launches) -> list[tuple[str, bool]]:
                 f"N = {n}, C = {channels}, {layout}: the weight's gradient ends after {weight:.0f} µs, the features' "
             )
             found.append((text + f"after {features:.0f}", weight <= features))
+    for version, of in _triton().items():
+        for name, kernels in of["launches"].items():
+            for figures in kernels:
+                registers, resident = figures["registers"], figures["resident"]
+                if registers > REGISTERS or resident < RESIDENT:
+                    text = f"Triton {version}, {figures['kernel']} of {name}: {registers} registers, {resident} blocks "
+                    found.append((text + f"on a multiprocessor; {REGISTERS} at most, {RESIDENT} at least", False))
     return found
 
 
@@ -183,20 +197,35 @@ class Measured(NamedTuple):
     us: float
 
 
-def measured(known: dict[str, str], directory: Path = results.RESULTS) -> list[Measured]:
-    """Durations of the CUDA kernels in the result files of the commits ``known``, which names what each is called."""
+def measured(known: dict[str, Any], directory: Path = results.RESULTS) -> list[Measured]:
+    """Durations of kernels in the result files of the commits that ``known``, what MEASURED holds, has counted."""
     found: dict[str, Measured] = {}
     for path in sorted(directory.rglob("op-cuda-*.json")):
         result = json.loads(path.read_text())
-        commit = known.get(result["commit"] or "")
+        commit = known["commits"].get(result["commit"] or "")
         for row in result["rows"] if commit else []:
-            n, channels, layout, dtype = row["case"].split("-")
+            n, channels, layout, _ = row["case"].split("-")
             for kernel in row.get("kernels") or []:
-                way = next((w for w in ("forward", "backward") if f"::{w}_kernel" in kernel["name"]), None)
-                if way and dtype == "bfloat16":
-                    launch = f"{way} {n} {channels} {layout}"
-                    found[launch] = Measured(launch, result["device"], commit or "", kernel["us"])
+                name = kernel["name"].removesuffix("_kernel")
+                way = next((w for w in ("forward", "backward") if f"::{w}_kernel" in name), f"triton {name}")
+                launch = f"{way} {n} {channels} {layout}"
+                if launch in known["launches"] and row["case"].endswith("bfloat16"):
+                    found[launch] = Measured(launch, result["device"], commit, kernel["us"])
     return list(found.values())
+
+
+def triton_now() -> Launches:
+    """Of Triton 3.6, which was measured, by the names that MEASURED gives them."""
+    (version,) = (v for v in _triton() if v.startswith("3.6."))
+    return {
+        f"triton {figures['kernel']} {name.partition(' ')[2]}": figures
+        for name, kernels in _triton()[version]["launches"].items()
+        for figures in kernels
+    }
+
+
+def _triton() -> dict[str, Any]:
+    return json.loads(TRITON.read_text())
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -223,7 +252,8 @@ def page() -> str:
         goals="\n".join(f"- {'met' if met else '**not met**'}: {text}" for text, met in goals(launches)),
         parts=_parts(launches),
         chains="\n\n".join(_chain(way, layout, launches) for way in ("forward", "backward") for layout in LAYOUTS),
-        measured=_measured(launches),
+        measured=_measured(launches | triton_now()),
+        triton=_triton_table(),
     )
 
 
@@ -259,22 +289,44 @@ def _chain(way: str, layout: str, launches: Launches) -> str:
 def _measured(launches: Launches) -> str:
     file = json.loads(MEASURED.read_text())
     then, rows, changed = file["launches"], [], []
-    for row in measured(file["commits"]):
+    for row in sorted(measured(file), key=lambda row: row.launch.startswith("triton")):
         was, us = then[row.launch], predict(then[row.launch], H200).us
         now = "the same kernel"
-        if launches[row.launch] != was:
-            now = f"{predict(launches[row.launch], H200).us:.1f}"
+        if launches.get(row.launch) != was:
+            now = f"{predict(launches[row.launch], H200).us:.1f}" if row.launch in launches else "not counted"
             changed.append(row.launch)
         rows.append([row.launch, row.device, row.commit, f"{row.us:.1f}", f"{us:.1f}", f"{us / row.us:.2f}", now])
     said = (
-        "The kernels have changed since in "
-        f"{len(changed)} of these {len(rows)} launches: the last column is the model of the present ones, which no GPU "
-        "has measured."
+        f"The kernels have changed since in {len(changed)} of these {len(rows)} launches: the last column is the model "
+        "of the present ones, which no GPU has measured."
         if changed
         else "The kernels are still these."
     )
     header = ["kernel", "GPU", "commit", "measured, µs", "model of it, µs", "model / measured", "model now, µs"]
     return said + "\n\n" + table(header, rows)
+
+
+def triton_head(version: str, size: tuple[int, int], layout: str, gpu: Gpu) -> tuple[float, float, float]:
+    """Microseconds of the forward's kernels, of the backward's, and of all in a CUDA graph."""
+    n, channels = size
+    launches = _triton()[version]["launches"]
+    ways = [launches[f"{way} N{n} C{channels} {layout}"] for way in ("forward", "backward")]
+    forward, backward = (sum(predict(figures, gpu).us for figures in kernels) for kernels in ways)
+    return forward, backward, forward + backward + GAP_US * sum(map(len, ways))
+
+
+def _triton_table() -> str:
+    rows = []
+    for gpu in (H100, H200):
+        for size in (PAPER, LARGE):
+            for layout in LAYOUTS:
+                cuda = head(present(), size, layout, gpu).us
+                cells = []
+                for version in sorted(_triton()):
+                    forward, backward, both = triton_head(version, size, layout, gpu)
+                    cells.append(f"{both:.1f} ({forward:.1f} + {backward:.1f})")
+                rows.append([gpu.name, f"N = {size[0]}, C = {size[1]}, {layout}", *cells, f"{cuda:.1f}"])
+    return table(["GPU", "bfloat16, 7 × 7, L = 7", *(f"Triton {v}, µs" for v in sorted(_triton())), "CUDA, µs"], rows)
 
 
 def main(check: bool) -> int:
@@ -289,7 +341,7 @@ def main(check: bool) -> int:
 
 TEXT = """# How fast the GPU kernels should be
 
-**A model, not a measurement**, of the CUDA kernels with bfloat16 features, 7 × 7 maps and 7 classes. What it is fed
+**A model, not a measurement**, of the GPU kernels with bfloat16 features, 7 × 7 maps and 7 classes. What it is fed
 with is counted without a GPU: the compiled code for sm_90a is executed on a CPU, instruction by instruction
 (tests/resources/latency_chains.py). `python -m bench model` writes this page; a test fails when the counts change.
 
@@ -300,16 +352,18 @@ A kernel's time is *launch + max(waiting, moving bytes)*.
 - **Waiting** is a schedule of its blocks. One block, or cluster, by itself on its multiprocessors takes as long as its
   chain: what each instruction waits for, by the scoreboards that the compiler has set, through registers, memory and
   barriers, one instruction a cycle for each warp at most. With R blocks on a multiprocessor, each with I instructions
-  for each of the 4 schedulers, a block takes (R − 1) · I cycles longer: others issue in between. Blocks start in order
-  wherever there is room by registers, shared memory, threads and blocks, so that the last, incomplete wave counts as
-  what it takes. Once a kernel come the first fetch of its instructions, and what the last block does alone.
+  for each of the 4 schedulers and W wavefronts of shared memory, a block takes (R − 1) · (I + W) cycles longer: others
+  are served in between. That the two add up, instead of hiding each other, was found from the measurements. Blocks
+  start in order wherever there is room by registers, shared memory, threads and blocks, so that the last, incomplete
+  wave counts as what it takes. Once a kernel come the first fetch of its instructions, and what the last block does
+  alone.
 - **Moving bytes**: the features read or their gradient written, and the saved tensors, at the speed of a copy.
 - Both kernels in a CUDA graph follow each other with a gap. The share of the copy bandwidth counts the bytes that must
   move, the features and their gradient, over the time of both.
 
 Not in the model: that memory answers later when it is busy, clusters that find no room in one group of
-multiprocessors, instruction caches but for the first fetch, and the throughput of single units (integer arithmetic,
-shared memory), of which each issues less than an instruction a cycle.
+multiprocessors, instruction caches but for the first fetch, and the throughput of units that take less than an
+instruction a cycle, such as that of integers.
 
 {constants}
 
@@ -327,7 +381,14 @@ third:
 
 {parts}
 
+Triton's kernels by the same model (tests/resources/triton_launches.py), all that a head launches:
+
+{triton}
+
 ## Where it has been measured
+
+Short forwards take up to a quarter longer than modelled, and the backwards of nchw up to a third less; kernels of a
+microsecond or two are mostly launch. No constant was fitted to Triton's kernels.
 
 {measured}
 

@@ -75,11 +75,11 @@ def found() -> Found:
 
 
 def _modelled() -> list[tuple[model.Measured, float]]:
-    """By the model of those kernels that were measured, which may have changed since."""
+    """By the model of those CUDA kernels that were measured, which may have changed since."""
     if not model.MEASURED.exists():
         return []
     then = json.loads(model.MEASURED.read_text())
-    measured = model.measured(then["commits"])
+    measured = [row for row in model.measured(then) if not row.launch.startswith("triton")]
     return [(row, model.predict(then["launches"][row.launch], model.H200).us) for row in measured]
 
 

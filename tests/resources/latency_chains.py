@@ -12,6 +12,7 @@ multiprocessor add is the model's (bench/model.py).
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import functools
 import itertools
@@ -19,7 +20,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ sys.path[:0] = [str(Path(__file__).parent)]
 
 import cubin  # noqa: E402
 import cuda_compiled  # noqa: E402
+import emulate  # noqa: E402
 import issue_budgets as budgets  # noqa: E402
 import torch  # noqa: E402
 from issue_budgets import kernels  # noqa: E402
@@ -47,7 +49,7 @@ TRIPS = (
 class Launch(NamedTuple):
     """The pass of a batch: the recorded launch and what it may touch."""
 
-    of: Any  #: kernels.Launch
+    of: emulate.Launch
     cold: Tensor
     tensors: Sequence[Tensor]
 
@@ -117,25 +119,42 @@ def chain(path: Sequence[Link], cycles: int) -> list[list[Any]]:
     return [*found, ["end", 1, cycles - last]]
 
 
+def summed(links: list[list[Any]]) -> list[list[Any]]:
+    """A chain without its order, of a loop's many rounds: a line for each kind of wait."""
+    times: collections.Counter[str] = collections.Counter()
+    spent: collections.Counter[str] = collections.Counter()
+    for wait, n, of in links:
+        times[wait] += n
+        spent[wait] += of
+    return [[wait, times[wait], of] for wait, of in spent.most_common()]
+
+
 def part(blocks: int, run: Run, cluster: int) -> dict[str, int]:
-    """Blocks that do the same; instructions of one, cycles of a cluster of them."""
-    issued = int(run.counts[:, 0].sum()) // cluster
-    return {"blocks": blocks, "instructions": issued, "cycles": run.cycles}
+    """Blocks that do the same; instructions and wavefronts of shared memory of one, cycles of a cluster of them."""
+    issued, wavefronts = (
+        int(run.counts[:, budgets.COUNTS.index(x)].sum()) // cluster for x in ("issued", "wavefronts")
+    )
+    return {"blocks": blocks, "instructions": issued, "wavefronts": wavefronts, "cycles": run.cycles}
 
 
-def describe(launch: Launch, parts: Sequence[dict[str, int]], longest: Run, moved: int) -> dict[str, Any]:
+def describe(
+    name: str, of: cubin.Usage, launch: emulate.Launch, parts: Sequence[dict[str, int]], longest: Run, moved: int
+) -> dict[str, Any]:
     """Figures of a launch. ``longest``: the cluster that ends last, which is counted once, ``moved``: bytes."""
-    (name,) = cuda_compiled.demangled([launch.of.kernel])
-    of = usage()[launch.of.kernel]
-    shared = max(of.shared, 1024) + launch.of.shared_bytes
+    shared = max(of.shared, 1024) + launch.shared_bytes
     return {
-        "kernel": name, "threads": launch.of.threads, "cluster": launch.of.cluster, "registers": of.registers,
+        "kernel": name, "threads": launch.threads, "cluster": launch.cluster, "registers": of.registers,
         "shared": shared,
-        "resident": cuda_compiled.resident(budgets.ARCHITECTURE, launch.of.threads, of.registers, shared),
+        "resident": cuda_compiled.resident(budgets.ARCHITECTURE, launch.threads, of.registers, shared),
         "parts": list(parts), "last": longest.cycles - max(p["cycles"] for p in parts),
         "fetched": int((longest.counts[:, 0] > 0).sum()), "bytes": moved,
         "chain": chain(longest.path, longest.cycles),
     }  # fmt: skip
+
+
+def described(launch: Launch, *counted: Any) -> dict[str, Any]:
+    (name,) = cuda_compiled.demangled([launch.of.kernel])
+    return describe(name, usage()[launch.of.kernel], launch.of, *counted)
 
 
 def size(*tensors: Tensor) -> int:
@@ -152,7 +171,7 @@ def forward(batch: Batch) -> dict[str, Any]:
     assert int(ticket) == 0, "the cluster was not the last"
     parts = [part(launch.of.blocks, usual, launch.of.cluster)]
     saved = [batch.saved[x] for x in ("logits", "residual", "pooled")]
-    return describe(launch, parts, last, size(launch.cold, *saved))
+    return described(launch, parts, last, size(launch.cold, *saved))
 
 
 def backward(batch: Batch, few: tuple[int, int]) -> dict[str, Any]:
@@ -166,7 +185,7 @@ def backward(batch: Batch, few: tuple[int, int]) -> dict[str, Any]:
     parts = [part(blocks, run, launch.of.cluster) for blocks, run in runs]
     longest = max((run for _, run in runs), key=lambda run: run.cycles)
     saved = [batch.saved[x] for x in ("logits", "residual", "pooled")]
-    return describe(launch, parts, longest, size(*batch.gradients.values(), *saved))
+    return described(launch, parts, longest, size(*batch.gradients.values(), *saved))
 
 
 def measure(channels: int, layout: str, sizes: Sequence[int]) -> dict[str, dict[str, Any]]:
@@ -195,6 +214,28 @@ def trips(figures: dict[str, Any]) -> dict[str, int]:
 
 def cycles(figures: dict[str, Any]) -> int:
     return sum(of for _, _, of in figures["chain"])
+
+
+#: What another version of the compiler may make of the same source; and what it must not change.
+SLACK, SAME = 1.03, ("kernel", "threads", "cluster", "bytes")
+
+
+def regressions(name: str, figures: dict[str, Any], known: dict[str, Any]) -> Iterator[str]:
+    """Where a launch is worse than the golden file's, in words."""
+    for what in SAME:
+        if figures[what] != known[what]:
+            yield f"{name}: {what} {figures[what]}, known {known[what]}"
+    if figures["resident"] < known["resident"]:
+        yield f"{name}: {figures['resident']} blocks on a multiprocessor, known {known['resident']}"
+    if cycles(figures) > SLACK * cycles(known):
+        yield f"{name}: a chain of {cycles(figures)} cycles, known {cycles(known)}"
+    for what, n in trips(figures).items():
+        if n > SLACK * trips(known).get(what, 0):
+            yield f"{name}: waits {n} times for {what}, known {trips(known).get(what, 0)}"
+    for mine, theirs in zip(figures["parts"], known["parts"], strict=True):
+        for what in mine:
+            if mine[what] > SLACK * theirs[what]:
+                yield f"{name}: {mine[what]} {what}, known {theirs[what]}"
 
 
 def text(measured: dict[str, dict[str, Any]]) -> str:

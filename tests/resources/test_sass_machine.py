@@ -87,6 +87,23 @@ def test_time_is_that_of_the_longest_chain():
     assert found.cycles == sum(LATENCIES[x] for x in ("constant", "dram", "shared")) + 2
 
 
+def test_shared_memory_serves_one_wavefront_a_cycle():
+    """Lanes 32 bytes apart are 8 to a bank: the second load begins when the first has been served."""
+    sets = lambda n, waits=0: (n << 5 | 7 << 8 | waits << 11) + 1  # noqa: E731
+    code = program(
+        f"S2R R0, SR_TID.X ; {sets(0)}",
+        f"SHF.L.U32 R1, R0, 0x5, RZ ; {sets(7, 1)}",
+        f"LDS R4, [R1+0x400] ; {sets(1)}",
+        f"LDS R5, [R1+0x400] ; {sets(2)}",
+        f"IADD3 R5, R5, R4, RZ ; {sets(7, 6)}",
+        "EXIT",
+    )
+    found = run(code)
+    assert found.counts[2:4, 2].tolist() == [8, 8]
+    begins = LATENCIES["special"] + 1  # of the first load
+    assert found.cycles == begins + 8 + 7 * LATENCIES["wavefront"] + LATENCIES["shared"] + 2
+
+
 @pytest.mark.parametrize(
     "lines, error",
     [

@@ -1,6 +1,7 @@
 #include "machine.h"
 
 #include <algorithm>
+#include <array>
 #include <bit>
 
 namespace rebalfer::sass {
@@ -12,6 +13,7 @@ enum Op : int {
   F2F, I2F, I2FP, F2I, MUFU, FCHK, R2UR, S2R, S2UR, CS2R, MOV, UMOV, LDC, ULDC, SGXT, USGXT, R2P, P2R, ELECT, VOTE, VOTEU,
   SHFL, LDG, STG, LDS, STS, LD, ST, ATOMG, LDGSTS, LDGDEPBAR, DEPBAR, UBLKCP, SYNCS, LDSM, STSM, BRA, EXIT, BSSY, BSYNC,
   BREAK, CALL, RET, WARPSYNC, NOP, BAR, MEMBAR, ERRBAR, CGAERRBAR, CCTL, FENCE, UCGABAR_ARV, UCGABAR_WAIT, POPC, REDUX,
+  HGMMA, WARPGROUP,
 };
 const std::unordered_map<std::string, int> kOps = {
 #define OP(x) {#x, x}
@@ -23,7 +25,7 @@ const std::unordered_map<std::string, int> kOps = {
     OP(SHFL), OP(LDG), OP(STG), OP(LDS), OP(STS), OP(LD), OP(ST), OP(ATOMG), OP(LDGSTS), OP(LDGDEPBAR), OP(DEPBAR),
     OP(UBLKCP), OP(SYNCS), OP(LDSM), OP(STSM), OP(BRA), OP(EXIT), OP(BSSY), OP(BSYNC), OP(BREAK), OP(CALL), OP(RET),
     OP(WARPSYNC), OP(NOP), OP(BAR), OP(MEMBAR), OP(ERRBAR), OP(CGAERRBAR), OP(CCTL), OP(FENCE), OP(UCGABAR_ARV),
-    OP(UCGABAR_WAIT), OP(POPC), OP(REDUX),
+    OP(UCGABAR_WAIT), OP(POPC), OP(REDUX), OP(HGMMA), OP(WARPGROUP),
 #undef OP
 };
 
@@ -212,9 +214,11 @@ unsigned char* Machine::global(uint64_t address, int bytes) {
   return reinterpret_cast<unsigned char*>(address);
 }
 
-// Shared memory is 32 banks of 4 bytes; lanes take turns in halves or quarters where they ask for 8 or 16 bytes.
-void Machine::note_shared(const std::vector<std::pair<uint32_t, int>>& accesses) {
-  if (accesses.empty()) return;
+// Shared memory is 32 banks of 4 bytes; lanes take turns in halves or quarters where they ask for 8 or 16 bytes. The
+// cycle at which the first of them is served as late as the last one is.
+int64_t Machine::note_shared(const std::vector<std::pair<uint32_t, int>>& accesses) {
+  if (accesses.empty()) return issue_;
+  const uint64_t before = counts[size_t(place_)].wavefronts;
   const size_t together = 128 / size_t(std::max(4, accesses[0].second));
   for (size_t first = 0; first < accesses.size(); first += together) {
     uint32_t words[128], of_bank[32] = {};
@@ -227,6 +231,10 @@ void Machine::note_shared(const std::vector<std::pair<uint32_t, int>>& accesses)
     for (const uint32_t* word = words; word != end; ++word) ++of_bank[*word % 32];
     counts[size_t(place_)].wavefronts += *std::max_element(of_bank, of_bank + 32);
   }
+  const int64_t turns = int64_t(counts[size_t(place_)].wavefronts - before), warps = int64_t(w_->block->warps.size());
+  const int64_t start = std::max(issue_, w_->shared_free);
+  w_->shared_free = start + turns * warps;
+  return start + (turns - 1) * std::max(latencies_.wavefront, warps);
 }
 
 Wait Machine::note_global(const std::vector<std::pair<uint64_t, int>>& accesses, bool write) {
@@ -288,11 +296,9 @@ void Machine::load(bool is_shared, bool is_generic) {
     for (int k = 0; k < std::max(1, bytes / 4); ++k) set(*to, lane, words[k], k);
   }
   if (!in_shared.empty()) {
-    const uint64_t before = counts[size_t(place_)].wavefronts;
-    note_shared(in_shared);
-    const int64_t more = int64_t(counts[size_t(place_)].wavefronts - before) - 1;
+    const int64_t late = note_shared(in_shared) - issue_;
     result(distributed ? Wait::kDistributed : Wait::kShared,
-           (distributed ? latencies_.distributed : latencies_.shared) + more * latencies_.wavefront);
+           (distributed ? latencies_.distributed : latencies_.shared) + late);
   } else if (!in_global.empty()) {
     const Wait w = note_global(in_global, false);
     result(w, w == Wait::kGlobal ? latencies_.dram : w == Wait::kL2 ? latencies_.l2 : latencies_.l1);
@@ -444,8 +450,8 @@ void Machine::matrix_load() {
       const uint32_t high = transposed ? m[k][column + 1][row] : m[k][row][column + 1];
       set(i_->operands[0], lane, high << 16 | low, k);
     }
-  note_shared(accesses);
-  result(Wait::kShared, latencies_.shared);
+  const int64_t late = note_shared(accesses) - issue_;
+  result(Wait::kShared, latencies_.shared + late);
   operands_read();
 }
 
@@ -841,12 +847,80 @@ void Machine::mma() {
     for (int k = 0; k < 4; ++k) set(o[0], lane, bits_of(D[lane / 4 + 8 * (k / 2)][2 * (lane % 4) + k % 2]), k);
 }
 
+namespace {
+// A matrix of 16-bit elements in shared memory, as a descriptor has it: rows of the M or N axis, columns of K. Blocks of
+// 8 x 16 bytes are permuted within rows of 128, 64 or 32 bytes (or not at all).
+struct SharedMatrix {
+  uint32_t start, leading, stride, row;  // bytes; row: of the permutation, 16 for none
+  bool transposed;                       // the M or N axis is the contiguous one
+
+  SharedMatrix(uint64_t descriptor, bool transposed) : transposed(transposed) {
+    start = uint32_t(descriptor & 0x3fff) * 16, leading = uint32_t(descriptor >> 16 & 0x3fff) * 16;
+    stride = uint32_t(descriptor >> 32 & 0x3fff) * 16;
+    row = std::array{16u, 128u, 64u, 32u}[descriptor >> 62];
+    if (transposed && row == 16) throw std::runtime_error("SASS: a transposed matrix that is not permuted");
+  }
+  uint32_t at(uint32_t m, uint32_t k) const {
+    const uint32_t inner = transposed ? m : k, outer = transposed ? k : m, wide = row / 2;
+    uint32_t place = start + outer % 8 * row + inner % wide * 2;
+    place += transposed ? inner / wide * leading + outer / 8 * stride : outer / 8 * stride + inner / wide * leading;
+    return place ^ ((place >> 7 & (row / 16 - 1)) << 4);
+  }
+};
+}  // namespace
+
+// The share of one warp of four: 16 of the 64 rows. A is in registers, or in shared memory as B is.
+void Machine::group_mma() {
+  const auto& o = i_->operands;
+  int n = 0;
+  if (std::sscanf(i_->text.c_str(), "HGMMA.64x%dx16.F32.", &n) != 1 || n % 8 || n > 256 || active_ != ~0u) unknown();
+  const bool bf16 = i_->has("BF16"), of_registers = o.at(1).kind == Operand::kRegister;
+  const Operand& matrices = o.at(of_registers ? 2 : 1);
+  const Operand& addend = o.at(of_registers ? 3 : 2);
+  if (matrices.kind != Operand::kMatrix || addend.kind != Operand::kRegister) unknown();
+  const bool tnspA = matrices.name.find(".tnspA") != std::string::npos;
+  const bool tnspB = matrices.name.find(".tnspB") != std::string::npos;
+  if (matrices.name.size() != 6u * (size_t(tnspA) + size_t(tnspB))) unknown();
+  bool adds = addend.index != 255;
+  for (const Operand& x : o)
+    if (x.kind == Operand::kUniformPredicate) adds = adds && predicate(x, 0);
+  const auto value = [&](uint32_t x) { return bf16 ? as_float(x << 16) : half_to_float(uint16_t(x)); };
+  const auto descriptor = [&](int place) { return uint64_t(w_->ur[place + 1]) << 32 | w_->ur[place]; };
+  const SharedMatrix of_a(descriptor(matrices.uniform), tnspA);
+  const SharedMatrix of_b(descriptor(matrices.uniform + 2), tnspB);
+  const auto element = [&](const SharedMatrix& m, int row, int k) {
+    uint16_t x;
+    std::memcpy(&x, shared(w_->block->rank << 24 | m.at(uint32_t(row), uint32_t(k)), 2), 2);
+    return value(x);
+  };
+  float A[16][16];
+  for (int lane = 0; lane < 32; ++lane)
+    for (int k = 0; k < 8; ++k) {
+      const int row = lane / 4 + 8 * (k / 2 % 2), column = 2 * (lane % 4) + 8 * (k / 4) + k % 2;
+      A[row][column] = of_registers ? value(word(o[1], lane, k / 2) >> 16 * (k % 2) & 0xffff)
+                                    : element(of_a, int(16 * (w_->number % 4)) + row, column);
+    }
+  for (int column = 0; column < n; ++column) {
+    float B[16], D[16] = {};
+    for (int k = 0; k < 16; ++k) B[k] = element(of_b, column, k);
+    for (int row = 0; row < 16; ++row) {
+      const int lane = row % 8 * 4 + column % 8 / 2, part = column / 8 * 4 + row / 8 * 2 + column % 2;
+      if (adds) D[row] = as_float(word(addend, lane, part));
+      for (int k = 0; k < 16; ++k) D[row] = std::fma(A[row][k], B[k], D[row]);
+      set(o[0], lane, bits_of(D[row]), part);
+    }
+  }
+  const int64_t latency = std::max(latencies_.product, int64_t(n / 2));  // of 8 columns 4 cycles
+  w_->products.raise({issue_ + latency, link(Wait::kSpecial, issue_ + latency)});
+}
+
 void Machine::execute() {
   const Instruction& i = *i_;
   const auto& o = i.operands;
   const int first = active_ ? std::countr_zero(active_) : 0;
   switch (i.op) {
     case HMMA: return mma();
+    case HGMMA: return group_mma();
     case MUFU: return special();
     case F2F:
     case I2F:
@@ -900,7 +974,7 @@ void Machine::execute() {
 // ----------------------------------------------------------------------------------------------------- control
 
 void Machine::arrived(Gate& gate, uint32_t mask, Wait wait, int64_t latency) {
-  const int64_t ready = issue_ + latency;
+  const int64_t ready = std::max(issue_, w_->shared_free) + latency;
   gate.arrived += uint32_t(std::popcount(mask));
   if (ready >= gate.latest.time) gate.latest = {ready, link(wait, ready)};
   gate.settle();
@@ -1092,6 +1166,11 @@ void Machine::step(Warp& w, size_t group) {
       }
       case CCTL:
         if (i.has("IVALL")) w.block->cached.clear();
+        ++g.place;
+        break;
+      case WARPGROUP:
+        if (i.has("DEPBAR")) wait_for(w.products);
+        else if (!i.has("ARRIVE")) unknown();
         ++g.place;
         break;
       case NOP:

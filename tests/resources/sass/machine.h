@@ -5,7 +5,8 @@
 // instructions were understood. An instruction, operand or modifier without a meaning here is an error.
 //
 // Time is that of an SM with one scheduler for each warp: an instruction issues once the one before has (its stall
-// count) and the scoreboards that it waits for are free, as the compiler has encoded both. Nothing else limits it.
+// count) and the scoreboards that it waits for are free, as the compiler has encoded both. Besides, shared memory serves
+// one wavefront a cycle; the warps of a block are taken to access it at the same time, each a like amount.
 #pragma once
 
 #include <cfenv>
@@ -26,7 +27,7 @@ namespace rebalfer::sass {
 
 // Cycles from the issue of an instruction until what waits for it may issue; see LATENCIES in machine.py.
 struct Latencies {
-  int64_t shared, wavefront, distributed, l1, l2, dram, bulk, special, constant, barrier, cluster_barrier, fence, read;
+  int64_t shared, wavefront, distributed, l1, l2, dram, bulk, special, constant, barrier, cluster_barrier, fence, read, product;
 };
 
 struct Range {  // of host memory that the kernel may touch
@@ -104,6 +105,8 @@ struct Warp {
   int current = -1;
   Moment scoreboard[6];
   Moment copies, stores;        // cp.async since the last LDGDEPBAR; stores
+  Moment products;              // of a group of four warps
+  int64_t shared_free = 0;      // when shared memory has served this warp's accesses
   std::vector<Moment> batches;  // of cp.async
 
   Warp() { p[7] = ~0u, up = 1u << 7; }
@@ -204,7 +207,7 @@ class Machine {
   void matrix_store();
   void mbarrier();
   void atomic();
-  void note_shared(const std::vector<std::pair<uint32_t, int>>& accesses);
+  int64_t note_shared(const std::vector<std::pair<uint32_t, int>>& accesses);
   Wait note_global(const std::vector<std::pair<uint64_t, int>>& accesses, bool write);
 
   // Arithmetic.
@@ -212,6 +215,7 @@ class Machine {
   void uniform_or_lanes();
   void shuffle();
   void mma();
+  void group_mma();
   void special();
   void convert();
   bool compare_integers(uint32_t a, uint32_t b, int lane);

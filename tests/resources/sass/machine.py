@@ -31,6 +31,7 @@ COUNTS = ("issued", "lanes", "wavefronts", "sectors", "read", "written", "cold")
 LATENCIES = {
     "shared": 29, "wavefront": 2, "distributed": 200, "l1": 40, "l2": 281, "dram": 690, "bulk": 200, "special": 24,
     "constant": 40, "barrier": 20, "cluster_barrier": 200, "fence": 500, "read": 12,
+    "product": 32,
 }  # fmt: skip
 
 FLAGS = "-std=c++20 -O3 -fPIC -shared -frounding-math -ffp-contract=off -Wall -Wextra -Werror".split()

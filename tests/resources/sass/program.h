@@ -23,7 +23,7 @@ struct Name {
 };
 
 struct Operand {
-  enum Kind { kRegister, kUniform, kPredicate, kUniformPredicate, kImmediate, kConstant, kAddress, kSpecial, kLabel, kBarrier };
+  enum Kind { kRegister, kUniform, kPredicate, kUniformPredicate, kImmediate, kConstant, kAddress, kSpecial, kLabel, kBarrier, kMatrix };
   Kind kind = kImmediate;
   int index = 0;  // 255: RZ; of predicates 7: PT; of uniform registers 63: URZ
   bool minus = false, invert = false, absolute = false;  // invert: ~ or !
@@ -38,7 +38,7 @@ struct Operand {
   int64_t offset = 0;    // of an address or a constant; an immediate's value
   double number = 0;     // of an immediate
   int bank = 0;
-  std::string name;      // of a special register
+  std::string name;      // of a special register; of a matrix in shared memory, ".tnspA" and the like
 };
 
 struct Instruction {
@@ -76,6 +76,10 @@ inline Operand parse_operand(std::string s) {
   if (s.rfind("desc[", 0) == 0) s = s.substr(s.find(']') + 1), o.descriptor = true;
   if (s[0] == '@') {
     o.kind = Operand::kLabel, o.offset = std::stoll(s.substr(1), nullptr, 16);
+    return o;
+  }
+  if (s.rfind("gdesc[UR", 0) == 0) {
+    o.kind = Operand::kMatrix, o.uniform = std::stoi(s.substr(8)), o.name = s.substr(s.find(']') + 1);
     return o;
   }
   if (s[0] == '[') {
@@ -163,7 +167,7 @@ inline Operand parse_operand(std::string s) {
     o.kind = Operand::kUniformPredicate, o.index = stem == "UPT" ? 7 : stem[2] - '0';
   } else if (numbered("B") || numbered("SB")) {
     o.kind = Operand::kBarrier, o.index = std::stoi(stem.substr(stem[0] == 'S' ? 2 : 1));
-  } else if (stem.rfind("SR", 0) == 0 || stem == "PR") {
+  } else if (stem.rfind("SR", 0) == 0 || stem == "PR" || stem.rfind("gsb", 0) == 0) {
     o.kind = Operand::kSpecial, o.name = s;
   } else if (s.find("INF") != std::string::npos || s.find("QNAN") != std::string::npos) {
     o.number = s.find("QNAN") != std::string::npos ? NAN : s[0] == '-' ? -INFINITY : INFINITY;
