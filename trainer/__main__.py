@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import logging
 import os
@@ -13,14 +14,14 @@ import textwrap
 import tomllib
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from . import distributed, presets
-from .config import PACKAGES, Config, Named, UserError, found, from_dict, select, spelt
+from .config import PACKAGES, Config, Named, UserError, expect, found, from_dict, select, spelt
 from .run import Stopped
 
 #: The groups that --help shows in full; it names the others and --help GROUP shows them.
@@ -60,11 +61,11 @@ def parse(arguments: list[str]) -> Any:
         near = difflib.get_close_matches(command, commands, n=1)
         expected = f"expected one of {', '.join(commands)}{f'; did you mean {near[0]}?' if near else ''}"
         raise UserError(f"command: got {command!r}, {expected}")
-    default = commands[command]()
-    places, given = _given(rest, default)
+    default, read = commands[command](), functools.cache(_read)
+    places, given = _given(rest, default, read)
     if hasattr(default, "config"):
         default = _chosen(default, given)
-        places, given = _given(rest, default)  # which now knows the switches of the method and the data set
+        places, given = _given(rest, default, read)  # which now knows the switches of the method and the data set
     if "help" in given:
         print(help_text(command, default, given["help"] or ""))
         return None
@@ -97,7 +98,7 @@ def flags(options: Any, group: str = "", title: str = "") -> Iterator[Flag]:
             yield Flag(group, title, f"{group}.{f.name}".lstrip("."), kinds[f.name], value, f.metadata)
 
 
-def _given(words: list[str], default: Any) -> tuple[list[str], dict[str, str | None]]:
+def _given(words: list[str], default: Any, read: Callable[[Path], dict]) -> tuple[list[str], dict[str, str | None]]:
     """The words that stand for themselves, and key -> text of the options of a command line: --a=b, --a b, --switch.
 
     A flag counts over a file of --config, and of two flags or files the later one.
@@ -120,19 +121,20 @@ def _given(words: list[str], default: Any) -> tuple[list[str], dict[str, str | N
         elif not equals and words and not words[0].startswith("--"):
             value = words.pop(0)
         if key == "config" and hasattr(default, "config"):
-            files |= _read(Path(value or "").expanduser(), known)
+            path = Path(value or "").expanduser()
+            files |= _flat(read(path), path, known)
         else:
             options[key] = value
     return places, files | options
 
 
 def _key(key: str, known: dict[str, Flag]) -> str:
-    """ "method" as "method.name", where a command has that."""
+    """That of a group's name, where a command has the group: method is method.name."""
     return f"{key}.name" if key not in known and f"{key}.name" in known else key
 
 
-def _read(path: Path, known: dict[str, Flag]) -> dict[str, str | None]:
-    """Key -> text of the options in a YAML, JSON or TOML file."""
+def _read(path: Path) -> dict:
+    """The nested options in a YAML, JSON or TOML file."""
     import yaml
 
     try:
@@ -145,30 +147,29 @@ def _read(path: Path, known: dict[str, Flag]) -> dict[str, str | None]:
         raise UserError(f"config: got {path}, which is neither YAML nor TOML: {reason}") from error
     if not isinstance(values, dict):
         raise UserError(f"config: got {path}, expected a file of options, such as 'epochs: 10'")
-    groups = {flag.group for flag in known.values()}
+    return values
 
-    def flat(values: dict, group: str = "") -> Iterator[tuple[str, str]]:
-        for name, value in values.items():
-            key = _key(f"{group}{name}", known) if isinstance(value, str) else f"{group}{name}"
-            if isinstance(value, dict) and key not in known:
-                yield from flat(value, f"{key}.")
-            elif key in groups and value is not None:
-                raise UserError(f"{key}: got {value!r} in {path}, expected options by name")
-            elif value is not None or key in known and types.NoneType in typing.get_args(known[key].kind):
-                yield key, value if isinstance(value, str) else json.dumps(value, default=str)
 
-    return dict(flat(values))
+def _flat(values: dict, path: Path, known: dict[str, Flag], group: str = "") -> Iterator[tuple[str, str]]:
+    """Key and text of each of the nested options of a file."""
+    for name, value in values.items():
+        key = _key(f"{group}{name}", known) if isinstance(value, str) else f"{group}{name}"
+        if isinstance(value, dict) and key not in known:
+            yield from _flat(value, path, known, f"{key}.")
+        elif value is not None and any(flag.group == key for flag in known.values()):
+            raise UserError(f"{key}: got {value!r} in {path}, expected options by name")
+        elif value is not None or key in known and types.NoneType in typing.get_args(known[key].kind):
+            yield key, value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _chosen(default: Any, given: dict[str, str | None]) -> Any:
     """The command's options with the preset, the method and the data set that were asked for."""
-    preset = given.get("preset", default.preset)
-    if preset not in presets.found():
-        raise UserError(f"preset: got {preset!r}, expected one of {', '.join(presets.found())}")
+    preset = given.get("preset", default.preset) or ""
+    expect(preset in presets.found(), "preset", preset, f"one of {', '.join(presets.found())}")
     config: Config = presets.found()[preset]()
     for kind in PACKAGES:
-        name = given.get(f"{kind}.name", config_name := getattr(config, kind).name) or ""
-        if name != config_name:
+        current = getattr(config, kind).name
+        if (name := given.get(f"{kind}.name", current) or "") != current:
             config = dataclasses.replace(config, **{kind: select(kind, name)()})
     return dataclasses.replace(default, preset=preset, config=config)
 

@@ -232,7 +232,7 @@ def _safetensors(path: Path) -> Weights:
         about = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     if {"recipe", "sha256"} <= about.keys():  # written by this program
-        return Weights(path, tensors, about["recipe"], True, about["sha256"])
+        return Weights(path, _stripped(tensors), about["recipe"], True, about["sha256"])
     return recognised(path, tensors)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import tomllib
 
@@ -332,6 +333,16 @@ def test_the_later_of_two_files_and_of_two_flags_counts(tmp_path):
         (tmp_path / name).write_text(text)
     config = config_of(f"--config={tmp_path}/a", "--config", f"{tmp_path}/b", "--image-size=64", "--image_size", "48")
     assert (config.epochs, config.seed, config.method.name, config.image_size) == (6, 1, "cb", 48)
+
+
+def test_a_file_that_can_be_read_only_once_is_read_once():
+    """Such as <(command) of a shell."""
+    end, start = os.pipe()
+    os.write(start, b"epochs: 5\nmethod: cb")
+    os.close(start)
+    config = config_of(f"--config=/dev/fd/{end}")
+    os.close(end)
+    assert (config.epochs, config.method.name) == (5, "cb")
 
 
 def test_empty_groups_and_null_say_nothing_and_none(tmp_path):

@@ -212,6 +212,17 @@ def test_what_is_asked_of_timm_is_normalised_as_timm_says(monkeypatch):
     assert (scratch.mean, scratch.std) == ((0.5,), (0.5,))
 
 
+def test_the_weights_that_earlier_versions_exported_start_a_run(tmp_path):
+    """A whole method's, with its head, and what this program says of its own files."""
+    model = timm.create_model("resnet18", num_classes=0, **TINY)
+    tensors = {f"backbone.model.{n}": t for n, t in randomised(model).state_dict().items()}
+    about = {"recipe": "scratch", "sha256": "0"}
+    weights.save(tmp_path / "a.safetensors", tensors | {"head.weight": torch.zeros(3, 8)}, about)
+    backbone = create(tmp_path / "a.safetensors", "resnet18", TINY)
+    assert backbone.origin == about and backbone.mean == (0.5,)
+    assert all(torch.equal(t, model.state_dict()[n]) for n, t in backbone.model.state_dict().items())
+
+
 # What is refused
 
 
