@@ -18,7 +18,7 @@ GREY = 100  # of the images below, in all colours
 def figure(monkeypatch):
     """Calls a function of figures and returns the figure that it would save."""
     drawn = []
-    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
     families = list(matplotlib.rcParams["font.family"])
 
     def call(function, *arguments):
