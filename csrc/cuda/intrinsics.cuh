@@ -80,13 +80,13 @@ __device__ __forceinline__ uint32_t pack2(float low, float high) {
 template <typename T>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   if constexpr (std::is_same_v<T, BFloat16>) {
-    asm volatile(
+    asm(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   } else {
     static_assert(std::is_same_v<T, Half>);
-    asm volatile(
+    asm(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -101,15 +101,41 @@ __device__ __forceinline__ void store_16B_streaming(void* global, uint4 v) {
                : "memory");
 }
 
-__device__ __forceinline__ uint32_t shared_address(const void* shared) {
+// Of a place in shared memory: what the compiler need not compute anew from the block's window wherever it is used.
+using SharedAddress = uint32_t;
+__device__ __forceinline__ SharedAddress shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
+__device__ __forceinline__ uint4 load_shared_16B(SharedAddress from) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(from)
+               : "memory");
+  return v;
+}
 
-// 16 bytes, both addresses multiples of 16; there after cp_async_wait, for other threads after a barrier besides.
-__device__ __forceinline__ void cp_async_16(void* shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+__device__ __forceinline__ void store_shared_16B(SharedAddress to, uint4 v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+// Keeps a value of 4 or 8 bytes in registers: the compiler, which would rather compute it anew in every step of a loop,
+// cannot. Not for pointers that are dereferenced as such: it would no longer know which memory they point to.
+template <typename V>
+__device__ __forceinline__ void keep(V& value) {
+  if constexpr (sizeof(V) == 8) {
+    asm volatile("" : "+l"(value));
+  } else {
+    asm volatile("" : "+r"(value));
+  }
+}
+
+// 16 bytes, both addresses multiples of 16; there after cp_async_wait, for other threads after a barrier besides. What is
+// not wanted becomes zero, and nothing is read.
+__device__ __forceinline__ void cp_async_16B(SharedAddress shared, const void* global, bool wanted = true) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :
-               : "r"(shared_address(shared)), "l"(__cvta_generic_to_global(global))
+               : "r"(shared), "l"(__cvta_generic_to_global(global)), "r"(wanted ? 16 : 0)
                : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -19,13 +19,14 @@ inline bool serves(int64_t C, int64_t HW, int64_t L) {
   return C >= 1 && C < (int64_t(1) << 30) && HW >= 1 && HW <= kMaxPositions && L >= 1 && L <= kMaxClasses;
 }
 
-// Blocks that share one pair's channels, from what a sample is, never from how many there are: its sums keep their
-// order in every batch. About 24 KiB of each view a block. `clusters`: the GPU has them (from sm_90 on).
-inline int cluster_blocks(int64_t C, int64_t HW, int64_t element_bytes, bool clusters) {
+// log2 of the number of blocks that share one pair's channels, from what a sample is, never from how many there are:
+// its sums keep their order in every batch. About 24 KiB of each view a block. `clusters`: the GPU has them (from sm_90
+// on).
+inline int cluster_bits(int64_t C, int64_t HW, int64_t element_bytes, bool clusters) {
   constexpr int64_t kViewBytes = 24 * 1024;
-  int blocks = 1;
-  while (clusters && blocks < 8 && C * HW * element_bytes >= 2 * blocks * kViewBytes) blocks *= 2;
-  return blocks;
+  int bits = 0;
+  while (clusters && bits < 3 && C * HW * element_bytes >= (2 << bits) * kViewBytes) ++bits;
+  return bits;
 }
 
 enum class Storage { f32, bf16, f16 };
@@ -53,7 +54,7 @@ struct ForwardParams {
   float consistency_weight;
   int p;
   bool both_views;
-  int cluster;  // blocks of one pair
+  int cluster_bits;  // 2^cluster_bits blocks of one pair, at most 8
 
   float *loss, *classification, *consistency;  // (N,), or () with per_sample and ticket
   float* per_sample;                           // (2, N) scratch: classification and consistency

@@ -16,6 +16,7 @@
 
 namespace rebalfer::gpu {
 
+constexpr int kGroup = 32;
 constexpr int kBlockChannels = kWarps * kGroup;  // of a block that writes the features' gradients
 constexpr int kWeightChannels = 32;              // of a block of the weight's gradient: a lane each
 constexpr int kWeightRows = 128;                 // samples whose dz such a block holds at a time

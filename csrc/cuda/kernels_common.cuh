@@ -8,7 +8,6 @@
 namespace rebalfer::gpu {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
-constexpr int kGroup = 32;  // channels that a warp works on at a time
 constexpr unsigned kAll = ~0u;
 
 __device__ __forceinline__ int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
@@ -26,6 +25,10 @@ __device__ __forceinline__ void unpack(const uint4& v, float (&x)[16 / sizeof(T)
       x[2 * i + 1] = to_float(T{uint16_t(r[i] >> 16)});
     }
   }
+}
+
+__device__ __forceinline__ uint32_t word_of(const uint4& v, int i) {
+  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
 template <typename T>
@@ -55,26 +58,69 @@ struct Weights {
                               : to_float(static_cast<const T*>(parameter.data)[i]);
   }
 
-  // n consecutive channels; n is 4 for float32 features, 8 for others, and c a multiple of it.
-  template <int n>
-  __device__ __forceinline__ void load(float (&w)[n], int l, int c) const {
-    if (!vectors || l >= L || c >= C) {
-#pragma unroll
-      for (int i = 0; i < n; ++i) w[i] = at(l, c + i);
-      return;
-    }
-    const int64_t offset = int64_t(l) * C + c;
-    if (sizeof(T) == 4 || parameter.is_float) {
-      const float4* from = reinterpret_cast<const float4*>(static_cast<const float*>(parameter.data) + offset);
-#pragma unroll
-      for (int i = 0; i < n / 4; ++i) {
-        const float4 v = __ldg(from + i);
-        w[4 * i] = v.x, w[4 * i + 1] = v.y, w[4 * i + 2] = v.z, w[4 * i + 3] = v.w;
-      }
-    } else if constexpr (sizeof(T) == 2) {
-      unpack<T>(__ldg(reinterpret_cast<const uint4*>(static_cast<const T*>(parameter.data) + offset)), w);
-    }
+};
+
+// Walks along the channels of rows of the weight, as many at a time as 16 bytes of features have.
+template <typename T>
+class WeightCursor {
+ public:
+  static constexpr int kChannels = 16 / sizeof(T);
+  struct Bits {  // as many float32, or as many of T in the first 16 bytes
+    uint4 of[sizeof(float) / sizeof(T)];
+  };
+
+  const bool floats;
+
+  // From row l and channel c on, `step` channels at a time.
+  __device__ __forceinline__ WeightCursor(const Weights<T>& weights, int l, int c, int step)
+      : floats(sizeof(T) == 4 || weights.parameter.is_float), weights_(weights), l_(l), c_(c), step_(step),
+        step_bytes_(step * size()), by_element_(!weights.vectors),
+        from_(static_cast<const unsigned char*>(weights.parameter.data) + offset(l, c)) {
+    keep(step_bytes_), keep(by_element_);
   }
+
+  __device__ __forceinline__ void advance() {
+    c_ += step_;
+    from_ += step_bytes_;
+    keep(from_);
+  }
+
+  // Of the row that is k rows below the cursor's; zero outside.
+  __device__ __forceinline__ Bits bits(int k) const {
+    Bits b{};
+    if (l_ + k >= weights_.L || c_ >= weights_.C) return b;
+    if (!by_element_) {
+      const uint4* from = reinterpret_cast<const uint4*>(from_ + offset(k, 0));
+      b.of[0] = __ldg(from);
+      if constexpr (sizeof(T) == 2)
+        if (floats) b.of[1] = __ldg(from + 1);
+      return b;
+    }
+    float x[kChannels];
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) x[i] = weights_.at(l_ + k, c_ + i);
+    if constexpr (sizeof(T) == 2)
+      if (!floats) {
+        b.of[0] = pack<T>(x);  // exactly: they were of T
+        return b;
+      }
+#pragma unroll
+    for (int i = 0; i < kChannels / 4; ++i)
+      b.of[i] = uint4{__float_as_uint(x[4 * i]), __float_as_uint(x[4 * i + 1]), __float_as_uint(x[4 * i + 2]),
+                      __float_as_uint(x[4 * i + 3])};
+    return b;
+  }
+
+ private:
+  const Weights<T> weights_;
+  const int l_;
+  int c_;
+  const int step_;
+  int step_bytes_, by_element_;
+  const unsigned char* from_;
+
+  __device__ __forceinline__ int size() const { return floats ? 4 : int(sizeof(T)); }
+  __device__ __forceinline__ int64_t offset(int l, int c) const { return (int64_t(l) * weights_.C + c) * size(); }
 };
 
 // x = high + low / kScale to about twice the digits of T. float16 has few exponents, so its low part is kept large.
@@ -132,19 +178,32 @@ __device__ __forceinline__ bool is_last_block(unsigned* ticket, int64_t blocks, 
   return *room;
 }
 
-// The mean of value(i) over i < N, in an order that depends only on N; thread 0 has it. `room` is shared.
-template <typename Value>
-__device__ __forceinline__ float block_mean(int64_t N, double* room, const Value& value) {
-  double sum = 0;
-#pragma unroll 4
-  for (int64_t i = threadIdx.x; i < N; i += kThreads) sum += double(value(i));
-  sum = warp_sum(sum);
+// The means of the n values that value(i, v) puts into v, over i < N, in an order that depends only on N; thread 0 has
+// them. `room` is shared.
+template <int n, typename Value>
+__device__ __forceinline__ void block_means(int64_t N, double (*room)[n], float (&means)[n], const Value& value) {
+  double sums[n] = {};
+  REBALFER_ROLLED
+  for (int64_t i = threadIdx.x; i < N; i += kThreads) {
+    float v[n];
+    value(i, v);
+#pragma unroll
+    for (int k = 0; k < n; ++k) sums[k] += double(v[k]);
+  }
+#pragma unroll
+  for (int k = 0; k < n; ++k) sums[k] = warp_sum(sums[k]);
   __syncthreads();
-  if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = sum;
+  if (threadIdx.x % 32 == 0)
+#pragma unroll
+    for (int k = 0; k < n; ++k) room[threadIdx.x / 32][k] = sums[k];
   __syncthreads();
-  double total = 0;
-  for (int w = 0; w < kWarps; ++w) total += room[w];
-  return float(total / double(N));
+#pragma unroll
+  for (int k = 0; k < n; ++k) {
+    double total = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) total += room[w][k];
+    means[k] = float(total / double(N));
+  }
 }
 
 // The position of the twin that meets each position; table is shared, kMaxPositions long.

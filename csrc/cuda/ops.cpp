@@ -137,7 +137,7 @@ HeadForwardOutputs head_forward(const HeadForwardArguments& a) {
   params.consistency_weight = float(a.options.consistency_weight);
   params.p = a.options.p;
   params.both_views = a.options.both_views;
-  params.cluster = cluster_blocks(C, H * W, storage == Storage::f32 ? 4 : 2, device.clusters());
+  params.cluster_bits = cluster_bits(C, H * W, storage == Storage::f32 ? 4 : 2, device.clusters());
   params.loss = data(out.loss), params.classification = data(out.classification);
   params.consistency = data(out.consistency), params.logits = data(out.logits), params.maps = data(out.maps);
   params.residual = data(out.residual), params.pooled = data(out.pooled), params.cam_grad = data(out.cam_grad);
@@ -186,7 +186,7 @@ ForwardParams single_views(const Tensor& features, const Tensor& weight, const D
   params.g = geometry(features.size(0), C, H, W, weight.size(0), 1, is_channels_last(features), {});
   params.features = data<void>(features);
   params.weight = parameter(weight);
-  params.cluster = cluster_blocks(C, H * W, is_float ? 4 : 2, device.clusters());
+  params.cluster_bits = cluster_bits(C, H * W, is_float ? 4 : 2, device.clusters());
   return params;
 }
 

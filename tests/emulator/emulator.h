@@ -289,14 +289,30 @@ inline void store_16B_streaming(void* global, uint4 v) {
   *static_cast<uint4*>(global) = v;
 }
 
-inline void cp_async_16(void* shared, const void* global) {
+using SharedAddress = unsigned char*;
+inline SharedAddress shared_address(void* shared) { return static_cast<unsigned char*>(shared); }
+inline uint4 load_shared_16B(SharedAddress from) {
+  emulator::machine().require_aligned(from, 16, "load_shared_16B");
+  emulator::machine().require_shared(from, 16, "load_shared_16B");
+  return *reinterpret_cast<const uint4*>(from);
+}
+inline void store_shared_16B(SharedAddress to, uint4 v) {
+  emulator::machine().require_aligned(to, 16, "store_shared_16B");
+  emulator::machine().require_shared(to, 16, "store_shared_16B");
+  *reinterpret_cast<uint4*>(to) = v;
+}
+template <typename V>
+void keep(V&) {}
+
+inline void cp_async_16B(SharedAddress shared, const void* global, bool wanted = true) {
+  static const uint4 zeros{};
   auto& m = emulator::machine();
-  m.require_aligned(shared, 16, "cp_async_16");
-  m.require_aligned(global, 16, "cp_async_16");
-  m.require_shared(shared, 16, "cp_async_16");
-  m.counters.cp_async_copies += 16;
+  m.require_aligned(shared, 16, "cp_async_16B");
+  m.require_aligned(global, 16, "cp_async_16B");
+  m.require_shared(shared, 16, "cp_async_16B");
+  m.counters.cp_async_copies += wanted ? 16 : 0;
   emulator::poison(shared, 16);
-  m.current->open_group.push_back({shared, global, 16});
+  m.current->open_group.push_back({shared, wanted ? global : &zeros, 16});
 }
 inline void cp_async_commit() {
   auto& t = *emulator::machine().current;

@@ -16,7 +16,7 @@ Geometry geometry(int64_t N, int64_t C, int64_t H, int64_t W, int64_t L, int64_t
 extern "C" {
 
 const char* get_cluster_blocks(int64_t C, int64_t HW, int64_t element_bytes, int64_t clusters, int64_t* blocks) {
-  *blocks = cluster_blocks(C, HW, element_bytes, clusters != 0);
+  *blocks = 1 << cluster_bits(C, HW, element_bytes, clusters != 0);
   return nullptr;
 }
 
@@ -37,7 +37,7 @@ const char* run_forward(int64_t storage, int64_t N, int64_t C, int64_t H, int64_
                                consistency_weight,
                                int(p),
                                both_views != 0,
-                               int(cluster),
+                               std::countr_zero(uint64_t(cluster)),
                                loss,
                                classification,
                                consistency,

@@ -113,7 +113,7 @@ __global__ void staged(const uint4* in, uint4* out, int64_t fault) {
   REBALFER_DYNAMIC_SHARED(uint4, stage);
   const unsigned t = threadIdx.x, n = blockDim.x;
   for (unsigned half = 0; half < 2; ++half) {
-    cp_async_16(stage + half * n + t, in + half * n + t);
+    cp_async_16B(shared_address(stage + half * n + t), in + half * n + t);
     cp_async_commit();
   }
   if (fault != 1) cp_async_wait<1>();
@@ -134,7 +134,7 @@ __global__ void odd(const char* in, unsigned* out, int64_t fault) {
   if (fault == 5) out[threadIdx.x] = threadIdx.x < 16 ? __shfl_sync(~0u, 1, 0) : __ballot_sync(~0u, 1);
   if (fault == 6 && threadIdx.x != 7) __syncthreads();
   if (fault == 6 && threadIdx.x == 7) mbarrier_wait_parity(reinterpret_cast<uint64_t*>(shared), 0);
-  if (fault == 7) cp_async_16(shared + 4 * 8, in);
+  if (fault == 7) cp_async_16B(shared_address(shared + 4 * 8), in);
 }
 
 }  // namespace

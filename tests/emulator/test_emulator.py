@@ -139,7 +139,7 @@ def test_a_copy_that_nobody_waits_for(run):
         (4, "deadlock: .* waits for __syncwarp|lanes .* have exited"),
         (5, "lanes of one warp meet in __shfl_sync .* and __ballot_sync"),
         (6, "mbarrier_wait_parity on what is no initialised mbarrier"),
-        (7, "cp_async_16: 16 bytes at offset 128 are not within the block's 128 bytes"),
+        (7, "cp_async_16B: 16 bytes at offset 128 are not within the block's 128 bytes"),
     ],
 )
 def test_mistakes_are_errors_and_the_next_launch_is_sound(run, fault, error):

@@ -12,7 +12,7 @@ enum Op : int {
   ISETP, UISETP, FSETP, DSETP, VIMNMX, VIADDMNMX, FMNMX, IABS, FADD, FMUL, FFMA, DADD, DMUL, DFMA, HADD2, HFMA2, HMMA, F2FP,
   F2F, I2F, I2FP, F2I, MUFU, FCHK, R2UR, S2R, S2UR, CS2R, MOV, UMOV, LDC, ULDC, SGXT, USGXT, R2P, P2R, ELECT, VOTE, VOTEU,
   SHFL, LDG, STG, LDS, STS, LD, ST, ATOMG, LDGSTS, LDGDEPBAR, DEPBAR, UBLKCP, SYNCS, LDSM, STSM, BRA, EXIT, BSSY, BSYNC,
-  BREAK, CALL, RET, WARPSYNC, NOP, BAR, MEMBAR, ERRBAR, CGAERRBAR, CCTL, FENCE, UCGABAR_ARV, UCGABAR_WAIT, POPC, REDUX,
+  BREAK, CALL, RET, WARPSYNC, NOP, YIELD, BAR, MEMBAR, ERRBAR, CGAERRBAR, CCTL, FENCE, UCGABAR_ARV, UCGABAR_WAIT, POPC, REDUX,
   HGMMA, WARPGROUP,
 };
 const std::unordered_map<std::string, int> kOps = {
@@ -24,7 +24,7 @@ const std::unordered_map<std::string, int> kOps = {
     OP(CS2R), OP(MOV), OP(UMOV), OP(LDC), OP(ULDC), OP(SGXT), OP(USGXT), OP(R2P), OP(P2R), OP(ELECT), OP(VOTE), OP(VOTEU),
     OP(SHFL), OP(LDG), OP(STG), OP(LDS), OP(STS), OP(LD), OP(ST), OP(ATOMG), OP(LDGSTS), OP(LDGDEPBAR), OP(DEPBAR),
     OP(UBLKCP), OP(SYNCS), OP(LDSM), OP(STSM), OP(BRA), OP(EXIT), OP(BSSY), OP(BSYNC), OP(BREAK), OP(CALL), OP(RET),
-    OP(WARPSYNC), OP(NOP), OP(BAR), OP(MEMBAR), OP(ERRBAR), OP(CGAERRBAR), OP(CCTL), OP(FENCE), OP(UCGABAR_ARV),
+    OP(WARPSYNC), OP(NOP), OP(YIELD), OP(BAR), OP(MEMBAR), OP(ERRBAR), OP(CGAERRBAR), OP(CCTL), OP(FENCE), OP(UCGABAR_ARV),
     OP(UCGABAR_WAIT), OP(POPC), OP(REDUX), OP(HGMMA), OP(WARPGROUP),
 #undef OP
 };
@@ -982,7 +982,8 @@ void Machine::arrived(Gate& gate, uint32_t mask, Wait wait, int64_t latency) {
 
 void Machine::leave(Warp& w, uint32_t lanes) {
   w.alive &= ~lanes;
-  for (auto& mask : w.convergence) mask &= ~lanes;
+  for (auto& masks : w.convergence)
+    for (auto& mask : masks) mask &= ~lanes;
   w.block->gate.alive -= uint32_t(std::popcount(lanes));
   cluster_gate_.alive -= uint32_t(std::popcount(lanes));
   w.block->gate.settle(), cluster_gate_.settle();
@@ -993,7 +994,7 @@ void Machine::converge(Warp& w) {
   for (size_t a = 0; a < w.groups.size(); ++a) {
     Group& g = w.groups[a];
     if (g.state != Group::kAtConvergence && g.state != Group::kAtWarpSync) continue;
-    const uint32_t wanted = g.state == Group::kAtWarpSync ? w.alive : w.convergence[g.convergence] & w.alive;
+    const uint32_t wanted = g.state == Group::kAtWarpSync ? w.alive : w.convergence[g.convergence][std::countr_zero(g.mask)] & w.alive;
     uint32_t here = 0;
     for (const Group& other : w.groups)
       if (other.state == g.state && other.place == g.place) here |= other.mask;
@@ -1082,8 +1083,16 @@ void Machine::step(Warp& w, size_t group) {
         }
         break;
       }
-      case BSSY: w.convergence[o.at(0).index] = g.mask, ++g.place; break;
-      case BREAK: w.convergence[o.at(0).index] &= ~active_, ++g.place; break;
+      case BSSY:
+        for (int lane = 0; lane < 32; ++lane)
+          if (g.mask >> lane & 1) w.convergence[o.at(0).index][lane] = g.mask;
+        ++g.place;
+        break;
+      case BREAK:
+        for (auto& mask : w.convergence[o.at(0).index])
+          if (mask & active_) mask &= ~active_;
+        ++g.place;
+        break;
       case BSYNC:
         if (!active_) {
           ++g.place;
@@ -1174,6 +1183,7 @@ void Machine::step(Warp& w, size_t group) {
         ++g.place;
         break;
       case NOP:
+      case YIELD:
       case ERRBAR:
       case CGAERRBAR:
       case FENCE: ++g.place; break;

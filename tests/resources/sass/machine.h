@@ -97,7 +97,7 @@ struct Warp {
   uint32_t number, alive;
   uint32_t r[256][32] = {}, ur[64] = {};
   uint32_t p[8] = {}, up = 0;  // a bit a lane; a bit a predicate
-  uint32_t convergence[16] = {};
+  uint32_t convergence[16][32] = {};  // the lanes that each lane meets: groups that parted may use one at a time
   uint64_t cluster_generation = 0;
   std::vector<Group> groups;
   // Time.

@@ -1,0 +1,261 @@
+// How the features of a pair come to the lanes of the forward kernel: through rings in shared memory, some steps ahead.
+//
+// A step of a block is kStepBytes of channels for each of its warps; a warp has one view. Its 8 groups of 4 lanes hold
+// the positions group, group + 8, ..., lane `quarter` of a group 16 bytes of consecutive channels. Positions and
+// channels outside are zero.
+#pragma once
+
+#include "kernels_common.cuh"
+
+namespace rebalfer::gpu {
+
+constexpr int kStages = 4;
+constexpr int kStepBytes = 64;
+
+// Where a warp is in its block, and a lane in its warp.
+struct Place {
+  int lane, warp, group, quarter, view, slice, views;
+
+  __device__ __forceinline__ explicit Place(int views)
+      : lane(threadIdx.x % 32), warp(threadIdx.x / 32), group(lane / 4), quarter(lane % 4),
+        view(views == 2 ? warp % 2 : 0), slice(views == 2 ? warp / 2 : warp), views(views) {}
+};
+
+// The channels of a block: `steps` times `width` from `first` on, of C.
+struct Channels {
+  int C, width, first, steps;
+
+  // log2 of the width.
+  template <typename T>
+  static __host__ __device__ __forceinline__ int width_bits(int views) {
+    static_assert(kWarps == 4 && kStepBytes / sizeof(T) == (sizeof(T) == 2 ? 32 : 16));
+    return (sizeof(T) == 2 ? 5 : 4) + (views == 2 ? 1 : 2);
+  }
+
+  // Of the block `rank` of 2^cluster_bits.
+  template <typename T>
+  static __device__ __forceinline__ Channels of(const Geometry& g, int rank, int cluster_bits) {
+    const int bits = width_bits<T>(g.views);
+    const auto ceil_shift = [](int x, int by) { return (x + (1 << by) - 1) >> by; };
+    const int all = ceil_shift(g.C, bits), each = ceil_shift(all, cluster_bits), first = min(rank * each, all);
+    Channels channels{g.C, 1 << bits, first << bits, min(each, all - first)};
+    keep(channels.width), keep(channels.steps);
+    return channels;
+  }
+};
+
+// Which of a lane's pairs of 16-bit channels is the i-th word that it has of a position; float32 are in order.
+template <bool kChannelsLast>
+__host__ __device__ constexpr int pair_of_word(int i) {
+  return kChannelsLast ? i : i / 2 + 2 * (i % 2);  // of NCHW it is ours to choose: see Forward::accumulate
+}
+
+// 16 bytes of elements get(0), get(1), ...
+template <typename T, typename Get>
+__device__ __forceinline__ uint4 gather(const Get& get) {
+  uint32_t r[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      r[i] = __float_as_uint(get(i));
+    } else {
+      r[i] = uint32_t(get(2 * i).bits) | uint32_t(get(2 * i + 1).bits) << 16;
+    }
+  }
+  return uint4{r[0], r[1], r[2], r[3]};
+}
+
+// channels_last: this lane's 16-byte pieces, `passes` times over. What a lane copies only it reads, so shared memory
+// serves as more registers and no barrier is needed. If all steps fit they are fetched once and stay.
+template <typename T, int kTiles>
+class LaneRing {
+ public:
+  static __host__ __device__ int64_t bytes(int64_t) { return kWarps * kStages * kTiles * 32 * 16; }
+
+  __device__ __forceinline__ LaneRing(const Geometry& g, const T* features, int64_t pair, const Channels& channels,
+                                      const Place& at, int HW, int passes, unsigned char* room, uint64_t*)
+      : pieces_(shared_address(room + (at.warp * kStages * kTiles * 32 + at.lane) * 16)),
+        source_(features + (at.view * g.N + pair) * int64_t(g.C) * HW + int64_t(at.group) * g.C),
+        begin_(channels.first + at.slice * (kStepBytes / int(sizeof(T))) + at.quarter * kSlots), next_(begin_),
+        C_(g.C), width_(channels.width), HW_(HW), group_(at.group), steps_(channels.steps),
+        total_(channels.steps <= kStages ? channels.steps : channels.steps * passes),
+        aligned_(g.C % kSlots == 0 && reinterpret_cast<uintptr_t>(features) % 16 == 0) {
+    keep(total_);
+    REBALFER_ROLLED
+    for (int s = 0; s < kStages; ++s) issue();
+  }
+
+  // The next step's pieces.
+  __device__ __forceinline__ void take(uint4 (&f)[kTiles]) {
+    cp_async_wait<kStages - 1>();
+    const SharedAddress from = piece(taken_++);
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) f[j] = load_shared_16B(from + 512 * j);
+  }
+  // What was taken may be overwritten.
+  __device__ __forceinline__ void release() { issue(); }
+  // The next pass begins.
+  __device__ __forceinline__ void rewind() {
+    if (total_ == steps_) taken_ = 0;
+  }
+
+ private:
+  static constexpr int kSlots = 16 / sizeof(T);
+
+  SharedAddress pieces_;
+  const T* const source_;  // the lane's first position
+  const int begin_;        // the lane's first channel
+  int next_;               // that it fetches next
+  const int C_, width_, HW_, group_;
+  const unsigned steps_;
+  unsigned total_;
+  const bool aligned_;
+  unsigned issued_ = 0, taken_ = 0;
+
+  __device__ __forceinline__ bool inside(int tile) const { return 8 * tile + 8 <= HW_ || 8 * tile + group_ < HW_; }
+  __device__ __forceinline__ SharedAddress piece(unsigned use) const { return pieces_ + use % kStages * (kTiles * 512); }
+
+  __device__ __forceinline__ void issue() {
+    if (issued_ < total_) {
+      const SharedAddress to = piece(issued_);
+      const T* const from = source_ + next_;
+      if (aligned_) {
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j)
+          cp_async_16B(to + 512 * j, from + int64_t(C_) * (8 * j), next_ < C_ && inside(j));
+      } else {
+        REBALFER_ROLLED
+        for (int j = 0; j < kTiles; ++j)
+          store_shared_16B(to + 512 * j, gather<T>([&](int i) {
+                             return next_ + i < C_ && inside(j) ? from[int64_t(C_) * (8 * j) + i] : T{};
+                           }));
+      }
+      next_ += width_;
+      if (issued_ + 1 == steps_) next_ = begin_;
+    }
+    cp_async_commit();
+    ++issued_;
+  }
+};
+
+// NCHW: slabs of whole channels, `passes` times over; a stage holds a step's channels of each view. If all slabs fit
+// into the stages they are fetched once and stay.
+template <typename T, int kTiles>
+class SlabRing {
+ public:
+  static __host__ __device__ int64_t bytes(int64_t HW) { return kStages * kWarps * kStepBytes * HW; }
+
+  __device__ __forceinline__ SlabRing(const Geometry& g, const T* features, int64_t pair, const Channels& channels,
+                                      const Place& at, int HW, int passes, unsigned char* room, uint64_t* full)
+      : stages_(reinterpret_cast<T*>(room)),
+        own_(stages_ + at.group +
+             (at.view * channels.width + at.slice * (kStepBytes / int(sizeof(T))) + at.quarter * kSlots) * HW),
+        full_(full), source_(features + pair * int64_t(g.C) * HW), to_twin_(g.N * g.C * HW), next_(channels.first),
+        channels_(channels), HW_(HW), views_(at.views), group_(at.group),
+        total_(channels.steps <= kStages ? channels.steps : channels.steps * passes) {
+    const bool aligned =
+        reinterpret_cast<uintptr_t>(features) % 16 == 0 && int64_t(g.C) * HW * int64_t(sizeof(T)) % 16 == 0;
+    how_ = !aligned ? kElements : REBALFER_HAS_BULK && g.C % channels.width == 0 ? kBulk : kVectors;
+    if (how_ == kBulk) {
+      if (threadIdx.x == 0) {
+        for (int s = 0; s < kStages; ++s) mbarrier_init(full_ + s, 1);
+        mbarrier_fence_init();
+      }
+      __syncthreads();
+    }
+    keep(total_);
+    if (how_ == kBulk && threadIdx.x != 0) {  // that thread's next channels are not ours to know
+      issued_ = kStages;
+      return;
+    }
+    REBALFER_ROLLED
+    for (int s = 0; s < kStages; ++s) issue();
+  }
+
+  __device__ __forceinline__ void take(uint4 (&f)[kTiles]) {
+    if (taken_ < total_) {
+      if (how_ == kBulk) {
+        mbarrier_wait_parity(full_ + taken_ % kStages, taken_ / kStages % 2);
+      } else {
+        cp_async_wait<kStages - 1>();
+        __syncthreads();
+      }
+    }
+    const T* const row = own_ + taken_ % kStages * stage_elements();
+    ++taken_;
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j)
+      f[j] = gather<T>([&](int i) {
+        const int channel = sizeof(T) == 4 ? i : 2 * pair_of_word<false>(i / 2) + i % 2;
+        return inside(j) ? row[channel * HW_ + 8 * j] : T{};
+      });
+  }
+  __device__ __forceinline__ void release() {
+    if (issued_ < total_) __syncthreads();
+    issue();
+  }
+  __device__ __forceinline__ void rewind() {
+    if (total_ == unsigned(channels_.steps)) taken_ = 0;
+  }
+
+ private:
+  static constexpr int kSlots = 16 / sizeof(T);
+  enum How { kBulk, kVectors, kElements };  // copies: by the bulk copy engine, by cp.async, by element
+
+  T* const stages_;
+  const T* const own_;  // the lane's first position and channel of a stage
+  uint64_t* const full_;
+  const T* const source_;  // the first view of the pair
+  const int64_t to_twin_;
+  int next_;  // channel
+  const Channels channels_;
+  const int HW_, views_, group_;
+  unsigned total_;
+  How how_;
+  unsigned issued_ = 0, taken_ = 0;
+
+  __device__ __forceinline__ bool inside(int tile) const { return 8 * tile + 8 <= HW_ || 8 * tile + group_ < HW_; }
+  __device__ __forceinline__ int stage_elements() const { return kWarps * (kStepBytes / int(sizeof(T))) * HW_; }
+
+  __device__ __forceinline__ T* stage(unsigned use) const { return stages_ + use % kStages * stage_elements(); }
+  __device__ __forceinline__ int to_copy() const { return min(channels_.width, channels_.C - next_) * HW_; }
+
+  // By one thread.
+  __device__ __forceinline__ void copy_bulk() const {
+    uint64_t* const barrier = full_ + issued_ % kStages;
+    const unsigned bytes = to_copy() * sizeof(T);
+    T* const to = stage(issued_);
+    const T* const from = source_ + int64_t(next_) * HW_;
+    mbarrier_arrive_expect_tx(barrier, views_ * bytes);
+    bulk_copy_to_shared(to, from, bytes, barrier);
+    if (views_ == 2) bulk_copy_to_shared(to + channels_.width * HW_, from + to_twin_, bytes, barrier);
+  }
+
+  // By all threads.
+  __device__ __forceinline__ void copy() const {
+    const int here = to_copy(), room = channels_.width * HW_, vectors = how_ == kVectors ? here / kSlots : 0;
+    T* to = stage(issued_);
+    const T* from = source_ + int64_t(next_) * HW_;
+    REBALFER_ROLLED
+    for (int view = 0; view < views_; ++view, to += room, from += to_twin_) {
+#pragma unroll 4
+      for (int i = threadIdx.x; i < vectors; i += kThreads)
+        cp_async_16B(shared_address(to + i * kSlots), from + i * kSlots);
+      REBALFER_ROLLED
+      for (int i = vectors * kSlots + threadIdx.x; i < room; i += kThreads) to[i] = i < here ? from[i] : T{};
+    }
+  }
+
+  __device__ __forceinline__ void issue() {
+    if (how_ == kBulk) {
+      if (threadIdx.x == 0 && issued_ < total_) copy_bulk();
+    } else {
+      if (issued_ < total_) copy();
+      cp_async_commit();
+    }
+    next_ += channels_.width;
+    if (++issued_ == unsigned(channels_.steps)) next_ = channels_.first;
+  }
+};
+
+}  // namespace rebalfer::gpu
