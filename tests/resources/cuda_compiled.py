@@ -39,6 +39,38 @@ INSTRUCTIONS = {
 }
 TYPES = {torch.float32: "float", torch.bfloat16: "BFloat16", torch.float16: "Half"}
 
+INTRODUCTION = """\
+# How the CUDA kernels work, and what they use
+
+The present kernels are not yet run on a GPU; an H200 has run their predecessors, which took more than twice as long
+as the identity op. So instructions are counted: `python -m bench budget` shows how many bytes of features each warp
+instruction of a kernel moves. At 7 x 7 positions and 7 classes, for bfloat16, it should be 8.
+
+**Forward**, one launch (`csrc/cuda/kernels_forward.cuh`, `features.cuh`). A cluster of 1 to 8 blocks serves a pair
+of views, each block some of the channels; a warp has one view and 64 bytes of channels at a time, 32 channels of 16
+bits. Lane 4 g + q holds, of the positions g, g + 8, ..., the channels 8 q to 8 q + 7: 16 bytes.
+
+- *Maps.* These 16 bytes are two B operands of `mma.m16n8k16` (16 channels x 8 positions each), if the weight's
+  channels are renumbered alike. A is the weight, 8 classes: a float32 weight as high parts in rows 0-7 and low
+  parts in rows 8-15; a 16-bit one as it is loaded, channels 0-3 of each lane in rows 0-7 and 4-7 in rows 8-15. Each
+  half of the rows is right for one of the two B operands, so there are two accumulators, half of each used.
+- *Means over positions.* A second mma with a permuted identity as A adds up the tiles of 8 positions, exactly, in
+  float32; what is left is a sum of 8 numbers a channel. No 16-bit feature is converted.
+- *channels_last.* A lane copies by `cp.async` what it will read itself, 4 steps ahead: no barrier.
+- *NCHW.* 49 positions of 2 bytes are 98 bytes, so a channel is not aligned, but slabs of channels are contiguous:
+  the bulk copy engine brings them, 4 steps ahead. A lane gathers 2 bytes at a time and packs two channels into a
+  word. H W = 49 is known when this is compiled, so each address is an offset.
+- *The end.* The maps are summed over warps, then over the cluster, in fixed order. 8 lanes sum a row of the maps, a
+  lane is a class in the cross-entropy, and what it needs (bias, target row, the twin's index) was loaded meanwhile.
+- *float32.* The same roads with FMAs.
+
+**Backward**, one launch (`kernels_backward.cuh`): blocks of the weight's gradient first, then blocks of 128
+channels of a pair, which compute W^T dS once and write both views' gradients.
+
+Before sm_90 there are no clusters and no bulk copies: a block has a whole pair, and NCHW comes by `cp.async`.
+
+## What each kernel uses"""
+
 Figures = dict[str, dict[str, dict[str, int]]]  #: kernel -> architecture -> what -> how much
 
 
@@ -81,15 +113,16 @@ def launches() -> dict[str, dict[str, tuple[int, int]]]:
     found: dict[str, dict[str, tuple[int, int]]] = {}
     for dtype, layout, (blocks, classes) in itertools.product(TYPES, kernels.LAYOUTS, ((1, 7), (2, 16))):
         case = kernels.Case(1, 512, 7, 7, classes, dtype, layout)
-        instance = f"<{TYPES[dtype]}, {str(case.channels_last).lower()}, {blocks}>"
+        instance = f"<{TYPES[dtype]}, {str(case.channels_last).lower()}, {blocks}"
         for architecture in SHARED:
             cluster = torch.zeros(1, dtype=torch.int64)
             kernels.library()("get_cluster_blocks", 512, 49, dtype.itemsize, architecture != "sm_80", cluster)
             saved, forward = kernels.forward(case, cluster=int(cluster))
             _, backward = kernels.backward(case, saved, kernels.upstreams(case, True))
-            for name, counters in (("forward_kernel", forward), ("backward_kernel", backward)):
+            of_size = f"forward_kernel{instance}, {49 if blocks == 1 else 0}>"
+            for name, counters in ((of_size, forward), (f"backward_kernel{instance}>", backward)):
                 launch = counters["threads"], counters["shared_bytes"]
-                found.setdefault(name + instance, {})[architecture] = launch
+                found.setdefault(name, {})[architecture] = launch
     return found
 
 
@@ -136,12 +169,13 @@ def resident(architecture: str, threads: int, registers: int, shared: int) -> in
 def page(budgets: Figures) -> str:
     """The documentation's page about these figures."""
     lines = [
-        "# What the CUDA kernels use",
+        *INTRODUCTION.splitlines(),
         "",
-        "Read from the code compiled for " + ", ".join(SHARED) + " (a cell's three figures; one where they agree);",
-        "an H200 has run them. A row is one instance: dtype, whether channels_last, blocks of 8 classes. Shared",
-        "memory, and the blocks of 128 threads that a multiprocessor then holds, are those of C = 512, 7 x 7 maps and",
-        "L = 7 or 16. Nothing is spilled. Instructions are counted as they stand in the code, not as they are run.",
+        "Read from the code compiled for " + ", ".join(SHARED) + " (a cell's three figures; one where they agree).",
+        "A row is one instance: dtype, whether channels_last, blocks of 8 classes, and of the forward kernel H W where",
+        "it is known when this is compiled, else 0. Shared memory, and the blocks of 128 threads that a multiprocessor",
+        "then holds, are those of C = 512, 7 x 7 maps and L = 7 or 16. Nothing is spilled. Instructions are counted as",
+        "they stand in the code, not as they are run.",
         "",
         "Written by `python tests/resources/cuda_compiled.py`.",
         "",

@@ -10,7 +10,7 @@ namespace {
 enum Op : int {
   kNone, IADD3, UIADD3, IMAD, UIMAD, VIADD, LEA, ULEA, LOP3, ULOP3, PLOP3, UPLOP3, SHF, USHF, PRMT, UPRMT, SEL, USEL, FSEL,
   ISETP, UISETP, FSETP, DSETP, VIMNMX, VIADDMNMX, FMNMX, IABS, FADD, FMUL, FFMA, DADD, DMUL, DFMA, HADD2, HFMA2, HMMA, F2FP,
-  F2F, I2F, I2FP, F2I, MUFU, FCHK, R2UR, S2R, S2UR, CS2R, MOV, UMOV, LDC, ULDC, SGXT, USGXT, R2P, P2R, ELECT, VOTE, VOTEU,
+  F2F, I2F, I2FP, F2I, MUFU, FCHK, R2UR, S2R, S2UR, CS2R, MOV, UMOV, LDC, ULDC, SGXT, USGXT, R2P, P2R, UP2UR, ELECT, VOTE, VOTEU,
   SHFL, LDG, STG, LDS, STS, LD, ST, ATOMG, LDGSTS, LDGDEPBAR, DEPBAR, UBLKCP, SYNCS, LDSM, STSM, BRA, EXIT, BSSY, BSYNC,
   BREAK, CALL, RET, WARPSYNC, NOP, YIELD, BAR, MEMBAR, ERRBAR, CGAERRBAR, CCTL, FENCE, UCGABAR_ARV, UCGABAR_WAIT, POPC, REDUX,
   HGMMA, WARPGROUP,
@@ -21,7 +21,7 @@ const std::unordered_map<std::string, int> kOps = {
     OP(SHF), OP(USHF), OP(PRMT), OP(UPRMT), OP(SEL), OP(USEL), OP(FSEL), OP(ISETP), OP(UISETP), OP(FSETP), OP(DSETP),
     OP(VIMNMX), OP(VIADDMNMX), OP(FMNMX), OP(IABS), OP(FADD), OP(FMUL), OP(FFMA), OP(DADD), OP(DMUL), OP(DFMA), OP(HADD2),
     OP(HFMA2), OP(HMMA), OP(F2FP), OP(F2F), OP(I2F), OP(I2FP), OP(F2I), OP(MUFU), OP(FCHK), OP(R2UR), OP(S2R), OP(S2UR),
-    OP(CS2R), OP(MOV), OP(UMOV), OP(LDC), OP(ULDC), OP(SGXT), OP(USGXT), OP(R2P), OP(P2R), OP(ELECT), OP(VOTE), OP(VOTEU),
+    OP(CS2R), OP(MOV), OP(UMOV), OP(LDC), OP(ULDC), OP(SGXT), OP(USGXT), OP(R2P), OP(P2R), OP(UP2UR), OP(ELECT), OP(VOTE), OP(VOTEU),
     OP(SHFL), OP(LDG), OP(STG), OP(LDS), OP(STS), OP(LD), OP(ST), OP(ATOMG), OP(LDGSTS), OP(LDGDEPBAR), OP(DEPBAR),
     OP(UBLKCP), OP(SYNCS), OP(LDSM), OP(STSM), OP(BRA), OP(EXIT), OP(BSSY), OP(BSYNC), OP(BREAK), OP(CALL), OP(RET),
     OP(WARPSYNC), OP(NOP), OP(YIELD), OP(BAR), OP(MEMBAR), OP(ERRBAR), OP(CGAERRBAR), OP(CCTL), OP(FENCE), OP(UCGABAR_ARV),
@@ -741,6 +741,11 @@ void Machine::uniform_or_lanes() {
         set(o[0], lane, x);
         break;
       }
+      case UP2UR: {
+        const uint32_t mask = in(3) & 0x7f;
+        set(o[0], lane, (in(2) & ~mask) | (w_->up & mask));
+        break;
+      }
       case FCHK: {  // whether a / b needs the slow way
         const float a = real(1), b = real(2);
         const int ea = int(bits_of(a) >> 23 & 255), eb = int(bits_of(b) >> 23 & 255);
@@ -1226,6 +1231,7 @@ void Machine::step(Warp& w, size_t group) {
         if (o.at(1).name == "SR_CTAID.X") set(o[0], 0, w.block->index);
         else if (o.at(1).name == "SR_CgaCtaId") set(o[0], 0, w.block->rank);
         else if (o.at(1).name == "SR_CTAID.Y" || o.at(1).name == "SR_CTAID.Z") set(o[0], 0, 0);
+        else if (o.at(1).name == "SR_SWINHI") set(o[0], 0, kSharedWindow);
         else fail("special register");
         result(Wait::kSpecial, latencies_.special);
         ++g.place;

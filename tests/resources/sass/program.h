@@ -167,7 +167,7 @@ inline Operand parse_operand(std::string s) {
     o.kind = Operand::kUniformPredicate, o.index = stem == "UPT" ? 7 : stem[2] - '0';
   } else if (numbered("B") || numbered("SB")) {
     o.kind = Operand::kBarrier, o.index = std::stoi(stem.substr(stem[0] == 'S' ? 2 : 1));
-  } else if (stem.rfind("SR", 0) == 0 || stem == "PR" || stem.rfind("gsb", 0) == 0) {
+  } else if (stem.rfind("SR", 0) == 0 || stem == "PR" || stem == "UPR" || stem.rfind("gsb", 0) == 0) {
     o.kind = Operand::kSpecial, o.name = s;
   } else if (s.find("INF") != std::string::npos || s.find("QNAN") != std::string::npos) {
     o.number = s.find("QNAN") != std::string::npos ? NAN : s[0] == '-' ? -INFINITY : INFINITY;
