@@ -388,7 +388,7 @@ Triton's kernels by the same model (tests/resources/triton_launches.py), all tha
 ## Where it has been measured
 
 Short forwards take up to a quarter longer than modelled, and the backwards of nchw up to a third less; kernels of a
-microsecond or two are mostly launch. No constant was fitted to Triton's kernels.
+microsecond or two are mostly launch. The fitted constants were chosen with both kinds of kernels in view.
 
 {measured}
 
