@@ -289,5 +289,5 @@ def test_every_environment_variable_is_in_the_table():
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/triton.md"])
 def test_the_files_that_a_page_names_exist(page):
-    named = re.findall(rf"(?<![\w/])(?:(?:{'|'.join(PARTS)})/[\w/.]*\w|[A-Z]\w+\.md)", (ROOT / page).read_text())
+    named = re.findall(rf"(?<![\w/])(?:(?:{'|'.join(PARTS)})/[\w/.-]*\w|[A-Z]\w+\.md)", (ROOT / page).read_text())
     assert named and [name for name in named if not (ROOT / name).exists()] == []
