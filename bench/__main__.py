@@ -211,7 +211,8 @@ ALL = (
     "op --more", "op --more --memory reused", "memory", "op --memory reused --set curves --seconds 5",
     "op --memory reused --set all --seconds 5 --limit 7200",
     "step --backbone resnet18 --image-size 112 --batch-size 16",
-    "step --backbone mobilenetv1_100 --image-size 112 --batch-size 16", "report",
+    "step --backbone mobilenetv1_100 --image-size 112 --batch-size 16",
+    "methods --backbone resnet18 --image-size 112 --batch-size 16", "report",
 )  # fmt: skip
 
 

@@ -68,14 +68,3 @@ class Steps:
         rows = torch.randint(POOL, (self.config.batch_size,), generator=self.random).to(self.source.device)
         batch = Batch(self.source, rows, epoch=self.step.taken, whole=len(rows), progress=0.0)
         self.step(batch, self.config.learning_rate)
-
-
-def table(result: dict[str, Any]) -> str:
-    """The rows in Markdown, the fastest first."""
-    config = result["config"]
-    rows = sorted(result["rows"], key=lambda row: row["ratio"][1])
-    head = "| method | ms a step | times baseline |\n| --- | ---: | ---: |\n"
-    body = "".join(f"| `{r['method']}` | {r['ms'][1]:.0f} | {r['ratio'][1]:.2f} |\n" for r in rows)
-    what = f"{config['backbone']['name']} at {config['image_size']} pixels, batches of {config['batch_size']}"
-    how = f"medians of {rows[0]['rounds']} rounds in which every method takes one step"
-    return f"{what}, {result['device']}, {how}:\n\n{head}{body}"

@@ -39,6 +39,7 @@ class Found(NamedTuple):
     studies: dict[str, list[dict[str, Any]]]  #: the runs of a study, by its name
     more: list[Result]  #: of the loss at more sizes, and of other operations
     modelled: list[tuple[model.Measured, float]]  #: kernels that a GPU has measured, and the µs that the model says
+    methods: Sequence[Result] = ()  #: a step of every method
 
     @property
     def ordered(self) -> list[Result]:
@@ -71,6 +72,7 @@ def found() -> Found:
         studies=results.studies(),
         more=results.newest_more(),
         modelled=_modelled(),
+        methods=results.newest_methods(),
     )
 
 
@@ -141,6 +143,7 @@ def blocks(found: Found) -> list[Block]:
         *_model(found.modelled, picture("model.png")),
         Heading(2, "A whole training step"),
         *([STEP, *picture("step.png"), *_steps(found.steps)] if found.steps else [NO_STEP]),
+        *_each(_method_section, found.methods),
         *_studies(found.studies),
         Heading(2, "Repeat it"),
         *REPEAT,
@@ -318,6 +321,7 @@ REPEAT: tuple[Block, ...] = (
         "python -m bench op --device cuda       # on a GPU\n"
         "python -m bench memory                 # which memory a training loop sees\n"
         "python -m bench step                   # a whole training step\n"
+        "python -m bench methods                # a step of every method\n"
         "python -m bench compare A B            # what got slower between two results\n"
         "python -m bench report                 # this page, its pictures and the line in the README"
     ),
@@ -405,6 +409,19 @@ def _steps(steps: Sequence[Result]) -> list[Block]:
             f"The trainer's step taken apart: {parts}."
         )
     return [Table(["step", "ms (over ours)", "images/s"], lines), *notes]
+
+
+def _method_section(result: Result) -> list[Block]:
+    """A row for each method, the fastest first."""
+    config = result["config"]
+    rows = sorted(result["rows"], key=lambda row: row["ratio"][1])
+    return [
+        Heading(3, f"Every method's step, {config['backbone']['name']} on {result['device']}"),
+        f"{config['image_size']} pixels, batches of {config['batch_size']}, {result['threads']} threads, "
+        f"{_origin(result)}: medians of {rows[0]['rounds']} rounds, in each of which every method takes one step.",
+        Table(["method", "ms", "over baseline"],
+              [[f"`{r['method']}`", f"{r['ms'][1]:.0f}", f"{r['ratio'][1]:.2f}×"] for r in rows]),
+    ]  # fmt: skip
 
 
 def _studies(studies: dict[str, list[dict[str, Any]]]) -> list[Block]:

@@ -164,6 +164,12 @@ def newest_steps(directory: Path = RESULTS) -> list[dict[str, Any]]:
     return list({(r["device"], r["capability"], r["config"]["backbone"]["name"]): r for r in steps}.values())
 
 
+def newest_methods(directory: Path = RESULTS) -> list[dict[str, Any]]:
+    """For each device, instruction set of the CPU and backbone the latest times of every method's step."""
+    steps = [*_read(directory, "methods", "cpu"), *_read(directory, "methods", "cuda")]
+    return list({(r["device"], r["capability"], r["config"]["backbone"]["name"]): r for r in steps}.values())
+
+
 def newest_regimes(directory: Path = RESULTS) -> list[dict[str, Any]]:
     """For each CPU and backbone the latest count of which kind of memory its training sees."""
     counts = _read(directory, "memory", "cpu")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.benchmark import FakeClock
 
-from bench import methods, step
+from bench import methods, page, results, step
 from trainer.config import found
 
 
@@ -32,7 +32,10 @@ def test_every_method_is_timed_against_the_baseline_round_by_round(tmp_path, mon
     assert {row["ratio"][1] for name, row in rows.items() if name != "rebalanced"} == {1.0}
     assert rows["rebalanced"]["ratio"] == pytest.approx([3.0] * 3)
     assert rows["rebalanced"]["ms"][1] == pytest.approx(3 * rows["baseline"]["ms"][1])
-    assert "| `rebalanced` | 66 | 3.00 |" in methods.table(result)  # after 3 rounds of warm-up, the median of 5
+    *_, table = page._method_section(result)
+    assert ["`rebalanced`", "66", "3.00×"] in table.lines  # after 3 rounds of warm-up, the median of 5
+    assert [line[2] for line in table.lines] == ["1.00×"] * (len(rows) - 1) + ["3.00×"]
+    assert [r["rows"] for r in results.newest_methods(tmp_path)] == []  # a rehearsal is no result
 
 
 @pytest.mark.parametrize("name", ["mean_teacher", "scn", "rac_transform"])
