@@ -194,9 +194,11 @@ def locate(text: str) -> Path:
         UserError: there is none.
     """
     folder = Path(os.environ.get("REBALFER_WEIGHTS", FOLDER)).expanduser()
-    for path in (Path(text).expanduser(), folder / f"{spelt(Path(text).name)}.safetensors"):
-        if path.is_file():
-            return path
+    path = Path(text).expanduser()
+    if path.name == text and not path.is_file():  # a path that is missing is no name
+        path = folder / f"{spelt(text)}.safetensors"
+    if path.is_file():
+        return path
     names = ", ".join(sorted(file.stem for file in folder.glob("*.safetensors"))) or "none; `make weights` makes some"
     raise UserError(f"backbone.weights: got {text!r}, expected a file or a name of {folder} ({names})")
 
@@ -221,6 +223,8 @@ def read(path: Path) -> Weights:
                 return _torch(path)
     except UserError:
         raise
+    except OSError as error:
+        raise UserError(f"backbone.weights: got {path}, which can't be read: {error.strerror}") from error
     except Exception as error:  # whatever a damaged or foreign file makes of its reader
         raise UserError(f"backbone.weights: got {path}: {_refusal(error)}") from error
     command = f"python -m trainer convert-weights {path} {path.with_suffix('.safetensors')}"

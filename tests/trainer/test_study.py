@@ -193,7 +193,7 @@ def test_its_files_agree(finished, capsys):
     assert not list(folder.glob("*/last.pt")) and len(list(folder.glob("*/best.pt"))) == 6
 
 
-def test_an_option_that_rows_vary_has_a_curve_beside_the_row_compared_with(finished, tmp_path, monkeypatch):
+def test_the_pictures_show_the_numbers_of_the_table(finished, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(pictures, "save", lambda figure, path: drawn.append(figure))
     found = table.of(grid.read(str(finished / "three.toml")), records(finished))
@@ -206,6 +206,14 @@ def test_an_option_that_rows_vary_has_a_curve_beside_the_row_compared_with(finis
     for name in ("overall", "mean"):
         values = [getattr(line, name).mean for line in found.lines[1:]]
         assert curves[name] == [[0.5, values[0]], [2.0, values[1]]]
+    assert pictures.accuracies(tmp_path / "a.png", found)
+    (axes,) = drawn[1].axes
+    assert [bars.get_label() for bars in axes.containers] == ["overall", "mean"]
+    for bars in axes.containers:
+        estimates = [getattr(line, bars.get_label()) for line in found.lines]
+        assert bars[0].get_xdata().tolist() == [e.mean for e in estimates]
+        halves = [(right[0] - left[0]) / 2 for left, right in bars[2][0].get_segments()]
+        assert halves == pytest.approx([e.half for e in estimates])
     assert not pictures.curves(tmp_path / "a.png", found._replace(lines=found.lines[:1]))  # nothing varies there
     assert (finished / "runs/three/curves.png").read_bytes().startswith(b"\x89PNG")
 
@@ -367,8 +375,9 @@ def test_the_share_of_the_gradient_is_that_of_plain_computation():
     backbone = Backbone("resnet10t", runs.TINY)
     base = dataclasses.replace(presets.demo(), image_size=32, backbone=backbone)
     method = loop.build(dataclasses.replace(base, method=found("methods")["rac"](consistency_weight=3.0)), COUNTS, CPU)
-    got = measure.gradient_share(method, Split(images, labels))
+    got = measure.gradient_share(method.train(), Split(images, labels))
 
+    method.eval()
     features = method.backbone(method.backbone.views(method.backbone.coloured(images), both=True))
     own, twin = features.mean((2, 3)).matmul(method.head.weight.T).add(method.head.bias).chunk(2)
     classified = nn.functional.cross_entropy(own, labels) + nn.functional.cross_entropy(twin, labels)

@@ -327,6 +327,8 @@ def test_a_name_is_looked_for_in_the_folder_and_its_neighbours_are_listed(tmp_pa
     assert weights.locate("my-face") == weights.locate("my_face") == tmp_path / "my_face.safetensors"
     with pytest.raises(UserError, match=r"got 'sface', expected a file or a name of .* \(my_face\)"):
         weights.locate("sface")
+    with pytest.raises(UserError, match="got 'gone/my_face', expected a file"):
+        weights.locate("gone/my_face")
     monkeypatch.setenv("REBALFER_WEIGHTS", str(tmp_path / "none"))
     with pytest.raises(UserError, match="none; `make weights` makes some"):
         weights.locate("sface")

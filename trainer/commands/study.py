@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from .. import checkpoint
-from ..config import NOTHING, UserError, expect_number, option
+from ..config import NOTHING, Checked, UserError, option
 from ..run import Busy, Diverged
 from ..study import grid, measure, pictures, results, table
 from ..study.table import Table
@@ -26,23 +26,21 @@ WHOLE_STATE = ("last.pt", "previous.pt")  #: of a finished run, which best.pt an
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked):
     """the runs of a table of the paper, or of your own file, and their table with intervals"""
 
-    study: str = option("", "table1 to table7, fig3, faces, synthetic (trainer/studies), or a file", positional=True)
+    study: str = option("", f"{', '.join(grid.found())} (trainer/studies), or a file", positional=True)
     data: str = option("", "in place of the study's: raf-db:PATH, ferplus:PATH, imagefolder:PATH, synthetic")
     weights: str = option("", "of the backbone, in place of the study's (docs/weights.md)")
     options: dict = option({}, "of every run, in place of the study's, such as '{epochs: 5, optim: {clip: 1}}'")
     seeds: str = option("", "in place of the study's, such as 0,1,2")
     root: str = option("runs", "folder of the runs", changes=NOTHING)
     results: str = option("", "file of what the runs gave; ROOT/STUDY/results.jsonl if left out", changes=NOTHING)
-    at_most: int = option(0, "runs by this start; 0: all that are missing", changes=NOTHING)
-    processes: int = option(1, "that share the runs, each on a GPU of its own where there are some", changes=NOTHING)
+    at_most: int = option(0, "runs by this start; 0: all that are missing", changes=NOTHING, low=0)
+    processes: int = option(
+        1, "that share the runs, each on a GPU of its own where there are some", changes=NOTHING, low=1
+    )
     table: bool = option(False, "only the table of the runs that are finished", changes=NOTHING)
-
-    def __post_init__(self) -> None:
-        expect_number("at_most", self.at_most, 0)
-        expect_number("processes", self.processes, 1)
 
     def run(self) -> int:
         study = grid.read(self.study, data=self.data, weights=self.weights, options=self.options, seeds=self._seeds())
@@ -113,8 +111,7 @@ class Options:
         folder.mkdir(parents=True, exist_ok=True)
         texts = {"table.md": table.markdown(found), "table.csv": table.as_csv(found)}
         for name, content in texts.items():
-            with checkpoint.replacing(folder / name) as out:
-                out.write(content.encode())
+            checkpoint.write(folder / name, content)
         drawn = {"table.png": pictures.accuracies, "curves.png": pictures.curves}
         return [*texts, *(name for name, draw in drawn.items() if draw(folder / name, found))]
 

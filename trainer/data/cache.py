@@ -201,8 +201,7 @@ class _Rows:
     def note(self, done: dict[str, Entry]) -> None:
         os.fsync(self.file.fileno())
         try:
-            with checkpoint.replacing(self.path) as out:
-                out.write(json.dumps({**self.about, "images": done}, ensure_ascii=False).encode())
+            checkpoint.write(self.path, json.dumps({**self.about, "images": done}, ensure_ascii=False))
         except UserError as error:
             raise error.__cause__ or error from None  # the OSError: read says what follows
 

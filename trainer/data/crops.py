@@ -232,8 +232,7 @@ def _opened(target: Path, settings: Settings, resume: bool) -> Iterator[None]:
             raise UserError(f"out: got {target}, into which another process is writing") from None
         for stale in target.rglob(".*.tmp"):  # of a process that was killed
             stale.unlink()
-        with checkpoint.replacing(target / SETTINGS) as file:
-            file.write(json.dumps(wanted, indent=1).encode())
+        checkpoint.write(target / SETTINGS, json.dumps(wanted, indent=1))
         yield
 
 

@@ -145,8 +145,7 @@ class _Store:
         except OSError as error:
             raise UserError(f"output.cache: {path} can't be written: {error.strerror}") from error
         self.index |= {digest: len(self.index) + i for i, digest in enumerate(digests)}
-        with checkpoint.replacing(self.folder / INDEX) as file:
-            file.write(json.dumps(list(self.index)).encode())
+        checkpoint.write(self.folder / INDEX, json.dumps(list(self.index)))
 
     def mapped(self) -> Tensor:
         """(all, versions, 2, h, w, C) float16, read from the disk as needed."""

@@ -40,7 +40,6 @@ def add(path: Path, record: dict) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with checkpoint.turn(path.parent / f".{path.name}.lock", f"writes {path}"):
             kept = [r for r in read(path) if identity(r) != identity(record)]
-            with checkpoint.replacing(path) as file:
-                file.write("".join(json.dumps(r, allow_nan=False) + "\n" for r in [*kept, record]).encode())
+            checkpoint.write(path, "".join(json.dumps(r, allow_nan=False) + "\n" for r in [*kept, record]))
     except OSError as error:
         raise UserError(f"results: got {path}, which can't be written: {error.strerror}") from error
