@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--kernel", metavar="NAME", help='where those of one go, as of "forward C512 7x7 L7 nchw bfloat16"'
     )
     budget.add_argument("--only", default="", metavar="SUBSTRING", help="rows whose name contains it")
-    model = commands.add_parser("model", help="write and print docs/gpu-model.md, times predicted for a GPU")
+    model = commands.add_parser("model", help="write docs/gpu-model.md, times predicted for a GPU")
     model.add_argument("--check", action="store_true", help="fail if it differs, write nothing")
     whole = commands.add_parser("all", help="every measurement of a CPU, one after the other, then the report")
     whole.add_argument("--list", action="store_true", help="only print the commands")
@@ -194,14 +194,15 @@ def _memory(options: argparse.Namespace) -> int:
     from . import step
 
     config = step.measured(options.backbone, options.image_size, options.batch_size, options.amp, "cpu")
+    kind = "cpu"
     if options.rehearse:
-        config = step.REHEARSAL
+        config, kind = step.REHEARSAL, "rehearsal"
     if options.count:
         print(memory.head_faults(config))
         return 0
     again = ["--backbone", options.backbone, "--image-size", str(options.image_size)]
     again += ["--batch-size", str(options.batch_size), *(["--amp", options.amp] if options.amp else [])]
-    result, path = memory.run(config, [*again, *(["--rehearse"] if options.rehearse else [])], options.out)
+    result, path = memory.run(config, [*again, *(["--rehearse"] if options.rehearse else [])], options.out, kind=kind)
     print(f"page faults of the head in a step: {result['faults']}; memory is {result['seen']}", path, sep="\n")
     return 0
 
@@ -243,17 +244,23 @@ def _budget(options: argparse.Namespace) -> int:
 def _model(options: argparse.Namespace) -> int:
     from . import model
 
-    return model.main(options.check)
+    return _page(model.PAGE, model.page(), options)
 
 
 def _scale(options: argparse.Namespace) -> int:
     from . import scale
 
-    text = scale.page()
-    if options.check:
-        return int(not scale.PAGE.exists() or scale.PAGE.read_text() != text)
-    scale.PAGE.write_text(text)
-    return 0
+    return _page(scale.PAGE, scale.page(), options)
+
+
+def _page(path: Path, text: str, options: argparse.Namespace) -> int:
+    """Write a page that differs; or, to ``--check``, name it and return 1."""
+    differs = not path.exists() or path.read_text() != text
+    if differs and options.check:
+        print(f"error: {path.name} is not what `python -m bench {options.command}` writes", file=sys.stderr)
+    elif differs:
+        path.write_text(text)
+    return int(options.check and differs)
 
 
 def _tune(options: argparse.Namespace) -> int:

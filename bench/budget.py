@@ -14,7 +14,6 @@ from . import model
 from .results import ROOT
 
 GOLDEN = ROOT / "tests/resources/issue_budgets.json"
-TRITON = ROOT / "tests/resources/triton_launches.json"
 HOT_BLOCKS = ROOT / "tests/resources/hot_blocks.py"
 
 #: Bytes of features per warp instruction that the kernels should reach, and those that would be better still.
@@ -52,7 +51,7 @@ def triton_rows() -> list[Row]:
     """Of the head's Triton kernels, under each version that is in the golden file; no goal is set for them."""
     return [
         Row(f"Triton {version} {row.name}", *row[1:])
-        for version, of in json.loads(TRITON.read_text()).items()
+        for version, of in model.triton().items()
         for row in rows(of["counts"])
     ]
 

@@ -24,7 +24,7 @@ class Case(NamedTuple):
     device: str = "cpu"
     side: int = 7
     L: int = 7
-    op: str = "head"  #: a name of operations.OPERATIONS
+    op: str = "head"  #: a name of baselines.OPERATIONS
 
     @property
     def name(self) -> str:

@@ -63,13 +63,16 @@ def _as_markdown(block: Block, folder: str) -> str:
         case Figures():
             return "\n".join(f"- **{figure}** {what}" for figure, what in block.boxes)
         case Table():
-            rows = (block.header, ["---"] * len(block.header), *block.lines)
-            table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
-            folded = f"<details><summary>{block.folded}</summary>\n\n{table}\n\n</details>"
-            return folded if block.folded else table
+            table = markdown_table(block.header, block.lines)
+            return f"<details><summary>{block.folded}</summary>\n\n{table}\n\n</details>" if block.folded else table
         case Picture():
             return f"![{block.text}]({folder}/{block.name})"
     return block
+
+
+def markdown_table(header: list[str], lines: list[list[str]]) -> str:
+    rows = (header, ["---"] * len(header), *lines)
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 
 def page(title: str, blocks: list[Block], pictures: dict[str, bytes]) -> str:

@@ -68,7 +68,7 @@ def head_faults(config: Config, warm_up: int = WARM_UP, steps: int = STEPS) -> i
     return round(statistics.median(counted[warm_up:]))
 
 
-def run(config: Config, options: list[str], directory: Path) -> tuple[dict[str, Any], Path]:
+def run(config: Config, options: list[str], directory: Path, *, kind: str) -> tuple[dict[str, Any], Path]:
     """Count in three processes, made from the ``options`` of the command line; the result and its file."""
     from trainer.config import as_dict
 
@@ -80,5 +80,5 @@ def run(config: Config, options: list[str], directory: Path) -> tuple[dict[str, 
         for rules in (LEFT_ALONE, *RULES)
     }
     faults = {rules: json.loads(done.stdout) for rules, done in counted.items()}
-    result = {**results.environment("cpu"), "config": as_dict(config), "faults": faults, "seen": closer(faults)}
+    result = {**results.environment(kind), "config": as_dict(config), "faults": faults, "seen": closer(faults)}
     return result, results.write(result, directory / results.file_name(f"memory-{config.backbone.name}", result))

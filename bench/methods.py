@@ -9,16 +9,13 @@ from typing import Any
 
 import torch
 
-from trainer import loop
 from trainer.config import Config, as_dict, found
-from trainer.data import Split
-from trainer.data.batches import Batch, Source
-from trainer.data.synthetic import TRAIN_COUNTS
 from trainer.step import Step
 
 from . import results
 from .clocks import Clock, Mark
 from .measure import interleave, quartiles
+from .step import Training
 
 REFERENCE = "baseline"
 POOL = 64  # images
@@ -54,17 +51,9 @@ class Steps:
     """A method's steps on one pool of images, everything as in the trainer's loop."""
 
     def __init__(self, config: Config, name: str, device: torch.device) -> None:
-        self.config = dataclasses.replace(config, method=found("methods")[name]())
-        method = loop.build(self.config, TRAIN_COUNTS, device)
-        method.train()
-        side, self.random = config.image_size, torch.Generator().manual_seed(0)
-        images = torch.randint(0, 256, (POOL, side, side, 1), dtype=torch.uint8, generator=self.random)
-        labels = torch.randint(0, len(TRAIN_COUNTS), (POOL,), generator=self.random)
-        self.source = Source(Split(images.to(device), labels.to(device)), self.config, method.backbone, device)
-        self.step = Step(self.config, method, device)
+        self.training = Training(dataclasses.replace(config, method=found("methods")[name]()), device, POOL)
+        self.step = Step(self.training.config, self.training.method, device)
 
     def __call__(self, mark: Mark = lambda: None) -> None:
         """One step, on the next images."""
-        rows = torch.randint(POOL, (self.config.batch_size,), generator=self.random).to(self.source.device)
-        batch = Batch(self.source, rows, epoch=self.step.taken, whole=len(rows), progress=0.0)
-        self.step(batch, self.config.learning_rate)
+        self.step(self.training.batch(), self.training.config.learning_rate)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, NamedTuple
 
 from rebalfer_kernels.backend import BACKENDS
@@ -67,19 +67,17 @@ def found() -> Found:
     return Found(
         cpus=results.newest_cpu(),
         gpus=results.newest_gpu(),
-        steps=results.newest_steps(),
-        regimes=results.newest_regimes(),
+        steps=results.newest_by_backbone("step"),
+        regimes=results.newest_by_backbone("memory"),
         studies=results.studies(),
         more=results.newest_more(),
         modelled=_modelled(),
-        methods=results.newest_methods(),
+        methods=results.newest_by_backbone("methods"),
     )
 
 
 def _modelled() -> list[tuple[model.Measured, float]]:
     """By the model of those CUDA kernels that were measured, which may have changed since."""
-    if not model.MEASURED.exists():
-        return []
     then = json.loads(model.MEASURED.read_text())
     measured = [row for row in model.measured(then) if not row.launch.startswith("triton")]
     return [(row, model.predict(then["launches"][row.launch], model.H200).us) for row in measured]
@@ -112,9 +110,8 @@ CAPTIONS = {
 }
 
 
-def blocks(found: Found) -> list[Block]:
-    """The whole document."""
-    shown = set(drawn(found))
+def blocks(found: Found, shown: Container[str]) -> list[Block]:
+    """The whole document, with those pictures that are ``shown``."""
 
     def picture(name: str) -> list[Block]:
         return [Picture(name, CAPTIONS[name])] if name in shown else []
@@ -170,11 +167,11 @@ def _in_short(found: Found) -> list[Block]:
         for name, spoken in SPOKEN.items():
             boxes.append((speed(result, name), f"as fast as {spoken} ({pictures.where(result)}, {dtype})"))
     judged = _all_goals(found)
-    if judged:
-        met = sum(goal["met"] for _, goal in judged)
-        boxes.append((f"{met} of {len(judged)}", "goals are met, by the table below"))
+    met = sum(goal["met"] for _, goal in judged)
+    boxes.append((f"{met} of {len(judged)}", "goals are met, by the table below"))
     return [
         Figures(boxes),
+        *_each(_earlier, found.gpus),
         "A case is one size of the head's input: N images and their N twins, C channels, the memory layout and the "
         "dtype, all with 7 × 7 maps and 7 classes unless its name says otherwise. **Plain eager** is the loss as "
         "people write it in PyTorch, **best eager** the same loss with the features multiplied only once, **compiled** "
@@ -221,14 +218,12 @@ def _all_goals(found: Found) -> list[tuple[str, dict[str, Any]]]:
 
 def _budget() -> list[dict[str, Any]]:
     """What the compiled GPU kernels issue, as goals."""
-    if not budget.GOLDEN.exists():
-        return []
     rows = [row for row in budget.rows(json.loads(budget.GOLDEN.read_text())) if row.judged]
-    worst = min((row.bytes_per_instruction for row in rows), default=None)
+    worst = min(row.bytes_per_instruction for row in rows)
     return [
         {
             "goal": "bytes of features per warp instruction, forward and backward", "sense": "at least",
-            "bound": bound, "unit": "", "met": worst is not None and worst >= bound,
+            "bound": bound, "unit": "", "met": worst >= bound,
             "cases": {row.name: row.bytes_per_instruction for row in rows},
         }
         for bound in (budget.BYTES, budget.BETTER)
@@ -314,7 +309,7 @@ NO_STEP = "No result is committed yet; `python -m bench step` measures."
 REPEAT: tuple[Block, ...] = (
     "On a quiet machine; each command writes a file into `bench/results`, and the last one this page.",
     Code(
-        "python -m bench all                    # all of the following, in this order\n"
+        "python -m bench all                    # every measurement of a CPU and this page\n"
         "python -m bench op                     # the loss, fresh memory\n"
         "python -m bench op --memory reused     # the same where pages are reused\n"
         "python -m bench op --set curves        # how time grows; --set all: other sizes and operations\n"
@@ -336,6 +331,16 @@ def _cpu_section(result: Result) -> list[Block]:
     return [Heading(3, MEMORY[result["memory"]]), where, _times(result, 1.0), _every_figure(result)]
 
 
+def _earlier(result: Result) -> list[Block]:
+    """Which of CUDA's kernels that a GPU has timed are others now."""
+    return [
+        f"CUDA's {kernel} kernel has been rewritten since the {result['device']} ran it: every figure of CUDA, and of "
+        "ours where CUDA serves, is of the earlier one. The present one is not yet run on a GPU ([what a model says of "
+        "it](gpu-model.md))."
+        for kernel in model.changed_since(result["commit"])
+    ]
+
+
 def _gpu_section(result: Result) -> list[Block]:
     where = (
         f"Driver {result['driver']}, CUDA {result['cuda']}, torch {result['torch']}, Triton {result['triton']}, "
@@ -347,6 +352,7 @@ def _gpu_section(result: Result) -> list[Block]:
     return [
         Heading(3, result["device"]),
         where,
+        *_earlier(result),
         _times(result, 1e3),
         "Ours launched from Python call by call (µs), the host's part of it, launches, memory beyond the inputs, and "
         "the bytes that must move (the features of both views read, their gradient written) over the time in the "
@@ -418,7 +424,8 @@ def _method_section(result: Result) -> list[Block]:
     return [
         Heading(3, f"Every method's step, {config['backbone']['name']} on {result['device']}"),
         f"{config['image_size']} pixels, batches of {config['batch_size']}, {result['threads']} threads, "
-        f"{_origin(result)}: medians of {rows[0]['rounds']} rounds, in each of which every method takes one step.",
+        f"{_origin(result)}: medians of {rows[0]['rounds']} rounds, in each of which every method takes one step. "
+        "A ratio is to the baseline's step of the same round, so what slows a whole round is not in it.",
         Table(["method", "ms", "over baseline"],
               [[f"`{r['method']}`", f"{r['ms'][1]:.0f}", f"{r['ratio'][1]:.2f}×"] for r in rows]),
     ]  # fmt: skip

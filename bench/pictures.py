@@ -22,21 +22,17 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 from PIL import Image
 
 from . import curves, goals
+from .model import changed_since
 
 Result = dict[str, Any]
 
 COLOURS = {
     "ours": "#c2410c",
-    "cuda": "#c2410c",
-    "triton": "#d97706",
     "identity": "#98a2ad",
     "best eager, compiled": "#60a5fa",
-    "best eager, max-autotune": "#22a6b3",
     "plain eager, compiled": "#1d4ed8",
-    "plain eager, max-autotune": "#0f766e",
     "best eager": "#93b8e0",
     "plain eager": "#4d6fb8",
-    "gradient in forward": "#be185d",
     "released": "#6b21a8",
     "measured": "#c2410c",
     "model": "#98a2ad",
@@ -69,7 +65,9 @@ def where(result: Result) -> str:
     'AMD EPYC (AVX2), fresh memory'
     """
     if result["kind"] != "cpu":
-        return result["device"]
+        return ", earlier ".join(
+            [result["device"], *(f"{kernel} kernel" for kernel in changed_since(result.get("commit")))]
+        )
     memory = f", {result['memory']} memory" if result.get("memory") else ""
     return f"{result['device']} ({result['capability']}){memory}"
 
@@ -124,8 +122,7 @@ def roofline(results: Sequence[Result]) -> Figure | None:
 
 
 def scaling(results: Sequence[Result]) -> Figure | None:
-    """Time against N, C and L, where three sizes of a line were measured; by the first result of a place that has "
-    "one."""
+    """Time against N, C and L, where three sizes of a line were measured: by a place's first result that has one."""
     names = ("ours", *SHOWN)
     panels: dict[tuple[str, str], curves.Line] = {}
     for result in results:
@@ -189,13 +186,13 @@ def model(modelled: Sequence[tuple[str, float, float]]) -> Figure | None:
     return figure
 
 
-PARTS = dict(
-    zip(
-        ("views", "backbone forward", "head", "backbone backward", "optimiser"),
-        ("#98a2ad", "#93b8e0", "#c2410c", "#4d6fb8", "#cbd2d9"),
-        strict=True,
-    )
-)
+PARTS = {
+    "views": "#98a2ad",
+    "backbone forward": "#93b8e0",
+    "head": "#c2410c",
+    "backbone backward": "#4d6fb8",
+    "optimiser": "#cbd2d9",
+}
 
 
 def step(steps: Sequence[Result]) -> Figure | None:

@@ -18,7 +18,7 @@ def speed_line(found: Found) -> str:
     """The README's sentence: the range of our speed-ups over the cases of the dtype that the goals judge."""
     faster: dict[str, list[str]] = {}
     for result in found.headline:
-        where, memory = f"bfloat16, {result['device']}", ""
+        where, memory = f"bfloat16, {pictures.where(result)}", ""
         if result["kind"] == "cpu":
             where = f"float32, {result['device']}, {result['capability']}, {result['threads']} threads"
             memory = f" with {result['memory']} memory" + (", as in a training loop" if found.seen else "")
@@ -50,9 +50,9 @@ def insert(readme: str, section: str) -> str:
 def generated() -> dict[Path, bytes]:
     """What each file must be; the pictures' folder has no others."""
     found = page.found()
-    blocks = page.blocks(found)
     with pictures.settings():
         drawn = pictures.draw(page.drawn(found), DOCS / PICTURES)
+    blocks = page.blocks(found, drawn)
     return {
         README: insert(README.read_text(), speed_line(found)).encode(),
         DOCS / "benchmark.md": document.markdown(blocks, PICTURES).encode(),

@@ -158,22 +158,10 @@ def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return {**newest, **lists, "sm_mhz": clocks, "chosen": None, "served_by": served, "rows": [*ours, *rows.values()]}
 
 
-def newest_steps(directory: Path = RESULTS) -> list[dict[str, Any]]:
-    """For each device, instruction set of the CPU and backbone the latest result of the training step."""
-    steps = [*_read(directory, "step", "cpu"), *_read(directory, "step", "cuda")]
-    return list({(r["device"], r["capability"], r["config"]["backbone"]["name"]): r for r in steps}.values())
-
-
-def newest_methods(directory: Path = RESULTS) -> list[dict[str, Any]]:
-    """For each device, instruction set of the CPU and backbone the latest times of every method's step."""
-    steps = [*_read(directory, "methods", "cpu"), *_read(directory, "methods", "cuda")]
-    return list({(r["device"], r["capability"], r["config"]["backbone"]["name"]): r for r in steps}.values())
-
-
-def newest_regimes(directory: Path = RESULTS) -> list[dict[str, Any]]:
-    """For each CPU and backbone the latest count of which kind of memory its training sees."""
-    counts = _read(directory, "memory", "cpu")
-    return list({(r["device"], r["config"]["backbone"]["name"]): r for r in counts}.values())
+def newest_by_backbone(program: str, directory: Path = RESULTS) -> list[dict[str, Any]]:
+    """Of step, methods or memory: for each device, instruction set of the CPU and backbone the latest result."""
+    found = [*_read(directory, program, "cpu"), *_read(directory, program, "cuda")]
+    return list({(r["device"], r["capability"], r["config"]["backbone"]["name"]): r for r in found}.values())
 
 
 def studies(directory: Path = RESULTS) -> dict[str, list[dict[str, Any]]]:

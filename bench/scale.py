@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import timm
 
 from . import results
+from .document import markdown_table
 from .results import ROOT
 
 PAGE = ROOT / "docs" / "scale.md"
@@ -57,12 +58,11 @@ def page() -> str:
         times = [f"{1e3 * exchange_s(size, gpus, link):.2f}" for gpus, link in PLANS]
         lines.append([name, f"{size / 4e6:.1f}", f"{size / 1e6:.0f}", *times])
     header = ["backbone", "million parameters", "MB of gradients", *(f"{k} GPUs, {link.name}: ms" for k, link in PLANS)]
-    table = "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *lines))
-    return TEXT.format(table=table, reached=f"{REACHED:.0%}", measured=_measured())
+    return TEXT.format(table=markdown_table(header, lines), reached=f"{REACHED:.0%}", measured=_measured())
 
 
 def _measured() -> str:
-    steps = [step for step in results.newest_steps() if step["kind"] == "cuda"]
+    steps = [step for step in results.newest_by_backbone("step") if step["kind"] == "cuda"]
     if not steps:
         return (
             "The trainer's step is not yet timed on a GPU. `python -m bench step` measures it; the exchange is hidden "

@@ -168,7 +168,7 @@ def _signals() -> Iterator[None]:
 
 def all_goals(out: Path) -> list[dict[str, Any]]:
     """A GPU's goals, judged by the result files in ``out`` of the programs that have any."""
-    measured = {"op": results.newest_gpu(out), "step": results.newest_steps(out)}
+    measured = {"op": results.newest_gpu(out), "step": results.newest_by_backbone("step", out)}
     return [goal for program, found in measured.items() if found for goal in judged(program, found[-1])]
 
 

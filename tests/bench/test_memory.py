@@ -51,7 +51,8 @@ def test_three_processes_count_with_their_rules(monkeypatch, tmp_path, capsys):
     assert main(["memory", "--rehearse", "--batch-size", "5", "--out", str(tmp_path)]) == 0
     assert asked == ["none", "fresh", "reused"]
     (path,) = tmp_path.iterdir()
-    assert path.name == "memory-resnet10t-cpu-epyc-avx2.json"
+    assert path.name == "memory-resnet10t-rehearsal-epyc.json"
     read = json.loads(path.read_text())
     assert (read["faults"], read["seen"], read["config"]["batch_size"]) == (counts, "fresh", 4)
+    assert results.newest_by_backbone("memory", tmp_path) == []  # a rehearsal is no result
     assert "memory is fresh" in capsys.readouterr().out

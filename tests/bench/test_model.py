@@ -5,6 +5,7 @@ import json
 import pytest
 
 from bench import model
+from bench.__main__ import main
 
 PART = {"blocks": 5, "instructions": 400, "wavefronts": 0, "cycles": 1000}
 
@@ -15,7 +16,7 @@ def launch(*parts, **changed):
 
 def test_the_page_is_what_the_counts_give():
     assert model.PAGE.read_text() == model.page(), "python -m bench model"
-    assert model.main(check=True) == 0
+    assert main(["model", "--check"]) == 0
 
 
 def test_the_page_and_the_counts_are_compared(monkeypatch, tmp_path):
@@ -24,7 +25,7 @@ def test_the_page_and_the_counts_are_compared(monkeypatch, tmp_path):
     other = tmp_path / "chains.json"
     other.write_text(json.dumps(launches))
     monkeypatch.setattr(model, "CHAINS", other)
-    assert model.main(check=True) == 1
+    assert main(["model", "--check"]) == 1
 
 
 def test_changed_kernels_are_said_to_be_others():
@@ -37,10 +38,21 @@ def test_changed_kernels_are_said_to_be_others():
     assert row.endswith(f"| {model.predict(launch(), model.H200).us:.1f} |")
 
 
+def test_a_commit_that_was_measured_knows_which_kernels_are_others_now(monkeypatch):
+    file = json.loads(model.MEASURED.read_text())
+    then = file["launches"]
+    for commit in file["commits"]:
+        monkeypatch.setattr(model, "present", lambda: then)
+        assert model.changed_since(commit) == []
+        monkeypatch.setattr(model, "present", lambda: then | {"forward N32 C512 nchw": launch()})
+        assert model.changed_since(commit) == ["forward"]
+    assert model.changed_since("another") == model.changed_since(None) == []
+
+
 def test_measured_kernels_are_modelled_within_two_fifths():
     """But for those whose time is little more than that of a launch."""
     file = json.loads(model.MEASURED.read_text())
-    rows = [row for row in model.measured(file) if row.us > 3]
+    rows = [row for row in model.measured(file) if row.us > model.SHORT_US]
     assert sum("triton" in row.launch for row in rows) == 12 and len(rows) >= 28
     for row in rows:
         assert 1 / 1.4 < model.predict(file["launches"][row.launch], model.H200).us / row.us < 1.4, row

@@ -9,7 +9,7 @@ from PIL.PngImagePlugin import PngInfo
 from support import browser
 from support.benchmark import GPU_ROWS, PAPER, rows
 
-from bench import document, page, pictures, report, results
+from bench import document, model, page, pictures, report, results
 from bench.__main__ import main
 from bench.model import Measured
 from bench.page import Found
@@ -50,7 +50,7 @@ def _found(cpus=(), gpus=(), steps=(), regimes=(), studies=None, more=(), modell
 
 
 def _text(found):
-    return document.markdown(page.blocks(found), "benchmark")
+    return document.markdown(page.blocks(found, page.drawn(found)), "benchmark")
 
 
 def _save(path, result, **changes):
@@ -77,7 +77,8 @@ def test_a_gpus_newest_results_are_found_in_folders_too(tmp_path):
     _save(tmp_path / "gpu/step-resnet18-cuda-nvidia-h200.json", STEP)
     _save(tmp_path / "step-cpu.json", STEP, kind="cpu", device="AMD EPYC")
     _save(tmp_path / "op-cpu.json", CPU)
-    assert [(r["kind"], r["torch"]) for r in results.newest_steps(tmp_path)] == [("cpu", "2.11.0"), ("cuda", "2.11.0")]
+    steps = results.newest_by_backbone("step", tmp_path)
+    assert [(r["kind"], r["torch"]) for r in steps] == [("cpu", "2.11.0"), ("cuda", "2.11.0")]
     assert results.newest_cpu(tmp_path) == [CPU]
 
 
@@ -129,6 +130,18 @@ def test_the_page_of_a_gpu():
     assert "taken apart" not in _text(_found(gpus=[GPU]))
     on_triton = {**GPU, "rows": [*GPU_ROWS, *rows(PAPER, triton=11.0)]}
     assert f"| {PAPER} | 10.00 (cuda) | 11.00 (1.10×) | 12.00" in _text(_found(gpus=[on_triton]))
+
+
+def test_a_gpus_page_says_which_kernels_were_rewritten_since(monkeypatch):
+    monkeypatch.setattr(model, "changed_since", {GPU["commit"]: ["forward"]}.get)
+    monkeypatch.setattr(pictures, "changed_since", {GPU["commit"]: ["forward"]}.get)
+    found = _found(gpus=[GPU])
+    text = _text(found)
+    place = "NVIDIA H200, earlier forward kernel"
+    assert f"released with the papers ({place}, bfloat16)" in text and f"| {place} | at most 12 µs |" in text
+    assert text.count("CUDA's forward kernel has been rewritten since the NVIDIA H200 ran it") == 2
+    assert f"as fast (bfloat16, {place})" in report.speed_line(found)
+    assert [axes.get_title("left") for axes in page.drawn(found)["roofline.png"].axes] == [place]
 
 
 def test_every_figure_of_a_row_is_shown():

@@ -26,7 +26,7 @@ def test_the_page_is_generated():
 def test_a_measured_step_says_what_is_hidden(monkeypatch):
     step = {"kind": "cuda", "device": "H200", "config": {"backbone": {"name": "resnet18"}}}
     step["parts_ms"] = {"backbone backward": 1.0}
-    monkeypatch.setattr(scale.results, "newest_steps", lambda: [step])
+    monkeypatch.setattr(scale.results, "newest_by_backbone", lambda program: [step])
     text = scale._measured()
     assert "resnet18 on H200: backward of the backbone 1.00 ms" in text
     # 44.7 MB: 0.26 ms over NVLink, 2.8 ms over InfiniBand
