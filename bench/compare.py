@@ -59,10 +59,6 @@ class Change(NamedTuple):
     def ratio(self) -> float:
         return self.after[1] / self.before[1]
 
-    @property
-    def is_ours(self) -> bool:
-        return self.contender == "ours" or self.contender in BACKENDS
-
     def __str__(self) -> str:
         (a, before, b), (c, after, d) = self.before, self.after
         drift = "" if self.drift == 1 else f", the identity op {self.drift:.2f}×"
@@ -92,7 +88,8 @@ class Comparison(NamedTuple):
     @property
     def failed(self) -> bool:
         """Ours is slower, or its result is now wrong; what others write may become slower without our doing."""
-        return any(c.is_ours for c in self.slower) or any(name in ("ours", *BACKENDS) for _, name in self.refused)
+        worse = {change.contender for change in self.slower} | {contender for _, contender in self.refused}
+        return not worse.isdisjoint(("ours", *BACKENDS))
 
     def __str__(self) -> str:
         lines = [f"changed: {condition}" for condition in self.conditions]
