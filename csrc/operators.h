@@ -107,8 +107,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_
                                 map_weights,
                                 options,
                                 {with_maps, save_residual, save_pooled, save_cam_grad}});
-  return {std::move(out.loss),     std::move(out.classification), std::move(out.consistency), std::move(out.logits),
-          std::move(out.maps),     std::move(out.residual),       std::move(out.pooled),      std::move(out.cam_grad)};
+  return {std::move(out.loss), std::move(out.classification), std::move(out.consistency), std::move(out.logits),
+          std::move(out.maps), std::move(out.residual),       std::move(out.pooled),      std::move(out.cam_grad)};
 }
 
 template <HeadGradients (*run)(const HeadBackwardArguments&)>

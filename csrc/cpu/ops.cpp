@@ -94,10 +94,9 @@ int64_t bytes_of(ScalarType dtype) { return dtype == ScalarType::Double ? 8 : dt
 // By the C shim, past the dispatcher, which a call would go through for every output.
 Tensor empty(const Shape& shape, const int64_t* strides, ScalarType dtype) {
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(shape.size(), shape.data(), strides,
-                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-                               aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      shape.size(), shape.data(), strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
@@ -108,8 +107,8 @@ Tensor output(const Shape& shape, ScalarType dtype, bool wanted = true) {
   return empty(shape, strides, dtype);
 }
 
-// A gradient of the features, or views. A large fresh one costs more in page faults than in stores, so it is allocated on whole
-// huge pages of its own: the ends of a mapping that begins anywhere would be small pages.
+// A gradient of the features, or views. A large fresh one costs more in page faults than in stores, so it is allocated
+// on whole huge pages of its own: the ends of a mapping that begins anywhere would be small pages.
 Tensor feature_output(int64_t M, int64_t C, int64_t H, int64_t W, ScalarType dtype, bool channels_last, bool wanted) {
   if (!wanted) return output({0}, dtype);
   const Shape shape{M, C, H, W};
@@ -135,8 +134,8 @@ struct Free {
   void operator()(void* p) const { std::free(p); }
 };
 
-// Zeroed scratch, aligned to a cache line, with room for a vector behind it. By calloc, as aligned_alloc cuts each piece
-// of memory out of a larger one, which a small call notices.
+// Zeroed scratch, aligned to a cache line, with room for a vector behind it. By calloc, as aligned_alloc cuts each
+// piece of memory out of a larger one, which a small call notices.
 template <typename A>
 class Buffer {
  public:
@@ -679,29 +678,27 @@ Tensor paired_views(const Tensor& images, const Tensor& indices, const Tensor& s
                     const std::vector<double>& crop, double brightness, double contrast, double noise,
                     const std::vector<double>& erase, const std::vector<int64_t>& twin_map, bool both,
                     ScalarType dtype) {
-  const auto rectangle = [](const std::vector<double>& x) {
-    return Rectangle{float(x[0]), float(x[1]), float(x[2])};
-  };
+  const auto rectangle = [](const std::vector<double>& x) { return Rectangle{float(x[0]), float(x[1]), float(x[2])}; };
   if (epoch_tensor) epoch = *static_cast<const int64_t*>(epoch_tensor->data_ptr());
   const int64_t K = images.size(0), N = indices.size(0), C = images.size(3), H = size[0], W = size[1];
   Tensor out = feature_output(N * (both ? 2 : 1), C, H, W, dtype, true, true);
   ViewPlan plan{images.size(1),
-                      images.size(2),
-                      C,
-                      H,
-                      W,
-                      {},
-                      {},
-                      {chances[0], chances[1], chances[2]},
-                      {reach[0], reach[1]},
-                      rectangle(crop),
-                      float(brightness),
-                      float(contrast),
-                      float(noise),
-                      rectangle(erase),
-                      uint64_t(seed),
-                      uint32_t(epoch),
-                      twin_map_on(twin_map, out)};
+                images.size(2),
+                C,
+                H,
+                W,
+                {},
+                {},
+                {chances[0], chances[1], chances[2]},
+                {reach[0], reach[1]},
+                rectangle(crop),
+                float(brightness),
+                float(contrast),
+                float(noise),
+                rectangle(erase),
+                uint64_t(seed),
+                uint32_t(epoch),
+                twin_map_on(twin_map, out)};
   std::copy(mean.begin(), mean.end(), plan.mean);
   std::copy(std.begin(), std.end(), plan.std);
   const auto* from = static_cast<const uint8_t*>(images.data_ptr());

@@ -25,7 +25,7 @@ struct Words {
 constexpr uint32_t kFirstNoise = 4;  // draws 0 to 3 are the image's own numbers, each later one is a pixel's noise
 constexpr int kPixels = 64;          // whose noise is drawn at once
 typedef float Pixel __attribute__((vector_size(16)));
-constexpr int64_t kBehind = 4;       // elements of room behind a row: a pixel is copied as four
+constexpr int64_t kBehind = 4;  // elements of room behind a row: a pixel is copied as four
 
 // Philox4x32-10 (Salmon et al., 2011) of `count` counters side by side.
 template <int count>
@@ -191,7 +191,8 @@ class View {
   void choose_rectangle(const Words& rectangle, const Words& corner) {
     const float area = (p.erase.area + p.erase.area_range * uniform(rectangle[1])) * float(p.H * p.W);
     const float ratio = ratio_of(rectangle[2], p.erase.ratio_range);
-    const float wide = at_least(at_most(__builtin_sqrtf(area * ratio), float(p.W)), area / float(p.H));  // as of the crop
+    const float wide =
+        at_least(at_most(__builtin_sqrtf(area * ratio), float(p.W)), area / float(p.H));  // as of the crop
     erase_h = int64_t(within(__builtin_floorf(area / wide + 0.5f), 1.0f, float(p.H)));
     erase_w = int64_t(within(__builtin_floorf(wide + 0.5f), 1.0f, float(p.W)));
     erase_y = below(corner[0], p.H - erase_h + 1);
@@ -272,13 +273,13 @@ class View {
   const uint8_t* const image;
   const uint32_t low, high;
   Tap *x_taps, *y_taps;
-  uint8_t *bytes, *moved;       // a row of the image, (w, C), and its pixels where the view has them, (W, C)
-  float* source;                // a row of the image, (w, C)
-  float* across[2];             // rows of the image where the view's columns are, (W, C)
-  int64_t rows[2] = {-1, -1};   // which
-  int latest = 0;               // the one that was asked for last, to be kept
-  float *mean, *std;            // of a row's elements
-  float *value, *noise;         // a row of the view
+  uint8_t *bytes, *moved;      // a row of the image, (w, C), and its pixels where the view has them, (W, C)
+  float* source;               // a row of the image, (w, C)
+  float* across[2];            // rows of the image where the view's columns are, (W, C)
+  int64_t rows[2] = {-1, -1};  // which
+  int latest = 0;              // the one that was asked for last, to be kept
+  float *mean, *std;           // of a row's elements
+  float *value, *noise;        // a row of the view
   bool on_pixels, noisy;
   float gain, offset;
   int64_t erase_y = 0, erase_x = 0, erase_h = 0, erase_w = 0;

@@ -15,9 +15,9 @@ struct Rectangle {
 
 // What is done to every image alike: ViewPlan of reference.py and the shapes.
 struct ViewPlan {
-  int64_t h, w, C, H, W;   // of the images and of the views
-  float mean[3], std[3];   // of each channel
-  int64_t chances[3];      // flipped, noisy, erased
+  int64_t h, w, C, H, W;  // of the images and of the views
+  float mean[3], std[3];  // of each channel
+  int64_t chances[3];     // flipped, noisy, erased
   int64_t reach[2];
   Rectangle crop;
   float brightness, contrast, noise;

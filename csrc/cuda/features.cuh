@@ -76,8 +76,8 @@ class LaneRing {
                                       const Place& at, int HW, int passes, unsigned char* room, uint64_t*)
       : pieces_(shared_address(room + (at.warp * kStages * kTiles * 32 + at.lane) * 16)),
         source_(features + (at.view * g.N + pair) * int64_t(g.C) * HW + int64_t(at.group) * g.C),
-        begin_(channels.first + at.slice * (kStepBytes / int(sizeof(T))) + at.quarter * kSlots), next_(begin_),
-        C_(g.C), width_(channels.width), HW_(HW), group_(at.group), steps_(channels.steps),
+        begin_(channels.first + at.slice * (kStepBytes / int(sizeof(T))) + at.quarter * kSlots), next_(begin_), C_(g.C),
+        width_(channels.width), HW_(HW), group_(at.group), steps_(channels.steps),
         total_(channels.steps <= kStages ? channels.steps : channels.steps * passes),
         aligned_(g.C % kSlots == 0 && reinterpret_cast<uintptr_t>(features) % 16 == 0) {
     keep(total_);
@@ -113,7 +113,9 @@ class LaneRing {
   unsigned issued_ = 0, taken_ = 0;
 
   __device__ __forceinline__ bool inside(int tile) const { return 8 * tile + 8 <= HW_ || 8 * tile + group_ < HW_; }
-  __device__ __forceinline__ SharedAddress piece(unsigned use) const { return pieces_ + use % kStages * (kTiles * 512); }
+  __device__ __forceinline__ SharedAddress piece(unsigned use) const {
+    return pieces_ + use % kStages * (kTiles * 512);
+  }
 
   __device__ __forceinline__ void issue() {
     if (issued_ < total_) {

@@ -80,14 +80,12 @@ __device__ __forceinline__ uint32_t pack2(float low, float high) {
 template <typename T>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   if constexpr (std::is_same_v<T, BFloat16>) {
-    asm(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   } else {
     static_assert(std::is_same_v<T, Half>);
-    asm(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
@@ -130,8 +128,8 @@ __device__ __forceinline__ void keep(V& value) {
   }
 }
 
-// 16 bytes, both addresses multiples of 16; there after cp_async_wait, for other threads after a barrier besides. What is
-// not wanted becomes zero, and nothing is read.
+// 16 bytes, both addresses multiples of 16; there after cp_async_wait, for other threads after a barrier besides. What
+// is not wanted becomes zero, and nothing is read.
 __device__ __forceinline__ void cp_async_16B(SharedAddress shared, const void* global, bool wanted = true) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :

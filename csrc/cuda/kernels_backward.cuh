@@ -16,7 +16,7 @@
 
 namespace rebalfer::gpu {
 
-constexpr int kGroup = 32;
+constexpr int kGroup = 32;                       // channels that a warp works on at a time
 constexpr int kBlockChannels = kWarps * kGroup;  // of a block that writes the features' gradients
 constexpr int kWeightChannels = 32;              // of a block of the weight's gradient: a lane each
 constexpr int kWeightRows = 128;                 // samples whose dz such a block holds at a time

@@ -57,7 +57,6 @@ struct Weights {
     return parameter.is_float ? __ldg(static_cast<const float*>(parameter.data) + i)
                               : to_float(static_cast<const T*>(parameter.data)[i]);
   }
-
 };
 
 // Walks along the channels of rows of the weight, as many at a time as 16 bytes of features have.

@@ -5,12 +5,15 @@
 // time (features.cuh). What a lane holds of the features, 16 bytes of consecutive channels at a position, is, with the
 // channels of an mma's K axis renumbered, for the weight alike, the B operand of mma.m16n8k16. Its A operand holds 8
 // classes of the weight's high parts in rows 0-7 and of their low parts in rows 8-15, so a float32 weight costs no more
-// mma than a 16-bit one. A second mma with the identity as A adds up the features over the tiles of 8 positions, exactly
-// in float32: what is left of the mean over positions is a sum of 8 numbers a channel. So no feature of 16 bits is ever
-// converted.
-// float32 features take the same road with FMAs. Both views' maps are summed and subtracted at the end, on the map:
-// taking the difference on the load would halve the FMAs of float32, but the maps of both views would no longer be there
-// for the logits, for return_maps and for the twin's index, which moves no feature here.
+// mma than a 16-bit one. A second mma with the identity as A adds up the features over the tiles of 8 positions, in
+// float32: what is left of the mean over positions is a sum of 8 numbers a channel. So no feature of 16 bits is ever
+// converted. (A feature that is not finite makes the means of the channels that share an mma with it NaN.)
+//
+// float32 features take the same road with FMAs.
+//
+// Both views' maps are summed and subtracted at the end, on the map: taking the difference on the load would halve the
+// FMAs of float32, but the maps of both views would no longer be there for the logits, for return_maps and for the
+// twin's index, which moves no feature here.
 //
 // Order of the sums: channels of a warp, warps, blocks of the cluster; it depends only on C, H W, L, layout and dtype.
 #pragma once
@@ -56,9 +59,9 @@ struct Forward {
 
   __device__ __forceinline__ Forward(const ForwardParams& p, unsigned char* memory)
       : p(p), weights(p.weight, p.g.L, p.g.C), shared(*reinterpret_cast<ForwardShared*>(memory)),
-        maps(reinterpret_cast<Map*>(memory + maps_offset())), total(maps + p.g.views), pair(blockIdx.x >> p.cluster_bits),
-        HW(kPositions ? kPositions : p.g.H * p.g.W), L(p.g.L), views(p.g.views), at(p.g.views),
-        channels(Channels::of<T>(p.g, int(cluster_rank()), p.cluster_bits)), rank(int(cluster_rank())) {}
+        maps(reinterpret_cast<Map*>(memory + maps_offset())), total(maps + p.g.views),
+        pair(blockIdx.x >> p.cluster_bits), HW(kPositions ? kPositions : p.g.H * p.g.W), L(p.g.L), views(p.g.views),
+        at(p.g.views), channels(Channels::of<T>(p.g, int(cluster_rank()), p.cluster_bits)), rank(int(cluster_rank())) {}
 
   __device__ __forceinline__ int lane_channel() const {
     return channels.first + at.slice * (kStepBytes / int(sizeof(T))) + at.quarter * kSlots;
@@ -83,8 +86,8 @@ struct Forward {
   // A lane's share of the maps: of mma, D's fragments; else positions group + 8 j, all classes, of its own channels.
   using Sums = std::conditional_t<kTensorCore, float[kBlocks][kTiles][2][4], float[kTiles][kClasses]>;
 
-  // A lane's share of the weight: of mma, a row of A for each 8 classes; else all classes. Its bits only, so that nobody
-  // waits for them before the features are there.
+  // A lane's share of the weight: of mma, a row of A for each 8 classes; else all classes. Its bits only, so that
+  // nobody waits for them before the features are there.
   struct Rows {
     typename WeightCursor<T>::Bits of[kTensorCore ? kBlocks : kClasses];
   };
@@ -98,7 +101,7 @@ struct Forward {
   __device__ __forceinline__ void accumulate(Sums& acc, const uint4 (&f)[kTiles], const Rows& w, bool floats) const {
     if constexpr (kTensorCore) {
       // A of mma for channels 0-3 of each lane and for channels 4-7.
-      const auto multiply = [&](int b, const uint32_t(&a0)[4], const uint32_t(&a1)[4]) {
+      const auto multiply = [&](int b, const uint32_t (&a0)[4], const uint32_t (&a1)[4]) {
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
           mma_m16n8k16<T>(acc[b][j][0], a0, {f[j].x, f[j].y});
@@ -113,8 +116,8 @@ struct Forward {
           uint32_t a[2][4];
 #pragma unroll
           for (int i = 0; i < 4; ++i)
-            split2<T>(__uint_as_float(word(2 * pair(i))), __uint_as_float(word(2 * pair(i) + 1)),
-                      a[i / 2][2 * (i % 2)], a[i / 2][2 * (i % 2) + 1]);
+            split2<T>(__uint_as_float(word(2 * pair(i))), __uint_as_float(word(2 * pair(i) + 1)), a[i / 2][2 * (i % 2)],
+                      a[i / 2][2 * (i % 2) + 1]);
           multiply(b, a[0], a[1]);
         } else {
           // The first two words' channels in rows 0-7, the others' in rows 8-15, half of whose sums nobody wants: no
@@ -427,8 +430,8 @@ struct Forward {
 
   __device__ __forceinline__ void run(unsigned char* memory) const {
     const bool forward = !p.d_maps;
-    Source source(p.g, static_cast<const T*>(p.features), pair, channels, at, HW, int(forward) + (p.cam_grad != nullptr),
-                  memory + ring_offset(), shared.full);
+    Source source(p.g, static_cast<const T*>(p.features), pair, channels, at, HW,
+                  int(forward) + (p.cam_grad != nullptr), memory + ring_offset(), shared.full);
     if (rank == 0 || p.cam_grad) prepare();
     if (forward) {
       Sums acc = {};
@@ -472,8 +475,8 @@ template <typename T>
 void launch_forward_as(const ForwardParams& p, cudaStream_t stream) {
   const auto start = [&]<bool kChannelsLast, int kBlocks, int kPositions>() {
     using Kernel = Forward<T, kChannelsLast, kBlocks, kPositions>;
-    launch(forward_kernel<T, kChannelsLast, kBlocks, kPositions>, dim3(unsigned(p.g.N << p.cluster_bits)), dim3(kThreads),
-           1u << p.cluster_bits, size_t(Kernel::shared_bytes(p.g.H * p.g.W)), stream, p);
+    launch(forward_kernel<T, kChannelsLast, kBlocks, kPositions>, dim3(unsigned(p.g.N << p.cluster_bits)),
+           dim3(kThreads), 1u << p.cluster_bits, size_t(Kernel::shared_bytes(p.g.H * p.g.W)), stream, p);
   };
   const auto of_layout = [&]<bool kChannelsLast>() {
     if (p.g.L > 8) return start.template operator()<kChannelsLast, 2, 0>();

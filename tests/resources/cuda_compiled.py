@@ -42,9 +42,9 @@ TYPES = {torch.float32: "float", torch.bfloat16: "BFloat16", torch.float16: "Hal
 INTRODUCTION = """\
 # How the CUDA kernels work, and what they use
 
-The present kernels are not yet run on a GPU; an H200 has run their predecessors, which took more than twice as long
-as the identity op. So instructions are counted: `python -m bench budget` shows how many bytes of features each warp
-instruction of a kernel moves. At 7 x 7 positions and 7 classes, for bfloat16, it should be 8.
+The present forward kernel is not yet run on a GPU. An H200 has run the backward, and another forward; the two took
+more than twice as long as the identity op. So instructions are counted: `python -m bench budget` shows how many bytes
+of features each warp instruction of a kernel moves. At 7 x 7 positions and 7 classes, for bfloat16, it should be 8.
 
 **Forward**, one launch (`csrc/cuda/kernels_forward.cuh`, `features.cuh`). A cluster of 1 to 8 blocks serves a pair
 of views, each block some of the channels; a warp has one view and 64 bytes of channels at a time, 32 channels of 16
@@ -54,8 +54,9 @@ bits. Lane 4 g + q holds, of the positions g, g + 8, ..., the channels 8 q to 8 
   channels are renumbered alike. A is the weight, 8 classes: a float32 weight as high parts in rows 0-7 and low
   parts in rows 8-15; a 16-bit one as it is loaded, channels 0-3 of each lane in rows 0-7 and 4-7 in rows 8-15. Each
   half of the rows is right for one of the two B operands, so there are two accumulators, half of each used.
-- *Means over positions.* A second mma with a permuted identity as A adds up the tiles of 8 positions, exactly, in
-  float32; what is left is a sum of 8 numbers a channel. No 16-bit feature is converted.
+- *Means over positions.* A second mma with a permuted identity as A adds up the tiles of 8 positions in float32; what
+  is left is a sum of 8 numbers a channel. No 16-bit feature is converted. A feature that is not finite makes the means
+  of the 16 channels of its mma NaN, and so their gradients of the weight.
 - *channels_last.* A lane copies by `cp.async` what it will read itself, 4 steps ahead: no barrier.
 - *NCHW.* 49 positions of 2 bytes are 98 bytes, so a channel is not aligned, but slabs of channels are contiguous:
   the bulk copy engine brings them, 4 steps ahead. A lane gathers 2 bytes at a time and packs two channels into a

@@ -1,6 +1,7 @@
 // Every function of the kernels' table and of head_math.h, and the views, on buffers of exactly the size they are
 // promised, so that AddressSanitizer sees a read or a write past an end; results are checked against plain loops in
-// double, views by their range and their twin. Outputs and scratch begin as NaN. Built by test_sanitizers.py, for one instruction set at a time.
+// double, views by their range and their twin. Outputs and scratch begin as NaN. Built by test_sanitizers.py, for one
+// instruction set at a time.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>

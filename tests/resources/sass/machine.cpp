@@ -8,24 +8,119 @@ namespace rebalfer::sass {
 namespace {
 
 enum Op : int {
-  kNone, IADD3, UIADD3, IMAD, UIMAD, VIADD, LEA, ULEA, LOP3, ULOP3, PLOP3, UPLOP3, SHF, USHF, PRMT, UPRMT, SEL, USEL, FSEL,
-  ISETP, UISETP, FSETP, DSETP, VIMNMX, VIADDMNMX, FMNMX, IABS, FADD, FMUL, FFMA, DADD, DMUL, DFMA, HADD2, HFMA2, HMMA, F2FP,
-  F2F, I2F, I2FP, F2I, MUFU, FCHK, R2UR, S2R, S2UR, CS2R, MOV, UMOV, LDC, ULDC, SGXT, USGXT, R2P, P2R, UP2UR, ELECT, VOTE, VOTEU,
-  SHFL, LDG, STG, LDS, STS, LD, ST, ATOMG, LDGSTS, LDGDEPBAR, DEPBAR, UBLKCP, SYNCS, LDSM, STSM, BRA, EXIT, BSSY, BSYNC,
-  BREAK, CALL, RET, WARPSYNC, NOP, YIELD, BAR, MEMBAR, ERRBAR, CGAERRBAR, CCTL, FENCE, UCGABAR_ARV, UCGABAR_WAIT, POPC, REDUX,
-  HGMMA, WARPGROUP,
+  kNone,
+  IADD3,
+  UIADD3,
+  IMAD,
+  UIMAD,
+  VIADD,
+  LEA,
+  ULEA,
+  LOP3,
+  ULOP3,
+  PLOP3,
+  UPLOP3,
+  SHF,
+  USHF,
+  PRMT,
+  UPRMT,
+  SEL,
+  USEL,
+  FSEL,
+  ISETP,
+  UISETP,
+  FSETP,
+  DSETP,
+  VIMNMX,
+  VIADDMNMX,
+  FMNMX,
+  IABS,
+  FADD,
+  FMUL,
+  FFMA,
+  DADD,
+  DMUL,
+  DFMA,
+  HADD2,
+  HFMA2,
+  HMMA,
+  F2FP,
+  F2F,
+  I2F,
+  I2FP,
+  F2I,
+  MUFU,
+  FCHK,
+  R2UR,
+  S2R,
+  S2UR,
+  CS2R,
+  MOV,
+  UMOV,
+  LDC,
+  ULDC,
+  SGXT,
+  USGXT,
+  R2P,
+  P2R,
+  UP2UR,
+  ELECT,
+  VOTE,
+  VOTEU,
+  SHFL,
+  LDG,
+  STG,
+  LDS,
+  STS,
+  LD,
+  ST,
+  ATOMG,
+  LDGSTS,
+  LDGDEPBAR,
+  DEPBAR,
+  UBLKCP,
+  SYNCS,
+  LDSM,
+  STSM,
+  BRA,
+  EXIT,
+  BSSY,
+  BSYNC,
+  BREAK,
+  CALL,
+  RET,
+  WARPSYNC,
+  NOP,
+  YIELD,
+  BAR,
+  MEMBAR,
+  ERRBAR,
+  CGAERRBAR,
+  CCTL,
+  FENCE,
+  UCGABAR_ARV,
+  UCGABAR_WAIT,
+  POPC,
+  REDUX,
+  HGMMA,
+  WARPGROUP,
 };
 const std::unordered_map<std::string, int> kOps = {
 #define OP(x) {#x, x}
-    OP(IADD3), OP(UIADD3), OP(IMAD), OP(UIMAD), OP(VIADD), OP(LEA), OP(ULEA), OP(LOP3), OP(ULOP3), OP(PLOP3), OP(UPLOP3),
-    OP(SHF), OP(USHF), OP(PRMT), OP(UPRMT), OP(SEL), OP(USEL), OP(FSEL), OP(ISETP), OP(UISETP), OP(FSETP), OP(DSETP),
-    OP(VIMNMX), OP(VIADDMNMX), OP(FMNMX), OP(IABS), OP(FADD), OP(FMUL), OP(FFMA), OP(DADD), OP(DMUL), OP(DFMA), OP(HADD2),
-    OP(HFMA2), OP(HMMA), OP(F2FP), OP(F2F), OP(I2F), OP(I2FP), OP(F2I), OP(MUFU), OP(FCHK), OP(R2UR), OP(S2R), OP(S2UR),
-    OP(CS2R), OP(MOV), OP(UMOV), OP(LDC), OP(ULDC), OP(SGXT), OP(USGXT), OP(R2P), OP(P2R), OP(UP2UR), OP(ELECT), OP(VOTE), OP(VOTEU),
-    OP(SHFL), OP(LDG), OP(STG), OP(LDS), OP(STS), OP(LD), OP(ST), OP(ATOMG), OP(LDGSTS), OP(LDGDEPBAR), OP(DEPBAR),
-    OP(UBLKCP), OP(SYNCS), OP(LDSM), OP(STSM), OP(BRA), OP(EXIT), OP(BSSY), OP(BSYNC), OP(BREAK), OP(CALL), OP(RET),
-    OP(WARPSYNC), OP(NOP), OP(YIELD), OP(BAR), OP(MEMBAR), OP(ERRBAR), OP(CGAERRBAR), OP(CCTL), OP(FENCE), OP(UCGABAR_ARV),
-    OP(UCGABAR_WAIT), OP(POPC), OP(REDUX), OP(HGMMA), OP(WARPGROUP),
+    OP(IADD3),  OP(UIADD3), OP(IMAD),      OP(UIMAD),     OP(VIADD),     OP(LEA),         OP(ULEA),
+    OP(LOP3),   OP(ULOP3),  OP(PLOP3),     OP(UPLOP3),    OP(SHF),       OP(USHF),        OP(PRMT),
+    OP(UPRMT),  OP(SEL),    OP(USEL),      OP(FSEL),      OP(ISETP),     OP(UISETP),      OP(FSETP),
+    OP(DSETP),  OP(VIMNMX), OP(VIADDMNMX), OP(FMNMX),     OP(IABS),      OP(FADD),        OP(FMUL),
+    OP(FFMA),   OP(DADD),   OP(DMUL),      OP(DFMA),      OP(HADD2),     OP(HFMA2),       OP(HMMA),
+    OP(F2FP),   OP(F2F),    OP(I2F),       OP(I2FP),      OP(F2I),       OP(MUFU),        OP(FCHK),
+    OP(R2UR),   OP(S2R),    OP(S2UR),      OP(CS2R),      OP(MOV),       OP(UMOV),        OP(LDC),
+    OP(ULDC),   OP(SGXT),   OP(USGXT),     OP(R2P),       OP(P2R),       OP(UP2UR),       OP(ELECT),
+    OP(VOTE),   OP(VOTEU),  OP(SHFL),      OP(LDG),       OP(STG),       OP(LDS),         OP(STS),
+    OP(LD),     OP(ST),     OP(ATOMG),     OP(LDGSTS),    OP(LDGDEPBAR), OP(DEPBAR),      OP(UBLKCP),
+    OP(SYNCS),  OP(LDSM),   OP(STSM),      OP(BRA),       OP(EXIT),      OP(BSSY),        OP(BSYNC),
+    OP(BREAK),  OP(CALL),   OP(RET),       OP(WARPSYNC),  OP(NOP),       OP(YIELD),       OP(BAR),
+    OP(MEMBAR), OP(ERRBAR), OP(CGAERRBAR), OP(CCTL),      OP(FENCE),     OP(UCGABAR_ARV), OP(UCGABAR_WAIT),
+    OP(POPC),   OP(REDUX),  OP(HGMMA),     OP(WARPGROUP),
 #undef OP
 };
 
@@ -56,7 +151,10 @@ uint16_t float_to_half(float x) {
 class Rounding {
  public:
   explicit Rounding(const Instruction& i)
-      : mode_(i.has("RM") ? FE_DOWNWARD : i.has("RP") ? FE_UPWARD : i.has("RZ") ? FE_TOWARDZERO : FE_TONEAREST) {
+      : mode_(i.has("RM")   ? FE_DOWNWARD
+              : i.has("RP") ? FE_UPWARD
+              : i.has("RZ") ? FE_TOWARDZERO
+                            : FE_TONEAREST) {
     if (mode_ != FE_TONEAREST) std::fesetround(mode_);
   }
   ~Rounding() {
@@ -181,8 +279,9 @@ uint64_t Machine::address(const Operand& o, int lane) {
   uint64_t x = 0;
   if (o.index != 255) {
     const uint32_t low = w_->r[o.index][lane];
-    x = o.pair ? uint64_t(w_->r[o.index + 1][lane]) << 32 | low
-        : o.is_unsigned ? uint64_t(low) : uint64_t(int64_t(int32_t(low))) * uint64_t(o.scale);
+    x = o.pair          ? uint64_t(w_->r[o.index + 1][lane]) << 32 | low
+        : o.is_unsigned ? uint64_t(low)
+                        : uint64_t(int64_t(int32_t(low))) * uint64_t(o.scale);
   }
   if (o.uniform >= 0 && o.uniform != 63) {
     x += w_->ur[o.uniform];
@@ -224,7 +323,8 @@ int64_t Machine::note_shared(const std::vector<std::pair<uint32_t, int>>& access
     uint32_t words[128], of_bank[32] = {};
     size_t n = 0;
     for (size_t k = first; k < std::min(first + together, accesses.size()); ++k)
-      for (uint32_t word = accesses[k].first / 4; word < (accesses[k].first + uint32_t(accesses[k].second) + 3) / 4; ++word)
+      for (uint32_t word = accesses[k].first / 4; word < (accesses[k].first + uint32_t(accesses[k].second) + 3) / 4;
+           ++word)
         words[n++] = word;
     std::sort(words, words + n);
     const uint32_t* const end = std::unique(words, words + n);
@@ -276,8 +376,10 @@ void Machine::load(bool is_shared, bool is_generic) {
   const int bytes = access_bytes(*i_);
   const Operand *to = nullptr, *from = nullptr;
   for (const Operand& o : i_->operands)
-    if (o.kind == Operand::kAddress) from = &o;
-    else if (!to && o.kind == Operand::kRegister) to = &o;
+    if (o.kind == Operand::kAddress)
+      from = &o;
+    else if (!to && o.kind == Operand::kRegister)
+      to = &o;
   if (!to || !from) fail("operands");
   std::vector<std::pair<uint32_t, int>> in_shared;
   std::vector<std::pair<uint64_t, int>> in_global;
@@ -286,8 +388,10 @@ void Machine::load(bool is_shared, bool is_generic) {
     if (!(active_ >> lane & 1)) continue;
     const uint64_t a = address(*from, lane);
     const bool there = is_shared || (is_generic && a >> 32 == kSharedWindow);
-    if (there) in_shared.push_back({uint32_t(a), bytes}), distributed |= (uint32_t(a) >> 24) != w_->block->rank;
-    else in_global.push_back({a, bytes});
+    if (there)
+      in_shared.push_back({uint32_t(a), bytes}), distributed |= (uint32_t(a) >> 24) != w_->block->rank;
+    else
+      in_global.push_back({a, bytes});
     const unsigned char* source = there ? shared(uint32_t(a), bytes) : global(a, bytes);
     uint32_t words[4] = {};
     std::memcpy(words, source, size_t(bytes));
@@ -315,8 +419,10 @@ void Machine::store(bool is_shared, bool is_generic) {
     if (!(active_ >> lane & 1)) continue;
     const uint64_t a = address(to, lane);
     const bool there = is_shared || (is_generic && a >> 32 == kSharedWindow);
-    if (there) in_shared.push_back({uint32_t(a), bytes});
-    else in_global.push_back({a, bytes});
+    if (there)
+      in_shared.push_back({uint32_t(a), bytes});
+    else
+      in_global.push_back({a, bytes});
     uint32_t words[4] = {};
     for (int k = 0; k < std::max(1, bytes / 4); ++k) words[k] = word(from, lane, k);
     std::memcpy(there ? shared(uint32_t(a), bytes) : global(a, bytes), words, size_t(bytes));
@@ -521,12 +627,16 @@ void Machine::uniform_or_lanes() {
   const auto& o = i.operands;
   const bool uniform = i.base[0] == 'U';
   const Rounding rounding(i);
-  const auto is_predicate = [](const Operand& x) { return x.kind == Operand::kPredicate || x.kind == Operand::kUniformPredicate; };
+  const auto is_predicate = [](const Operand& x) {
+    return x.kind == Operand::kPredicate || x.kind == Operand::kUniformPredicate;
+  };
   const auto combined = [&](bool x, int lane) {
     const bool other = predicate(o.at(4), lane);
     return i.has("AND") ? x && other : i.has("OR") ? x || other : i.has("XOR") ? x != other : (unknown(), false);
   };
-  const auto ftz = [&](float x) { return i.has("FTZ") && std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; };
+  const auto ftz = [&](float x) {
+    return i.has("FTZ") && std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x;
+  };
   const auto saturate = [&](float x) { return i.has("SAT") ? x > 0 ? std::min(x, 1.0f) : 0.0f : x; };
   // The operands' words of all lanes; a lane writes only its own, after it has read.
   uint32_t raw[8][32];
@@ -534,8 +644,10 @@ void Machine::uniform_or_lanes() {
   const int lanes = uniform ? 1 : 32;
   for (size_t k = 0; k < o.size(); ++k) {
     if (is_predicate(o[k]) || o[k].kind == Operand::kSpecial) continue;
-    if (o[k].kind == Operand::kRegister && o[k].index != 255) std::memcpy(raw[k], w_->r[o[k].index], sizeof raw[k]);
-    else std::fill_n(raw[k], lanes, o[k].kind == Operand::kConstant && o[k].index != 255 ? (unknown(), 0) : word(o[k], 0));
+    if (o[k].kind == Operand::kRegister && o[k].index != 255)
+      std::memcpy(raw[k], w_->r[o[k].index], sizeof raw[k]);
+    else
+      std::fill_n(raw[k], lanes, o[k].kind == Operand::kConstant && o[k].index != 255 ? (unknown(), 0) : word(o[k], 0));
   }
   for (int lane = 0; lane < lanes; ++lane) {
     if (!uniform && !(active_ >> lane & 1)) continue;
@@ -552,8 +664,10 @@ void Machine::uniform_or_lanes() {
         for (size_t n = k; n < k + 3; ++n) {
           const Operand& x = o.at(n);
           // A negative operand counts as ~x + 1, so that a carry is the absence of a borrow.
-          if (x.minus && x.kind != Operand::kImmediate) sum += uint64_t(~raw[n][lane]) + 1;
-          else sum += in(n);
+          if (x.minus && x.kind != Operand::kImmediate)
+            sum += uint64_t(~raw[n][lane]) + 1;
+          else
+            sum += in(n);
         }
         if (i.has("X"))
           for (size_t n = k + 3; n < o.size(); ++n) sum += predicate(o[n], lane);
@@ -567,18 +681,22 @@ void Machine::uniform_or_lanes() {
         while (is_predicate(o.at(k))) ++k;
         if (i.has("WIDE") || i.has("HI")) {
           const bool is_unsigned = i.has("U32");
-          const uint64_t product = is_unsigned ? uint64_t(in(k)) * in(k + 1)
-                                               : uint64_t(int64_t(int32_t(in(k))) * int32_t(in(k + 1)));
+          const uint64_t product =
+              is_unsigned ? uint64_t(in(k)) * in(k + 1) : uint64_t(int64_t(int32_t(in(k))) * int32_t(in(k + 1)));
           const uint64_t addend = wide(o.at(k + 2), lane);
           unsigned __int128 sum = (unsigned __int128)product + addend;
           if (i.has("X")) sum += predicate(o.at(k + 3), lane);
-          if (i.has("HI")) set(o[0], lane, uint32_t(uint64_t(sum) >> 32));
-          else set_wide(o[0], lane, uint64_t(sum));
+          if (i.has("HI"))
+            set(o[0], lane, uint32_t(uint64_t(sum) >> 32));
+          else
+            set_wide(o[0], lane, uint64_t(sum));
           if (k > 1) set_predicate(o[1], lane, bool(sum >> 64 & 1));
         } else {
           uint32_t x = in(k) * in(k + 1) + in(k + 2);
-          if (i.has("X")) x += predicate(o.at(k + 3), lane);
-          else if (k > 1) unknown();
+          if (i.has("X"))
+            x += predicate(o.at(k + 3), lane);
+          else if (k > 1)
+            unknown();
           set(o[0], lane, x);
         }
         break;
@@ -629,9 +747,12 @@ void Machine::uniform_or_lanes() {
         uint32_t by = in(2);
         by = i.has("W") ? by & (is64 ? 63 : 31) : std::min(by, is64 ? 63u : 32u);
         uint64_t shifted;
-        if (i.has("L")) shifted = is64 || i.has("HI") ? x << by : by > 31 ? 0 : uint64_t(uint32_t(in(1)) << by);
-        else if (i.has("S32") || i.has("S64")) shifted = uint64_t(int64_t(x) >> by);
-        else shifted = x >> by;
+        if (i.has("L"))
+          shifted = is64 || i.has("HI") ? x << by : by > 31 ? 0 : uint64_t(uint32_t(in(1)) << by);
+        else if (i.has("S32") || i.has("S64"))
+          shifted = uint64_t(int64_t(x) >> by);
+        else
+          shifted = x >> by;
         set(o[0], lane, uint32_t(i.has("HI") ? shifted >> 32 : shifted));
         break;
       }
@@ -712,9 +833,12 @@ void Machine::uniform_or_lanes() {
         break;
       case F2FP: {
         const float high = real(1), low = real(2);
-        if (i.has("BF16")) set(o[0], lane, uint32_t(float_to_bfloat(high)) << 16 | float_to_bfloat(low));
-        else if (i.has("F16")) set(o[0], lane, uint32_t(float_to_half(high)) << 16 | float_to_half(low));
-        else unknown();
+        if (i.has("BF16"))
+          set(o[0], lane, uint32_t(float_to_bfloat(high)) << 16 | float_to_bfloat(low));
+        else if (i.has("F16"))
+          set(o[0], lane, uint32_t(float_to_half(high)) << 16 | float_to_half(low));
+        else
+          unknown();
         break;
       }
       case MOV:
@@ -722,9 +846,12 @@ void Machine::uniform_or_lanes() {
       case SGXT:
       case USGXT: {
         const uint32_t bits = in(2), x = in(1);
-        if (bits >= 32) set(o[0], lane, x);
-        else if (i.has("U32")) set(o[0], lane, x & ((1u << bits) - 1));
-        else set(o[0], lane, bits ? uint32_t(int32_t(x << (32 - bits)) >> (32 - bits)) : 0);
+        if (bits >= 32)
+          set(o[0], lane, x);
+        else if (i.has("U32"))
+          set(o[0], lane, x & ((1u << bits) - 1));
+        else
+          set(o[0], lane, bits ? uint32_t(int32_t(x << (32 - bits)) >> (32 - bits)) : 0);
         break;
       }
       case R2P: {
@@ -749,7 +876,8 @@ void Machine::uniform_or_lanes() {
       case FCHK: {  // whether a / b needs the slow way
         const float a = real(1), b = real(2);
         const int ea = int(bits_of(a) >> 23 & 255), eb = int(bits_of(b) >> 23 & 255);
-        const bool odd = ea == 255 || eb == 255 || eb == 0 || (a != 0 && (ea < 32 || ea - eb > 125 || eb - ea > 125)) || eb > 252;
+        const bool odd =
+            ea == 255 || eb == 255 || eb == 0 || (a != 0 && (ea < 32 || ea - eb > 125 || eb - ea > 125)) || eb > 252;
         set_predicate(o[0], lane, odd);
         break;
       }
@@ -768,12 +896,18 @@ void Machine::special() {
       continue;
     }
     const float x = single(o.at(1), lane);
-    if (i_->has("EX2")) set_single(o[0], lane, std::exp2(x));
-    else if (i_->has("LG2")) set_single(o[0], lane, std::log2(x));
-    else if (i_->has("RCP")) set_single(o[0], lane, 1 / x);
-    else if (i_->has("RSQ")) set_single(o[0], lane, 1 / std::sqrt(x));
-    else if (i_->has("SQRT")) set_single(o[0], lane, std::sqrt(x));
-    else unknown();
+    if (i_->has("EX2"))
+      set_single(o[0], lane, std::exp2(x));
+    else if (i_->has("LG2"))
+      set_single(o[0], lane, std::log2(x));
+    else if (i_->has("RCP"))
+      set_single(o[0], lane, 1 / x);
+    else if (i_->has("RSQ"))
+      set_single(o[0], lane, 1 / std::sqrt(x));
+    else if (i_->has("SQRT"))
+      set_single(o[0], lane, std::sqrt(x));
+    else
+      unknown();
   }
 }
 
@@ -784,24 +918,37 @@ void Machine::convert() {
   for (int lane = 0; lane < 32; ++lane) {
     if (!(active_ >> lane & 1)) continue;
     if (i.op == F2F) {
-      if (i.has("BF16")) set(o[0], lane, float_to_bfloat(single(o.at(1), lane)));
-      else if (i.has("F16")) set(o[0], lane, float_to_half(single(o.at(1), lane)));
-      else if (i.modifiers.at(0) == Name("F64")) set_twofold(o[0], lane, single(o.at(1), lane));
-      else if (i.modifiers.at(0) == Name("F32") && i.has("F64")) set_single(o[0], lane, float(twofold(o.at(1), lane)));
-      else unknown();
+      if (i.has("BF16"))
+        set(o[0], lane, float_to_bfloat(single(o.at(1), lane)));
+      else if (i.has("F16"))
+        set(o[0], lane, float_to_half(single(o.at(1), lane)));
+      else if (i.modifiers.at(0) == Name("F64"))
+        set_twofold(o[0], lane, single(o.at(1), lane));
+      else if (i.modifiers.at(0) == Name("F32") && i.has("F64"))
+        set_single(o[0], lane, float(twofold(o.at(1), lane)));
+      else
+        unknown();
     } else if (i.op == I2F || i.op == I2FP) {
       const bool is64 = i.has("S64") || i.has("U64");
       const bool is_unsigned = i.has("U32") || i.has("U64") || i.has("U16") || i.has("U8");
-      volatile int64_t x = is64 ? int64_t(wide(o.at(1), lane)) : is_unsigned ? int64_t(integer(o.at(1), lane)) : int64_t(int32_t(integer(o.at(1), lane)));
-      if (i.has("F64")) set_twofold(o[0], lane, is64 && is_unsigned ? double(uint64_t(x)) : double(x));
-      else set_single(o[0], lane, is64 && is_unsigned ? float(uint64_t(x)) : float(x));
+      volatile int64_t x = is64          ? int64_t(wide(o.at(1), lane))
+                           : is_unsigned ? int64_t(integer(o.at(1), lane))
+                                         : int64_t(int32_t(integer(o.at(1), lane)));
+      if (i.has("F64"))
+        set_twofold(o[0], lane, is64 && is_unsigned ? double(uint64_t(x)) : double(x));
+      else
+        set_single(o[0], lane, is64 && is_unsigned ? float(uint64_t(x)) : float(x));
     } else {
       if (!i.has("TRUNC")) unknown();
       const double x = i.has("F64") ? twofold(o.at(1), lane) : single(o.at(1), lane);
-      if (i.has("U64")) set_wide(o[0], lane, x <= 0 ? 0 : x >= 0x1p64 ? ~0ull : uint64_t(x));
-      else if (i.has("S64")) set_wide(o[0], lane, uint64_t(int64_t(x)));
-      else if (i.has("U32")) set(o[0], lane, x <= 0 ? 0 : x >= 0x1p32 ? ~0u : uint32_t(x));
-      else set(o[0], lane, uint32_t(int32_t(x)));
+      if (i.has("U64"))
+        set_wide(o[0], lane, x <= 0 ? 0 : x >= 0x1p64 ? ~0ull : uint64_t(x));
+      else if (i.has("S64"))
+        set_wide(o[0], lane, uint64_t(int64_t(x)));
+      else if (i.has("U32"))
+        set(o[0], lane, x <= 0 ? 0 : x >= 0x1p32 ? ~0u : uint32_t(x));
+      else
+        set(o[0], lane, uint32_t(int32_t(x)));
     }
   }
 }
@@ -816,11 +963,16 @@ void Machine::shuffle() {
     const int clamp = c & 31, segment = c >> 8 & 31, low = lane & segment, high = low | (clamp & ~segment);
     int from;
     bool inside;
-    if (i_->has("BFLY")) from = lane ^ b, inside = from <= high;
-    else if (i_->has("IDX")) from = low | (b & ~segment), inside = from <= high;
-    else if (i_->has("DOWN")) from = lane + b, inside = from <= high;
-    else if (i_->has("UP")) from = lane - b, inside = from >= high;
-    else unknown();
+    if (i_->has("BFLY"))
+      from = lane ^ b, inside = from <= high;
+    else if (i_->has("IDX"))
+      from = low | (b & ~segment), inside = from <= high;
+    else if (i_->has("DOWN"))
+      from = lane + b, inside = from <= high;
+    else if (i_->has("UP"))
+      from = lane - b, inside = from >= high;
+    else
+      unknown();
     set_predicate(o[0], lane, inside);
     set(o[1], lane, values[inside ? from : lane]);
     if (inside && !(active_ >> from & 1)) fail("reads a lane that takes no part");
@@ -853,8 +1005,8 @@ void Machine::mma() {
 }
 
 namespace {
-// A matrix of 16-bit elements in shared memory, as a descriptor has it: rows of the M or N axis, columns of K. Blocks of
-// 8 x 16 bytes are permuted within rows of 128, 64 or 32 bytes (or not at all).
+// A matrix of 16-bit elements in shared memory, as a descriptor has it: rows of the M or N axis, columns of K. Blocks
+// of 8 x 16 bytes are permuted within rows of 128, 64 or 32 bytes (or not at all).
 struct SharedMatrix {
   uint32_t start, leading, stride, row;  // bytes; row: of the permutation, 16 for none
   bool transposed;                       // the M or N axis is the contiguous one
@@ -962,14 +1114,22 @@ void Machine::execute() {
         if (!(active_ >> lane & 1)) continue;
         const std::string& name = o.at(1).name;
         const uint32_t thread = 32 * w_->number + uint32_t(lane);
-        if (name == "SRZ") set(o[0], lane, 0), i.has("32") ? void() : set(o[0], lane, 0, 1);
-        else if (name == "SR_TID.X") set(o[0], lane, thread);
-        else if (name == "SR_TID.Y" || name == "SR_TID.Z" || name == "SR_CTAID.Y" || name == "SR_CTAID.Z") set(o[0], lane, 0);
-        else if (name == "SR_CTAID.X") set(o[0], lane, w_->block->index);
-        else if (name == "SR_LANEID") set(o[0], lane, uint32_t(lane));
-        else if (name == "SR_CgaCtaId") set(o[0], lane, w_->block->rank);
-        else if (name == "SR_SWINHI") set(o[0], lane, kSharedWindow);
-        else fail("special register");
+        if (name == "SRZ")
+          set(o[0], lane, 0), i.has("32") ? void() : set(o[0], lane, 0, 1);
+        else if (name == "SR_TID.X")
+          set(o[0], lane, thread);
+        else if (name == "SR_TID.Y" || name == "SR_TID.Z" || name == "SR_CTAID.Y" || name == "SR_CTAID.Z")
+          set(o[0], lane, 0);
+        else if (name == "SR_CTAID.X")
+          set(o[0], lane, w_->block->index);
+        else if (name == "SR_LANEID")
+          set(o[0], lane, uint32_t(lane));
+        else if (name == "SR_CgaCtaId")
+          set(o[0], lane, w_->block->rank);
+        else if (name == "SR_SWINHI")
+          set(o[0], lane, kSharedWindow);
+        else
+          fail("special register");
       }
       return;
     default: return uniform_or_lanes();
@@ -999,7 +1159,8 @@ void Machine::converge(Warp& w) {
   for (size_t a = 0; a < w.groups.size(); ++a) {
     Group& g = w.groups[a];
     if (g.state != Group::kAtConvergence && g.state != Group::kAtWarpSync) continue;
-    const uint32_t wanted = g.state == Group::kAtWarpSync ? w.alive : w.convergence[g.convergence][std::countr_zero(g.mask)] & w.alive;
+    const uint32_t wanted =
+        g.state == Group::kAtWarpSync ? w.alive : w.convergence[g.convergence][std::countr_zero(g.mask)] & w.alive;
     uint32_t here = 0;
     for (const Group& other : w.groups)
       if (other.state == g.state && other.place == g.place) here |= other.mask;
@@ -1014,7 +1175,9 @@ void Machine::converge(Warp& w) {
 }
 
 bool Machine::wake(Warp& w, Group& g) {
-  Gate* gate = g.state == Group::kAtBarrier ? &w.block->gate : g.state == Group::kAtClusterWait ? &cluster_gate_ : nullptr;
+  Gate* gate = g.state == Group::kAtBarrier       ? &w.block->gate
+               : g.state == Group::kAtClusterWait ? &cluster_gate_
+                                                  : nullptr;
   if (gate) {
     if (gate->generation == g.generation) return false;
     if (gate->released.time > w.now) w.now = gate->released.time, w.current = gate->released.link;
@@ -1037,7 +1200,9 @@ void Machine::step(Warp& w, size_t group) {
     if (place_ < 0 || size_t(place_) >= program_.instructions.size()) fail("left the program");
     const Instruction& i = program_.instructions[size_t(place_)];
     i_ = &i;
-    const uint32_t guard = i.guard.kind == Operand::kPredicate ? w.p[i.guard.index] : w.up >> i.guard.index & 1 ? ~0u : 0;
+    const uint32_t guard = i.guard.kind == Operand::kPredicate ? w.p[i.guard.index]
+                           : w.up >> i.guard.index & 1         ? ~0u
+                                                               : 0;
     active_ = g.mask & (i.guard.invert ? ~guard : guard);
     for (int k = 0; k < 6; ++k)
       if (i.wait_mask >> k & 1) wait_for(w.scoreboard[k]);
@@ -1058,8 +1223,10 @@ void Machine::step(Warp& w, size_t group) {
         if (o.at(0).kind != Operand::kLabel)
           for (int lane = 0; lane < 32; ++lane)
             if (!predicate(o[0], lane)) taken &= ~(1u << lane);
-        if (i.has("ANY")) taken = taken ? g.mask : 0;
-        else if (i.has("U") || i.has("CONV")) unknown();
+        if (i.has("ANY"))
+          taken = taken ? g.mask : 0;
+        else if (i.has("U") || i.has("CONV"))
+          unknown();
         const int target = int(o.back().offset / 16);
         if (taken == g.mask) {
           g.place = target;
@@ -1137,9 +1304,7 @@ void Machine::step(Warp& w, size_t group) {
         arrived(cluster_gate_, g.mask, Wait::kClusterBarrier, latencies_.cluster_barrier);
         ++g.place;
         break;
-      case UCGABAR_WAIT:
-        g.state = Group::kAtClusterWait, g.generation = w.cluster_generation;
-        return;
+      case UCGABAR_WAIT: g.state = Group::kAtClusterWait, g.generation = w.cluster_generation; return;
       case SYNCS:
         if (active_) mbarrier();
         ++g.place;
@@ -1183,8 +1348,10 @@ void Machine::step(Warp& w, size_t group) {
         ++g.place;
         break;
       case WARPGROUP:
-        if (i.has("DEPBAR")) wait_for(w.products);
-        else if (!i.has("ARRIVE")) unknown();
+        if (i.has("DEPBAR"))
+          wait_for(w.products);
+        else if (!i.has("ARRIVE"))
+          unknown();
         ++g.place;
         break;
       case NOP:
@@ -1210,8 +1377,10 @@ void Machine::step(Warp& w, size_t group) {
           if (&x == &o.back()) continue;
           for (int lane = 0; lane < 32; ++lane) {
             if (!(active_ >> lane & 1)) continue;
-            if (x.kind == Operand::kRegister || x.kind == Operand::kUniform) set(x, lane, votes);
-            else set_predicate(x, lane, verdict);
+            if (x.kind == Operand::kRegister || x.kind == Operand::kUniform)
+              set(x, lane, votes);
+            else
+              set_predicate(x, lane, verdict);
           }
         }
         ++g.place;
@@ -1228,11 +1397,16 @@ void Machine::step(Warp& w, size_t group) {
         break;
       }
       case S2UR:
-        if (o.at(1).name == "SR_CTAID.X") set(o[0], 0, w.block->index);
-        else if (o.at(1).name == "SR_CgaCtaId") set(o[0], 0, w.block->rank);
-        else if (o.at(1).name == "SR_CTAID.Y" || o.at(1).name == "SR_CTAID.Z") set(o[0], 0, 0);
-        else if (o.at(1).name == "SR_SWINHI") set(o[0], 0, kSharedWindow);
-        else fail("special register");
+        if (o.at(1).name == "SR_CTAID.X")
+          set(o[0], 0, w.block->index);
+        else if (o.at(1).name == "SR_CgaCtaId")
+          set(o[0], 0, w.block->rank);
+        else if (o.at(1).name == "SR_CTAID.Y" || o.at(1).name == "SR_CTAID.Z")
+          set(o[0], 0, 0);
+        else if (o.at(1).name == "SR_SWINHI")
+          set(o[0], 0, kSharedWindow);
+        else
+          fail("special register");
         result(Wait::kSpecial, latencies_.special);
         ++g.place;
         break;
@@ -1241,7 +1415,8 @@ void Machine::step(Warp& w, size_t group) {
         if (i.base[0] == 'U' ? predicate(i.guard, 0) : active_ != 0) execute();
         // Results of other units than memory, of which the compiler does not know when they come.
         if (i.write_scoreboard < 6 && links.size() == before)
-          result(i.op == LDC ? Wait::kConstant : Wait::kSpecial, i.op == LDC ? latencies_.constant : latencies_.special);
+          result(i.op == LDC ? Wait::kConstant : Wait::kSpecial,
+                 i.op == LDC ? latencies_.constant : latencies_.special);
         ++g.place;
       }
     }
@@ -1328,10 +1503,10 @@ const char* sass_parse(const char* lines, void** program) {
 
 // ranges: begin, end, cold of each. Counts: of each instruction, the seven of Count. Links: parent, place, wait, issue,
 // ready of each on the critical path, the last first.
-const char* sass_run(const void* program, const int64_t* latencies, const uint32_t* shape, const unsigned char* parameters,
-                     uint64_t parameter_bytes, uint32_t first_block, uint32_t blocks, const uint64_t* ranges,
-                     uint64_t range_count, uint64_t* counts, int64_t* path, uint64_t path_room, uint64_t* path_length,
-                     int64_t* finish) {
+const char* sass_run(const void* program, const int64_t* latencies, const uint32_t* shape,
+                     const unsigned char* parameters, uint64_t parameter_bytes, uint32_t first_block, uint32_t blocks,
+                     const uint64_t* ranges, uint64_t range_count, uint64_t* counts, int64_t* path, uint64_t path_room,
+                     uint64_t* path_length, int64_t* finish) {
   return attempt([&] {
     const auto& p = *static_cast<const Program*>(program);
     Latencies l;
@@ -1339,7 +1514,8 @@ const char* sass_run(const void* program, const int64_t* latencies, const uint32
     Machine m(p, l);
     Launch launch{shape[0], shape[1], shape[2], shape[3], {parameters, parameters + parameter_bytes}};
     std::vector<Range> known;
-    for (uint64_t k = 0; k < range_count; ++k) known.push_back({ranges[3 * k], ranges[3 * k + 1], ranges[3 * k + 2] != 0});
+    for (uint64_t k = 0; k < range_count; ++k)
+      known.push_back({ranges[3 * k], ranges[3 * k + 1], ranges[3 * k + 2] != 0});
     m.run(launch, first_block, blocks, known);
     for (size_t k = 0; k < m.counts.size(); ++k) {
       const Count& c = m.counts[k];

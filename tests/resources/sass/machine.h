@@ -5,8 +5,8 @@
 // instructions were understood. An instruction, operand or modifier without a meaning here is an error.
 //
 // Time is that of an SM with one scheduler for each warp: an instruction issues once the one before has (its stall
-// count) and the scoreboards that it waits for are free, as the compiler has encoded both. Besides, shared memory serves
-// one wavefront a cycle; the warps of a block are taken to access it at the same time, each a like amount.
+// count) and the scoreboards that it waits for are free, as the compiler has encoded both. Besides, shared memory
+// serves one wavefront a cycle; the warps of a block are taken to access it at the same time, each a like amount.
 #pragma once
 
 #include <cfenv>
@@ -27,7 +27,8 @@ namespace rebalfer::sass {
 
 // Cycles from the issue of an instruction until what waits for it may issue; see LATENCIES in machine.py.
 struct Latencies {
-  int64_t shared, wavefront, distributed, l1, l2, dram, bulk, special, constant, barrier, cluster_barrier, fence, read, product;
+  int64_t shared, wavefront, distributed, l1, l2, dram, bulk, special, constant, barrier, cluster_barrier, fence, read,
+      product;
 };
 
 struct Range {  // of host memory that the kernel may touch
@@ -42,14 +43,29 @@ struct Launch {
 
 struct Count {  // of one instruction of the program
   uint64_t issued = 0, lanes = 0;
-  uint64_t wavefronts = 0;  // of shared memory
-  uint64_t sectors = 0;     // of 32 bytes of global memory
+  uint64_t wavefronts = 0;         // of shared memory
+  uint64_t sectors = 0;            // of 32 bytes of global memory
   uint64_t read = 0, written = 0;  // bytes of global memory, by what its lanes ask for
   uint64_t cold = 0;               // of these, in cold ranges
 };
 
-enum class Wait : int { kStart, kGlobal, kL2, kL1, kShared, kDistributed, kBulk, kAsync, kAtomic, kSpecial, kConstant, kRead,
-                        kBarrier, kClusterBarrier, kFence };
+enum class Wait : int {
+  kStart,
+  kGlobal,
+  kL2,
+  kL1,
+  kShared,
+  kDistributed,
+  kBulk,
+  kAsync,
+  kAtomic,
+  kSpecial,
+  kConstant,
+  kRead,
+  kBarrier,
+  kClusterBarrier,
+  kFence
+};
 
 // A link of the critical path: what was issued at `issue` and waited for until `ready`, after what `parent` waited for.
 struct Link {
@@ -96,7 +112,7 @@ struct Warp {
   Block* block;
   uint32_t number, alive;
   uint32_t r[256][32] = {}, ur[64] = {};
-  uint32_t p[8] = {}, up = 0;  // a bit a lane; a bit a predicate
+  uint32_t p[8] = {}, up = 0;         // a bit a lane; a bit a predicate
   uint32_t convergence[16][32] = {};  // the lanes that each lane meets: groups that parted may use one at a time
   uint64_t cluster_generation = 0;
   std::vector<Group> groups;
@@ -143,7 +159,7 @@ class Machine {
 
   std::vector<Count> counts;
   std::vector<Link> links;
-  Moment finish;          // of the slowest warp so far
+  Moment finish;              // of the slowest warp so far
   uint64_t limit = 1u << 28;  // warp instructions, of a loop that never ends
 
   void run(const Launch& launch, uint32_t first_block, uint32_t blocks, std::vector<Range> ranges);

@@ -23,22 +23,34 @@ struct Name {
 };
 
 struct Operand {
-  enum Kind { kRegister, kUniform, kPredicate, kUniformPredicate, kImmediate, kConstant, kAddress, kSpecial, kLabel, kBarrier, kMatrix };
+  enum Kind {
+    kRegister,
+    kUniform,
+    kPredicate,
+    kUniformPredicate,
+    kImmediate,
+    kConstant,
+    kAddress,
+    kSpecial,
+    kLabel,
+    kBarrier,
+    kMatrix
+  };
   Kind kind = kImmediate;
-  int index = 0;  // 255: RZ; of predicates 7: PT; of uniform registers 63: URZ
+  int index = 0;                                         // 255: RZ; of predicates 7: PT; of uniform registers 63: URZ
   bool minus = false, invert = false, absolute = false;  // invert: ~ or !
-  int half = -1;         // .H0_H0, .H1_H1
-  int byte = -1;         // .B1 and the like
-  bool plain = true;     // the word as it is
-  bool pair = false;     // .64 of an address' register
-  int scale = 1;         // .X4 of an address' register
-  bool is_unsigned = false;  // .U32 of an address' register
-  int uniform = -1;      // of an address or a constant's index
+  int half = -1;                                         // .H0_H0, .H1_H1
+  int byte = -1;                                         // .B1 and the like
+  bool plain = true;                                     // the word as it is
+  bool pair = false;                                     // .64 of an address' register
+  int scale = 1;                                         // .X4 of an address' register
+  bool is_unsigned = false;                              // .U32 of an address' register
+  int uniform = -1;                                      // of an address or a constant's index
   bool descriptor = false;
-  int64_t offset = 0;    // of an address or a constant; an immediate's value
-  double number = 0;     // of an immediate
+  int64_t offset = 0;  // of an address or a constant; an immediate's value
+  double number = 0;   // of an immediate
   int bank = 0;
-  std::string name;      // of a special register; of a matrix in shared memory, ".tnspA" and the like
+  std::string name;  // of a special register; of a matrix in shared memory, ".tnspA" and the like
 };
 
 struct Instruction {
@@ -98,12 +110,18 @@ inline Operand parse_operand(std::string s) {
         const size_t dot = part.find('.');
         o.index = register_number(part.substr(1, dot == std::string::npos ? dot : dot - 1), 255);
         const std::string rest = dot == std::string::npos ? "" : part.substr(dot);
-        if (rest == ".64") o.pair = true;
-        else if (rest == ".U32") o.is_unsigned = true;
-        else if (rest == ".X4") o.scale = 4;
-        else if (rest == ".X8") o.scale = 8;
-        else if (rest == ".X16") o.scale = 16;
-        else if (!rest.empty()) throw bad();
+        if (rest == ".64")
+          o.pair = true;
+        else if (rest == ".U32")
+          o.is_unsigned = true;
+        else if (rest == ".X4")
+          o.scale = 4;
+        else if (rest == ".X8")
+          o.scale = 8;
+        else if (rest == ".X16")
+          o.scale = 16;
+        else if (!rest.empty())
+          throw bad();
       } else {
         o.offset += std::stoll(part, nullptr, 16);
       }
@@ -112,9 +130,12 @@ inline Operand parse_operand(std::string s) {
   }
   for (bool more = true; more;) {
     more = false;
-    if (s[0] == '-' && s.size() > 1 && (s[1] == 'R' || s[1] == 'U' || s[1] == '|' || s[1] == 'c')) o.minus = more = true;
-    else if (s[0] == '+' && s.size() > 1 && s[1] == 'R') more = true;
-    else if (s[0] == '!' || s[0] == '~') o.invert = more = true;
+    if (s[0] == '-' && s.size() > 1 && (s[1] == 'R' || s[1] == 'U' || s[1] == '|' || s[1] == 'c'))
+      o.minus = more = true;
+    else if (s[0] == '+' && s.size() > 1 && s[1] == 'R')
+      more = true;
+    else if (s[0] == '!' || s[0] == '~')
+      o.invert = more = true;
     if (more) s = s.substr(1);
   }
   if (s[0] == '|') {
@@ -148,12 +169,18 @@ inline Operand parse_operand(std::string s) {
   const auto suffixes = [&] {
     std::string rest = dot == std::string::npos ? "" : s.substr(dot);
     for (size_t at; (at = rest.find(".reuse")) != std::string::npos;) rest.erase(at, 6);
-    if (rest == ".H0_H0") o.half = 0;
-    else if (rest == ".H1_H1") o.half = 1;
-    else if (rest == ".B1") o.byte = 1;
-    else if (rest == ".B2") o.byte = 2;
-    else if (rest == ".B3") o.byte = 3;
-    else if (!rest.empty()) throw bad();
+    if (rest == ".H0_H0")
+      o.half = 0;
+    else if (rest == ".H1_H1")
+      o.half = 1;
+    else if (rest == ".B1")
+      o.byte = 1;
+    else if (rest == ".B2")
+      o.byte = 2;
+    else if (rest == ".B3")
+      o.byte = 3;
+    else if (!rest.empty())
+      throw bad();
   };
   if (stem == "RZ" || numbered("R")) {
     o.kind = Operand::kRegister, o.index = register_number(stem.substr(1), 255);
