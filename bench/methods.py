@@ -36,7 +36,7 @@ def run(
     for name, samples in ms.items():
         ratios = [a / b for a, b in zip(samples, ms[REFERENCE], strict=True)]
         row: dict[str, Any] = {
-            "method": name,
+            "contender": name,
             "ms": quartiles(samples),
             "ratio": quartiles(ratios),
             "rounds": len(samples),

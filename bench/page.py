@@ -427,7 +427,7 @@ def _method_section(result: Result) -> list[Block]:
         f"{_origin(result)}: medians of {rows[0]['rounds']} rounds, in each of which every method takes one step. "
         "A ratio is to the baseline's step of the same round, so what slows a whole round is not in it.",
         Table(["method", "ms", "over baseline"],
-              [[f"`{r['method']}`", f"{r['ms'][1]:.0f}", f"{r['ratio'][1]:.2f}×"] for r in rows]),
+              [[f"`{r['contender']}`", f"{r['ms'][1]:.0f}", f"{r['ratio'][1]:.2f}×"] for r in rows]),
     ]  # fmt: skip
 
 

@@ -211,7 +211,7 @@ def _unknown(key: str, known: dict[str, Flag]) -> UserError:
     expected = (
         f"; did you mean {of_name[close[0]]}?" if close else f", expected one of {', '.join(inside)}" * bool(inside)
     )
-    return UserError(f"{key}: got an option that {whose} does not have{expected}")
+    return UserError(f"{key or '--'}: got an option that {whose} does not have{expected}")
 
 
 def _refused(text: str, known: dict[str, Flag], given: dict[str, str | None]) -> UserError:

@@ -27,7 +27,7 @@ def test_every_method_is_timed_against_the_baseline_round_by_round(tmp_path, mon
     monkeypatch.setattr(methods, "Steps", steps)
     result, path = methods.run(step.REHEARSAL, "cpu", 0.0, tmp_path, clock=Clock(), kind="rehearsal")
     assert json.loads(path.read_text())["rows"] == result["rows"]
-    rows = {row["method"]: row for row in result["rows"]}
+    rows = {row["contender"]: row for row in result["rows"]}
     assert rows.keys() == found("methods").keys()
     assert {row["ratio"][1] for name, row in rows.items() if name != "rebalanced"} == {1.0}
     assert rows["rebalanced"]["ratio"] == [1.0, 3.0, 3.0]

@@ -29,7 +29,7 @@ WHOLE_STATE = ("last.pt", "previous.pt")  #: of a finished run, which best.pt an
 class Options(Checked):
     """the runs of a table of the paper, or of your own file, and their table with intervals"""
 
-    study: str = option("", f"{', '.join(grid.found())} (trainer/studies), or a file", positional=True)
+    study: str = option("", "a name in trainer/studies, such as table1, fig3 or synthetic, or a file", positional=True)
     data: str = option("", "in place of the study's: raf-db:PATH, ferplus:PATH, imagefolder:PATH, synthetic")
     weights: str = option("", "of the backbone, in place of the study's (docs/weights.md)")
     options: dict = option({}, "of every run, in place of the study's, such as '{epochs: 5, optim: {clip: 1}}'")

@@ -164,7 +164,8 @@ def cells(table: Table) -> list[list[str]]:
         if maps:
             row.append(str(line.view_difference))
         if pull:
-            row.append(str(line.gradient_share))
+            fewer = 0 < line.gradient_share.n < line.runs
+            row.append(f"{line.gradient_share}" + f" ({line.gradient_share.n} runs)" * fewer)
         if paper:
             row += [f"{line.paper[k]:.2f}" if k in line.paper else "-" for k in ("overall", "mean")]
         rows.append(row)
