@@ -32,13 +32,13 @@ struct Channels {
     return (sizeof(T) == 2 ? 5 : 4) + (views == 2 ? 1 : 2);
   }
 
-  // Of the block `rank` of 2^cluster_bits.
+  // Of the block `rank` of 2^cluster_bits, which differ by one step at most.
   template <typename T>
   static __device__ __forceinline__ Channels of(const Geometry& g, int rank, int cluster_bits) {
     const int bits = width_bits<T>(g.views);
-    const auto ceil_shift = [](int x, int by) { return (x + (1 << by) - 1) >> by; };
-    const int all = ceil_shift(g.C, bits), each = ceil_shift(all, cluster_bits), first = min(rank * each, all);
-    Channels channels{g.C, 1 << bits, first << bits, min(each, all - first)};
+    const int all = (g.C + (1 << bits) - 1) >> bits;
+    const int each = all >> cluster_bits, rest = all - (each << cluster_bits);
+    Channels channels{g.C, 1 << bits, (rank * each + min(rank, rest)) << bits, each + int(rank < rest)};
     keep(channels.width), keep(channels.steps);
     return channels;
   }

@@ -243,27 +243,28 @@ inline void check(cudaError_t error, const char* what) {
 }
 
 // The grid counts blocks, not clusters, and is a multiple of the cluster size along x.
+struct LaunchConfig {
+  cudaLaunchAttribute cluster;
+  cudaLaunchConfig_t config{};
+
+  LaunchConfig(dim3 grid, dim3 block, unsigned cluster_size, size_t dynamic_shared_bytes, cudaStream_t stream) {
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {cluster_size, 1, 1};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = dynamic_shared_bytes;
+    config.stream = stream;
+    config.attrs = &cluster;
+    config.numAttrs = cluster_size > 1;
+  }
+  LaunchConfig(const LaunchConfig&) = delete;
+};
+
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, unsigned cluster_size, size_t dynamic_shared_bytes,
             cudaStream_t stream, Arguments&&... arguments) {
-  if (dynamic_shared_bytes > 48 * 1024) {
-    // The kernel's limit on this device, not this launch's: always the same, so that no thread lowers it for another.
-    int device = 0, limit = 0;
-    check(cudaGetDevice(&device), "current device");
-    check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory");
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit), "dynamic shared memory");
-  }
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {cluster_size, 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = dynamic_shared_bytes;
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = cluster_size > 1;
-  check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), "kernel launch");
+  const LaunchConfig launch(grid, block, cluster_size, dynamic_shared_bytes, stream);
+  check(cudaLaunchKernelEx(&launch.config, kernel, Parameters(arguments)...), "kernel launch");
 }
 
 }  // namespace rebalfer::gpu

@@ -9,23 +9,25 @@
 
 #include <cuda_runtime_api.h>
 
+#include <functional>
+
 #include "../head_math.h"
 
 namespace rebalfer::gpu {
 
-constexpr int kMaxClasses = 16, kMaxPositions = 64;
+constexpr int kMaxClasses = 16, kMaxPositions = 64, kMaxClusterBits = 3;
 
 inline bool serves(int64_t C, int64_t HW, int64_t L) {
   return C >= 1 && C < (int64_t(1) << 30) && HW >= 1 && HW <= kMaxPositions && L >= 1 && L <= kMaxClasses;
 }
 
 // log2 of the number of blocks that share one pair's channels, from what a sample is, never from how many there are:
-// its sums keep their order in every batch. About 24 KiB of each view a block. `clusters`: the GPU has them (from sm_90
-// on).
-inline int cluster_bits(int64_t C, int64_t HW, int64_t element_bytes, bool clusters) {
+// its sums keep their order in every batch. About 24 KiB of each view a block. `granted`: the most that the device
+// allows (prepare), 0 before sm_90.
+inline int cluster_bits(int64_t C, int64_t HW, int64_t element_bytes, int granted) {
   constexpr int64_t kViewBytes = 24 * 1024;
   int bits = 0;
-  while (clusters && bits < 3 && C * HW * element_bytes >= (2 << bits) * kViewBytes) ++bits;
+  while (bits < granted && C * HW * element_bytes >= (2 << bits) * kViewBytes) ++bits;
   return bits;
 }
 
@@ -54,7 +56,7 @@ struct ForwardParams {
   float consistency_weight;
   int p;
   bool both_views;
-  int cluster_bits;  // 2^cluster_bits blocks of one pair, at most 8
+  int cluster_bits;  // 2^cluster_bits blocks of one pair, at most kMaxClusterBits
 
   float *loss, *classification, *consistency;  // (N,), or () with per_sample and ticket
   float* per_sample;                           // (2, N) scratch: classification and consistency
@@ -107,13 +109,24 @@ void launch_cross_entropy_backward(Storage storage, const CrossEntropyParams& p,
 // A ticket, zero now, for a launch on this stream of the current device, or null where there are no more (tickets.cu).
 unsigned* take_ticket(int device, cudaStream_t stream);
 
-// Throws where the compiled code cannot run on the current device: its driver is too old, or it is for other GPUs.
-void load_module();
+void load_tickets();
+
+// Before the first launch on the current device (devices.cu): log2 of the blocks of the largest cluster that it grants.
+// Throws where the compiled code cannot run on it: its driver is too old, or the code is for other GPUs.
+int prepare();
 
 // Of one dtype, each in a file of its own so that they compile side by side.
 template <typename T>
 void launch_forward_as(const ForwardParams& p, cudaStream_t stream);
 template <typename T>
 void launch_backward_as(const BackwardParams& p, cudaStream_t stream);
+
+// Each kernel once at least; of one that runs in clusters, the shared memory that it needs at most, else 0.
+using Visit = std::function<void(const void* kernel, size_t cluster_shared_bytes)>;
+void visit_kernels(const Visit& visit);
+template <typename T>
+void visit_forward_kernels_as(const Visit& visit);
+template <typename T>
+void visit_backward_kernels_as(const Visit& visit);
 
 }  // namespace rebalfer::gpu

@@ -363,25 +363,39 @@ __global__ __launch_bounds__(kThreads, 5) void backward_kernel(const __grid_cons
   FeatureGradient<T, kChannelsLast, kBlocks>(p, block / of_pair, int(block % of_pair) * kBlockChannels, memory).run();
 }
 
+// use(kernel, bytes of shared memory besides the features' gradient in NCHW) of the kernel that serves these classes.
+template <typename T, typename F>
+void with_backward_kernel(bool channels_last, int L, const F& use) {
+  const auto with = [&]<bool kChannelsLast, int kBlocks>() {
+    use(backward_kernel<T, kChannelsLast, kBlocks>, FeatureGradient<T, kChannelsLast, kBlocks>::stage_offset());
+  };
+  const auto of_layout = [&]<bool kChannelsLast>() {
+    L > 8 ? with.template operator()<kChannelsLast, 2>() : with.template operator()<kChannelsLast, 1>();
+  };
+  channels_last ? of_layout.template operator()<true>() : of_layout.template operator()<false>();
+}
+
+template <typename T>
+void visit_backward_kernels_as(const Visit& visit) {
+  for (const bool channels_last : {false, true}) {
+    for (const int L : {8, kMaxClasses}) {
+      with_backward_kernel<T>(channels_last, L,
+                              [&](auto* kernel, int64_t) { visit(reinterpret_cast<const void*>(kernel), 0); });
+    }
+  }
+}
+
 template <typename T>
 void launch_backward_as(const BackwardParams& p, cudaStream_t stream) {
   const int weight_blocks = p.d_weight ? (p.g.C + kWeightChannels - 1) / kWeightChannels : p.d_bias ? 1 : 0;
   const int64_t feature_blocks = p.d_features ? p.g.N * ((p.g.C + kBlockChannels - 1) / kBlockChannels) : 0;
   if (weight_blocks + feature_blocks == 0) return;
-  const auto start = [&](auto* kernel, int64_t fixed) {
+  with_backward_kernel<T>(p.g.channels_last, p.g.L, [&](auto* kernel, int64_t fixed) {
     const int64_t stage = p.g.channels_last ? 0 : int64_t(p.g.views) * kBlockChannels * p.g.H * p.g.W * sizeof(T);
     const int64_t bytes = std::max<int64_t>(sizeof(WeightShared), fixed + (feature_blocks ? stage : 0));
     launch(kernel, dim3(unsigned(weight_blocks + feature_blocks)), dim3(kThreads), 1u, size_t(bytes), stream, p,
            weight_blocks);
-  };
-  const bool one = p.g.L <= 8;
-  if (p.g.channels_last) {
-    one ? start(backward_kernel<T, true, 1>, FeatureGradient<T, true, 1>::stage_offset())
-        : start(backward_kernel<T, true, 2>, FeatureGradient<T, true, 2>::stage_offset());
-  } else {
-    one ? start(backward_kernel<T, false, 1>, FeatureGradient<T, false, 1>::stage_offset())
-        : start(backward_kernel<T, false, 2>, FeatureGradient<T, false, 2>::stage_offset());
-  }
+  });
 }
 
 }  // namespace rebalfer::gpu

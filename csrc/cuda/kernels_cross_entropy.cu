@@ -80,4 +80,15 @@ void launch_backward(Storage storage, const BackwardParams& p, cudaStream_t stre
   with_type(storage, [&]<typename T>() { launch_backward_as<T>(p, stream); });
 }
 
+void visit_kernels(const Visit& visit) {
+  for (const Storage storage : {Storage::f32, Storage::bf16, Storage::f16}) {
+    with_type(storage, [&]<typename T>() {
+      visit_forward_kernels_as<T>(visit);
+      visit_backward_kernels_as<T>(visit);
+      visit(reinterpret_cast<const void*>(cross_entropy_forward<T>), 0);
+      visit(reinterpret_cast<const void*>(cross_entropy_backward<T>), 0);
+    });
+  }
+}
+
 }  // namespace rebalfer::gpu

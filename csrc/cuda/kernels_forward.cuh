@@ -471,19 +471,39 @@ __global__ __launch_bounds__(kThreads, 4 - kBlocks) void forward_kernel(const __
   Forward<T, kChannelsLast, kBlocks, kPositions>(p, memory).run(memory);
 }
 
-template <typename T>
-void launch_forward_as(const ForwardParams& p, cudaStream_t stream) {
-  const auto start = [&]<bool kChannelsLast, int kBlocks, int kPositions>() {
-    using Kernel = Forward<T, kChannelsLast, kBlocks, kPositions>;
-    launch(forward_kernel<T, kChannelsLast, kBlocks, kPositions>, dim3(unsigned(p.g.N << p.cluster_bits)),
-           dim3(kThreads), 1u << p.cluster_bits, size_t(Kernel::shared_bytes(p.g.H * p.g.W)), stream, p);
+// use(kernel, bytes of shared memory) of the kernel that serves these classes and positions.
+template <typename T, typename F>
+void with_forward_kernel(bool channels_last, int L, int HW, const F& use) {
+  const auto with = [&]<bool kChannelsLast, int kBlocks, int kPositions>() {
+    use(forward_kernel<T, kChannelsLast, kBlocks, kPositions>,
+        size_t(Forward<T, kChannelsLast, kBlocks, kPositions>::shared_bytes(HW)));
   };
   const auto of_layout = [&]<bool kChannelsLast>() {
-    if (p.g.L > 8) return start.template operator()<kChannelsLast, 2, 0>();
-    if (p.g.H * p.g.W == 49) return start.template operator()<kChannelsLast, 1, 49>();
-    start.template operator()<kChannelsLast, 1, 0>();
+    if (L > 8) return with.template operator()<kChannelsLast, 2, 0>();
+    if (HW == 49) return with.template operator()<kChannelsLast, 1, 49>();
+    with.template operator()<kChannelsLast, 1, 0>();
   };
-  p.g.channels_last ? of_layout.template operator()<true>() : of_layout.template operator()<false>();
+  channels_last ? of_layout.template operator()<true>() : of_layout.template operator()<false>();
+}
+
+template <typename T>
+void launch_forward_as(const ForwardParams& p, cudaStream_t stream) {
+  with_forward_kernel<T>(p.g.channels_last, p.g.L, p.g.H * p.g.W, [&](auto* kernel, size_t bytes) {
+    launch(kernel, dim3(unsigned(p.g.N << p.cluster_bits)), dim3(kThreads), 1u << p.cluster_bits, bytes, stream, p);
+  });
+}
+
+template <typename T>
+void visit_forward_kernels_as(const Visit& visit) {
+  for (const bool channels_last : {false, true}) {
+    for (const int L : {8, kMaxClasses}) {
+      for (const int HW : {49, kMaxPositions}) {
+        with_forward_kernel<T>(channels_last, L, HW, [&](auto* kernel, size_t bytes) {
+          visit(reinterpret_cast<const void*>(kernel), bytes);
+        });
+      }
+    }
+  }
 }
 
 }  // namespace rebalfer::gpu

@@ -36,24 +36,20 @@ Storage storage_of(ScalarType dtype) {
 // Makes the tensors' device current while it lives.
 class Device {
  public:
-  explicit Device(const Tensor& t) : index_(t.get_device_index()), guard_(index_) {}
+  explicit Device(const Tensor& t) : index_(t.get_device_index()), guard_(index_), granted_(prepare()) {}
 
   cudaStream_t stream() const {
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     return static_cast<cudaStream_t>(stream);
   }
-  bool clusters() const {
-    int supported = 0;
-    const cudaError_t error = cudaDeviceGetAttribute(&supported, cudaDevAttrClusterLaunch, index_);
-    STD_TORCH_CHECK(error == cudaSuccess, "cluster launch: ", cudaGetErrorString(error));
-    return supported;
-  }
   int32_t index() const { return index_; }
+  int granted_cluster_bits() const { return granted_; }
 
  private:
   int32_t index_;
   torch::stable::accelerator::DeviceGuard guard_;
+  int granted_;
 };
 
 Tensor output(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype, bool wanted = true) {
@@ -137,7 +133,7 @@ HeadForwardOutputs head_forward(const HeadForwardArguments& a) {
   params.consistency_weight = float(a.options.consistency_weight);
   params.p = a.options.p;
   params.both_views = a.options.both_views;
-  params.cluster_bits = cluster_bits(C, H * W, storage == Storage::f32 ? 4 : 2, device.clusters());
+  params.cluster_bits = cluster_bits(C, H * W, storage == Storage::f32 ? 4 : 2, device.granted_cluster_bits());
   params.loss = data(out.loss), params.classification = data(out.classification);
   params.consistency = data(out.consistency), params.logits = data(out.logits), params.maps = data(out.maps);
   params.residual = data(out.residual), params.pooled = data(out.pooled), params.cam_grad = data(out.cam_grad);
@@ -186,7 +182,7 @@ ForwardParams single_views(const Tensor& features, const Tensor& weight, const D
   params.g = geometry(features.size(0), C, H, W, weight.size(0), 1, is_channels_last(features), {});
   params.features = data<void>(features);
   params.weight = parameter(weight);
-  params.cluster_bits = cluster_bits(C, H * W, is_float ? 4 : 2, device.clusters());
+  params.cluster_bits = cluster_bits(C, H * W, is_float ? 4 : 2, device.granted_cluster_bits());
   return params;
 }
 
@@ -264,7 +260,7 @@ Tensor cross_entropy_backward(Tensor d_loss, Tensor logits, Tensor targets, Tens
 // Why the kernels cannot run on the current device; nothing if they can.
 std::string problem() {
   try {
-    load_module();
+    prepare();
   } catch (const std::exception& error) {
     return error.what();
   }

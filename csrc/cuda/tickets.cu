@@ -30,7 +30,7 @@ unsigned* base() {
 
 }  // namespace
 
-void load_module() { base(); }
+void load_tickets() { base(); }
 
 unsigned* take_ticket(int device, cudaStream_t stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;

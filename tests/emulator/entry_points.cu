@@ -1,5 +1,5 @@
 // The launch functions of csrc/cuda for Python: test_cuda_kernels.py.
-#include "cuda/kernels.cuh"
+#include "cuda/features.cuh"
 
 using namespace rebalfer::gpu;
 using rebalfer::emulator::attempt;
@@ -15,8 +15,17 @@ Geometry geometry(int64_t N, int64_t C, int64_t H, int64_t W, int64_t L, int64_t
 
 extern "C" {
 
-const char* get_cluster_blocks(int64_t C, int64_t HW, int64_t element_bytes, int64_t clusters, int64_t* blocks) {
-  *blocks = 1 << cluster_bits(C, HW, element_bytes, clusters != 0);
+const char* get_cluster_blocks(int64_t C, int64_t HW, int64_t element_bytes, int64_t granted, int64_t* blocks) {
+  *blocks = 1 << cluster_bits(C, HW, element_bytes, int(granted));
+  return nullptr;
+}
+
+// First channel and number of channels, multiples of a step, of a block.
+const char* get_channels(int64_t storage, int64_t C, int64_t views, int64_t rank, int64_t bits, int64_t* channels) {
+  const Geometry g{1, int(C), 7, 7, 7, int(views), true, {}};
+  const Channels of_block = Storage(storage) == Storage::f32 ? Channels::of<float>(g, int(rank), int(bits))
+                                                             : Channels::of<BFloat16>(g, int(rank), int(bits));
+  channels[0] = of_block.first, channels[1] = int64_t(of_block.steps) * of_block.width;
   return nullptr;
 }
 

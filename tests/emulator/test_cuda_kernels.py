@@ -93,11 +93,24 @@ def test_misaligned_bases_and_a_float32_weight(dtype, layout):
 def test_a_cluster_is_chosen_from_what_a_sample_is():
     blocks = torch.zeros(1, dtype=torch.int64)
     for sample, expected in (
-        ((512, 49, 2, 1), 2), ((512, 49, 4, 1), 4), ((2048, 49, 2, 1), 8), ((4096, 64, 4, 1), 8), ((3, 1, 2, 1), 1),
-        ((2048, 49, 4, 0), 1),
+        ((512, 49, 2, 3), 2), ((512, 49, 4, 3), 4), ((2048, 49, 2, 3), 8), ((4096, 64, 4, 3), 8), ((3, 1, 2, 3), 1),
+        ((2048, 49, 2, 2), 4), ((2048, 49, 2, 1), 2), ((512, 49, 2, 2), 2), ((2048, 49, 4, 0), 1),
     ):  # fmt: skip
         library()("get_cluster_blocks", *sample, blocks)
         assert blocks.item() == expected, sample
+
+
+@pytest.mark.parametrize(("storage", "views", "step"), [(0, 2, 32), (0, 1, 64), (1, 2, 64), (1, 1, 128)])
+def test_the_blocks_of_a_cluster_divide_the_channels_evenly(storage, views, step):
+    for bits in range(4):
+        for C in (1, 3, 512, 576, 768, 2048, 2208, 4097):
+            found = torch.zeros(2 << bits, dtype=torch.int64).view(-1, 2)
+            for rank, row in enumerate(found):
+                library()("get_channels", storage, C, views, rank, bits, row)
+            first, count = found.T.tolist()
+            assert first == [sum(count[:rank]) for rank in range(1 << bits)]
+            assert sum(count) == -(-C // step) * step
+            assert max(count) - min(count) <= step
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -5,7 +5,7 @@ The helpers that need none are tried on a CPU at the end of this file.
 
 import pytest
 import torch
-from support import oracle
+from support import child, oracle
 from support.agreement import check_labels_out_of_range, run
 from support.backends import BACKENDS, GPU, Backend
 from support.cases import case
@@ -96,6 +96,29 @@ def test_graph_capture_and_replay(backend, detach, layout):
             scale.fill_(seed - 1.5)
         graph.replay()
         assert all(torch.equal(x, y) for x, y in zip(captured, step(), strict=True))
+
+
+FIRST = """
+import torch
+import rebalfer_kernels as rk
+device = torch.device("cuda", torch.cuda.device_count() - 1)
+features = torch.randn(8, 2048, 7, 7, device=device, dtype=torch.bfloat16)
+weight = torch.randn(7, 2048, device=device)
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.device(device), torch.cuda.graph(graph):
+    maps = rk.class_activation_maps(features, weight, backend="cuda")
+graph.replay()
+expected = rk.class_activation_maps(features.double(), weight.double(), backend="reference")
+print(((maps - expected).norm() / expected.norm()).item())
+"""
+
+
+@pytest.mark.parametrize("backend", [b for b in GPU if b.values[0].name == "cuda"])
+def test_the_first_call_on_a_device_may_be_captured(backend):
+    """In a process of its own, where no kernel is loaded, and on the last device, which is not the current one."""
+    ran = child.run("-c", FIRST, timeout=200)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert float(ran.stdout) < 1e-4
 
 
 @pytest.mark.parametrize("backend", GPU)

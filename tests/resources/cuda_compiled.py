@@ -68,7 +68,9 @@ bits. Lane 4 g + q holds, of the positions g, g + 8, ..., the channels 8 q to 8 
 **Backward**, one launch (`kernels_backward.cuh`): blocks of the weight's gradient first, then blocks of 128
 channels of a pair, which compute W^T dS once and write both views' gradients.
 
-Before sm_90 there are no clusters and no bulk copies: a block has a whole pair, and NCHW comes by `cp.async`.
+Before sm_90 there are no clusters and no bulk copies: a block has a whole pair, and NCHW comes by `cp.async`. A GPU
+that refuses large clusters, as a slice of one may, gets the largest that it grants. It is asked before the first call
+on it, and every kernel is loaded then, so that this call may be captured into a graph (`devices.cu`).
 
 ## What each kernel uses"""
 
@@ -117,7 +119,8 @@ def launches() -> dict[str, dict[str, tuple[int, int]]]:
         instance = f"<{TYPES[dtype]}, {str(case.channels_last).lower()}, {blocks}"
         for architecture in SHARED:
             cluster = torch.zeros(1, dtype=torch.int64)
-            kernels.library()("get_cluster_blocks", 512, 49, dtype.itemsize, architecture != "sm_80", cluster)
+            granted = 0 if architecture == "sm_80" else 3
+            kernels.library()("get_cluster_blocks", 512, 49, dtype.itemsize, granted, cluster)
             saved, forward = kernels.forward(case, cluster=int(cluster))
             _, backward = kernels.backward(case, saved, kernels.upstreams(case, True))
             of_size = f"forward_kernel{instance}, {49 if blocks == 1 else 0}>"
