@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, TypeVar
+from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
 
-import rebalfer_kernels as rk
-
 from . import weights
-from .activations import Activations
 from .config import Config, UserError, expect, one_line
 
 logger = logging.getLogger(__name__)
-
-Images = TypeVar("Images", Tensor, Activations)
 
 #: Options of timm.create_model that the classifier's replacement makes meaningless.
 WITHOUT_EFFECT = ("num_classes", "global_pool", "drop_rate", "in_chans")
@@ -35,9 +30,8 @@ class Backbone(nn.Module):
         self.model = model
         own = model.pretrained_cfg
         #: What the weights expect, for each colour or one for all: (pixel / 255 - mean) / std.
-        self.mean: tuple[float, ...]
-        self.std: tuple[float, ...]
-        self.mean, self.std = recipe.pixels or (own["mean"], own["std"])
+        self.mean = tuple(value / recipe.white for value in recipe.mean or own["mean"])
+        self.std = tuple(value / recipe.white for value in recipe.std or own["std"])
         self.origin: dict = {}  #: of its weights, for a checkpoint
         self.nhwc = str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC")
         self.layout = torch.channels_last if config.compute.channels_last else torch.contiguous_format
@@ -91,40 +85,6 @@ class Backbone(nn.Module):
             raise UserError(f"backbone.train_from: got {before!r}, but this model can't be taken apart there")
         for name in self.frozen:
             self.model.get_submodule(name).requires_grad_(False)
-
-    def coloured(self, images: Images) -> Images:
-        """Grey images (K, h, w, 1) with three channels if their colours are normalised differently."""
-        if isinstance(images, Activations):
-            return images
-        differ = len(set(self.mean)) > 1 or len(set(self.std)) > 1
-        return images.expand(-1, -1, -1, 3).contiguous() if images.shape[-1] == 1 and differ else images
-
-    def views(
-        self,
-        images: Tensor | Activations,
-        *,
-        both: bool,
-        indices: Tensor | None = None,
-        seed: int = 0,
-        epoch: int | Tensor = 0,
-        **options: Any,
-    ) -> Tensor:
-        """(N or 2N, C, H, W) as it expects them, of :meth:`coloured` uint8 images (K, h, w, C): ``rk.paired_views``
-        with its ``options``."""
-        if isinstance(images, Activations):
-            return images.views(indices, epoch, both=both)
-        return rk.paired_views(
-            images,
-            torch.arange(len(images), device=images.device) if indices is None else indices,
-            out_size=self.image_size,
-            mean=self.mean,
-            std=self.std,
-            seed=seed,
-            epoch=epoch,
-            views="both" if both else "original",
-            dtype=self.amp or torch.float32,
-            **options,
-        )
 
     def pair(self, images: Tensor) -> Tensor:
         """Of both views (2N, 3, h, w), in one pass, or in one for each so that BatchNorm does not mix them."""
@@ -183,7 +143,7 @@ def _create(config: Config, options: dict, recipe: weights.Recipe) -> Backbone:
     expect(recipe.model in ("", name), "backbone", name, f"{recipe.model}, which the weights are of")
     if useless := sorted(set(options) & set(WITHOUT_EFFECT)):
         raise UserError(f"backbone.options: got {useless[0]}, which has no effect: the classifier is replaced")
-    lacking = {key: value for key, value in recipe.needs if options.get(key) != value}
+    lacking = {key: value for key, value in recipe.needs.items() if options.get(key) != value}
     expect(not lacking, "backbone.options", config.backbone.options, f"{lacking} too, which the weights need")
     try:
         model: Any = timm.create_model(name, num_classes=5, **options)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import checkpoint, metrics
 from .data import Split
+from .data.views import views
 from .methods import Method
 
 RIGHT, WRONG = "tab:green", "tab:red"
@@ -58,8 +59,8 @@ def activation_maps(
     """
     method.eval()
     backbone, device = method.backbone, next(method.parameters()).device
-    views = backbone.views(backbone.coloured(images.to(device)), both=True)
-    maps, predicted = method.maps(views).float().cpu(), method(views).argmax(1).tolist()
+    x = views(images.to(device), backbone, both=True)
+    maps, predicted = method.maps(x).float().cpu(), method(x).argmax(1).tolist()
     _draw_maps(images, maps, labels, predicted, legible(classes), title, path)
 
 

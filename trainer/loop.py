@@ -15,6 +15,7 @@ from . import backbones, distributed, metrics, optim
 from .config import Config, UserError
 from .data import Data, Split
 from .data.batches import Batch, Source, order
+from .data.views import views
 from .methods import Method, Task
 from .run import Diverged, Run, Signals, Stopped
 from .state import State
@@ -132,7 +133,7 @@ def logits(method: Method, images: Tensor, *, flip: bool = False) -> Tensor:
     device = next(method.parameters()).device
     found = []
     for chunk in images.split(EVALUATED_AT_ONCE):
-        z = method(method.backbone.views(method.backbone.coloured(chunk.to(device)), both=flip)).float()
+        z = method(views(chunk.to(device), method.backbone, both=flip)).float()
         found.append(torch.stack(z.chunk(2)).mean(0) if flip else z)
     return torch.cat(found).cpu()
 

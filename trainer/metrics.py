@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import data
+
 
 def confusion(labels: Tensor, predictions: Tensor, num_classes: int) -> Tensor:
     """(L, L) counts, rows the true class, columns the predicted one."""
@@ -26,3 +28,14 @@ def accuracies(matrix: Tensor) -> dict:
         "f1": f1[total + predicted > 0].mean().item(),
         "per_class": [a if n else None for a, n in zip(per_class.tolist(), seen.tolist(), strict=True)],
     }
+
+
+def table(classes: tuple[str, ...], images: dict[str, int] | None, columns: dict[str, dict]) -> str:
+    """Accuracies in percent as text, a column for each of ``columns``: title -> what :func:`accuracies` returns."""
+    rows = [[name, str(images[name]) if images else ""] for name in classes]
+    rows += [["mean", ""], ["overall", ""], ["macro-F1", ""]]
+    for scores in columns.values():
+        values = [*scores["per_class"], scores["mean"], scores["overall"], scores["f1"]]
+        for row, value in zip(rows, values, strict=True):
+            row.append("-" if value is None else f"{value:.2f}")
+    return data.table([["accuracy in %", "images", *columns], *rows])

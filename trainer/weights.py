@@ -11,9 +11,10 @@ import hashlib
 import os
 import pickle
 import re
+import tomllib
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,25 +36,31 @@ FOLDER = Path(__file__).parents[1] / "weights"  #: of files that a name stands f
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the weights of one origin need, and how their files are recognised."""
+    """What the weights of one origin need, and how their files are recognised: a table of weights.toml."""
 
     what: str  #: they were trained for
     licence: str = "that of its authors"
     model: str = ""  #: of timm; "" for any
-    #: Mean and standard deviation of pixels in [0, 1], RGB or one for all; None: what timm says for its own weights.
-    pixels: tuple[tuple[float, ...], tuple[float, ...]] | None = None
-    has: tuple[str, ...] = ()  #: tensors that tell its files from others; "name 8" has 8 rows
-    lacks: tuple[str, ...] = ()  #: tensors that they do not have
-    drop: tuple[str, ...] = ()  #: starts of the names of layers that a classifier of its own replaces
-    needs: tuple[tuple[str, Any], ...] = ()  #: options of timm.create_model
+    mean: Sequence[float] = ()  #: of the pixels, RGB or one for all; () for what timm says for its own weights
+    std: Sequence[float] = ()  #: likewise
+    white: float = 1.0  #: largest value of a pixel for which these two are meant
+    has: Sequence[str] = ()  #: tensors that tell its files from others; "name 8" has 8 rows
+    lacks: Sequence[str] = ()  #: tensors that they do not have
+    drop: Sequence[str] = ()  #: starts of the names of layers that a classifier of its own replaces
+    needs: dict = field(default_factory=dict)  #: options of timm.create_model
     bgr: str = ""  #: the convolution whose input has blue first, which is turned round
-    prepare: Callable[[Any], None] = lambda model: None  #: changes the model
-    rename: Callable[[Tensors, nn.Module], Tensors] = lambda tensors, model: tensors  #: to timm's names
+    change: str = ""  #: to the model, of :data:`CHANGES`
+    rename: str = ""  #: to timm's names, of :data:`RENAMES`
 
     def knows(self, tensors: Tensors) -> bool:
         """Whether a file with these tensors is of this origin."""
         seen = {*tensors, *(f"{name} {len(tensor)}" for name, tensor in tensors.items() if tensor.ndim)}
         return bool(self.has) and seen.issuperset(self.has) and seen.isdisjoint(self.lacks)
+
+    def prepare(self, model: Any) -> None:
+        """Changes a timm model into that of the weights."""
+        if self.change:
+            CHANGES[self.change](model)
 
 
 def _caffe(model: Any) -> None:
@@ -92,78 +99,12 @@ def _in_order(tensors: Tensors, model: nn.Module) -> Tensors:
     return {name: tensors[theirs[i]] for i, name in enumerate(ours)}
 
 
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-HALF = (0.5,), (0.5,)
+CHANGES: dict[str, Callable[[Any], None]] = {"caffe": _caffe, "sface": _sface}
+RENAMES: dict[str, Callable[[Tensors, nn.Module], Tensors]] = {"swin": _swin, "in_order": _in_order}
+
 
 #: By name, which a checkpoint and a converted file keep.
-RECIPES = {
-    "scratch": Recipe("trained from random weights", pixels=HALF),
-    "timm": Recipe("weights under timm's names, normalised as timm's own"),
-    "vggface2_resnet50": Recipe(
-        "face identity, VGGFace2",
-        "that of its authors; trained on VGGFace2",
-        "resnet50",
-        ((131.0912 / 255, 103.8827 / 255, 91.4953 / 255), (1 / 255,)),
-        has=("layer1.0.conv3.weight", "fc.weight 8631"),
-        drop=("fc.",),
-        bgr="conv1.weight",
-        prepare=_caffe,
-    ),
-    "dream_resnet18": Recipe(
-        "face identity, MS-Celeb-1M (DREAM)",
-        "that of its authors; trained on MS-Celeb-1M",
-        "resnet18",
-        ((0.0,), (1.0,)),
-        has=("feature.weight", "layer4.1.conv2.weight"),
-        drop=("fc.", "feature."),
-    ),
-    "vggface2_efficientnet_b0": Recipe(
-        "face identity, VGGFace2 (EmotiEffLib)",
-        "that of its authors; trained on VGGFace2",
-        "tf_efficientnet_b0",
-        IMAGENET,
-        has=("conv_stem.weight 32", "blocks.0.0.se.conv_reduce.weight"),
-        lacks=("classifier.weight", "blocks.1.2.conv_pw.weight"),  # EfficientNet-B1 has the latter
-    ),
-    "swinface": Recipe(
-        "face identity (SwinFace)",
-        model="swin_tiny_patch4_window7_224",
-        pixels=HALF,
-        has=("layers.0.downsample.reduction.weight", "feature.0.weight"),
-        drop=("feature.",),
-        needs=(("patch_size", 2),),
-        rename=_swin,
-    ),
-    "sface": Recipe(
-        "face identity (SFace, OpenCV Zoo)",
-        "Apache-2.0",
-        "mobilenetv1_100",
-        ((0.5,), (128 / 255,)),
-        has=("conv_1_conv2d.weight", "conv_14_dw_conv2d.weight"),
-        drop=("pre_fc1.", "fc1."),
-        prepare=_sface,
-        rename=_in_order,
-    ),
-    "mobilenet_v2": Recipe(
-        "ImageNet (torchvision)",
-        "BSD-3-Clause",
-        "mobilenetv2_100",
-        IMAGENET,
-        has=("features.1.conv.0.0.weight", "features.18.0.weight"),
-        drop=("classifier.",),
-        rename=_in_order,
-    ),
-    "efficientnet_lite0": Recipe(
-        "ImageNet (TensorFlow)",
-        "Apache-2.0",
-        "tf_efficientnet_lite0",
-        HALF,
-        has=("_conv_stem.weight", "_blocks.0._depthwise_conv.weight"),
-        lacks=("_blocks.0._se_reduce.weight",),
-        drop=("_fc.",),
-        rename=_in_order,
-    ),
-}
+RECIPES = {name: Recipe(**t) for name, t in tomllib.loads(Path(__file__).with_suffix(".toml").read_text()).items()}
 
 
 class Weights(NamedTuple):
@@ -283,11 +224,11 @@ def fitted(model: Any, weights: Weights) -> tuple[Tensors, str]:
         UserError: less than 90 % matches, or a tensor has another shape.
     """
     of, classifier = RECIPES[weights.recipe], model.pretrained_cfg.get("classifier") or ()
-    drop = of.drop or tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
+    drop = tuple(of.drop) or tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
     dropped = [name for name in weights.tensors if name.startswith(drop)]
     tensors = {name: tensor for name, tensor in weights.tensors.items() if name not in dropped}
     if not weights.converted:
-        tensors = of.rename(tensors, model)
+        tensors = RENAMES[of.rename](tensors, model) if of.rename else tensors
         if of.bgr in tensors:
             tensors[of.bgr] = tensors[of.bgr].flip(1)
     ours, theirs = ({n: tuple(t.shape) for n, t in x.items() if _counts(n)} for x in (model.state_dict(), tensors))

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from trainer import backbones
 from trainer.config import Backbone
+from trainer.data.views import views
 from trainer.presets import baseline
 
 TINY = {"channels": [8, 8, 8, 8]}  #: of a ResNet
@@ -45,7 +46,7 @@ def pixels(size=64, n=2):
 @torch.no_grad()
 def features(backbone, images):
     """Of uint8 images (N, h, w, 3), normalised as the backbone wants it."""
-    return backbone(backbone.views(images, both=False))
+    return backbone(views(images, backbone, both=False))
 
 
 def normalised(images, mean, std):

@@ -484,7 +484,7 @@ sys.modules["jsonargparse"] = None
 from support import runs
 import trainer.loop
 from trainer import commands, presets
-from trainer.commands.train import train
+from trainer.train import train
 print(runs.main(["train"]))
 """
     done = child.run("-c", code, PYTHONPATH="tests", OMP_NUM_THREADS="1", cwd=child.ROOT)

@@ -14,6 +14,7 @@ from trainer import backbones, presets
 from trainer.config import UserError, from_dict
 from trainer.data import folds, frozen, prepare
 from trainer.data.batches import Source, augmentation
+from trainer.data.views import views
 from trainer.loop import build
 
 FREEZE = ["--backbone.train-from=layer4", "--augment.versions=3", "--method=rac", "--split.choose-on=test"]
@@ -87,12 +88,12 @@ def test_kept_activations_are_those_of_the_images(tmp_path):
         pixels = data.train.images[rows]
         digests = [frozen._digest(image) for image in pixels]
         augment = augmentation(chosen) if epoch % 3 else rk.Augment()
-        views = rk.paired_views(
+        pair = rk.paired_views(
             pixels, torch.arange(3), samples=torch.tensor([int(d[:15], 16) for d in digests]), out_size=32,
             mean=backbone.mean, std=backbone.std, seed=0, epoch=epoch % 3, augment=augment, backend="reference",
         )  # fmt: skip
         model = backbone.model
-        x = model.layer2(model.layer1(model.maxpool(model.act1(model.bn1(model.conv1(views.expand(-1, 3, -1, -1)))))))
+        x = model.layer2(model.layer1(model.maxpool(model.act1(model.bn1(model.conv1(pair.expand(-1, 3, -1, -1)))))))
         got = source.views(rows, epoch, both=True)
         torch.testing.assert_close(got, x, rtol=2e-3, atol=2e-3)
         torch.testing.assert_close(source.views(rows, epoch, both=False), got[:3], rtol=0, atol=0)
@@ -101,7 +102,7 @@ def test_kept_activations_are_those_of_the_images(tmp_path):
     test = kept.splits["test"]
     assert len(test.images) == len(data.splits["test"].labels)
     plain = torch.cat([part.views(None, 0, both=False) for part in test.images[torch.arange(5)].split(2)])
-    direct = backbone.activations(backbone.views(data.splits["test"].images[:5], both=False))
+    direct = backbone.activations(views(data.splits["test"].images[:5], backbone, both=False))
     torch.testing.assert_close(plain, direct, rtol=2e-3, atol=2e-3)
 
 

@@ -17,8 +17,9 @@ from trainer import loop, presets
 from trainer.__main__ import main
 from trainer.config import Backbone, UserError, found, from_dict
 from trainer.data import Split
+from trainer.data.views import views
 from trainer.run import Run
-from trainer.study import grid, measure, pictures, results, table
+from trainer.study import grid, measure, pictures, results, running, table
 
 TINY = {
     "epochs": 2,
@@ -222,10 +223,8 @@ def test_finished_runs_are_not_run_again_and_missing_ones_are(finished, tmp_path
     kept = tmp_path / "kept.jsonl"
     lines = (finished / "runs" / "three" / "results.jsonl").read_text().splitlines()
     kept.write_text("\n".join(lines[:2] + lines[4:]) + "\n")
-    from trainer.commands import study as command
-
-    ran, whole = [], command.train
-    monkeypatch.setattr(command, "train", lambda config, **kw: ran.append(config.name) or whole(config, **kw))
+    ran, whole = [], running.train
+    monkeypatch.setattr(running, "train", lambda config, **kw: ran.append(config.name) or whole(config, **kw))
     file = finished / "three.toml"
     assert study(file, tmp_path / "r", f"--results={kept}", "--at-most=1") == 0
     assert ran == ["rac-consistency_weight-2.0-3"]
@@ -240,8 +239,6 @@ def test_finished_runs_are_not_run_again_and_missing_ones_are(finished, tmp_path
 
 
 def test_a_run_that_was_killed_continues(finished, tmp_path, monkeypatch, capsys):
-    from trainer.commands import study as command
-
     save, calls = Run.finish_epoch, []
 
     def killed(self, state):
@@ -253,8 +250,8 @@ def test_a_run_that_was_killed_continues(finished, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(Run, "finish_epoch", killed)
     options = [finished / "three.toml", tmp_path / "r", "--at-most=1", "--seeds=3"]
     assert study(*options) == 130
-    resumed, whole = [], command.train
-    monkeypatch.setattr(command, "train", lambda config, **kw: resumed.append(kw["resume"]) or whole(config, **kw))
+    resumed, whole = [], running.train
+    monkeypatch.setattr(running, "train", lambda config, **kw: resumed.append(kw["resume"]) or whole(config, **kw))
     assert study(*options) == 0
     assert resumed == [True] and calls == ["plain-3"] * 2  # one epoch before, one after
     (mine,) = results.read(tmp_path / "r" / "three" / "results.jsonl")
@@ -339,17 +336,12 @@ class Maps(nn.Module):
     def backbone(self):
         return self
 
-    def coloured(self, images):
-        return images
-
-    def views(self, images, both):
-        return images
-
     def maps(self, images):
         return self.given
 
 
-def test_the_difference_of_maps_is_of_the_mirrored_back():
+def test_the_difference_of_maps_is_of_the_mirrored_back(monkeypatch):
+    monkeypatch.setattr(measure, "views", lambda images, backbone, both: images)
     own = torch.randn(3, 2, 4, 5, generator=torch.Generator().manual_seed(0))
     twin = own + 0.1
     split = Split(torch.zeros(3, 8, 8, 1, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64))
@@ -378,7 +370,7 @@ def test_the_share_of_the_gradient_is_that_of_plain_computation():
     got = measure.gradient_share(method.train(), Split(images, labels))
 
     method.eval()
-    features = method.backbone(method.backbone.views(method.backbone.coloured(images), both=True))
+    features = method.backbone(views(images, method.backbone, both=True))
     own, twin = features.mean((2, 3)).matmul(method.head.weight.T).add(method.head.bias).chunk(2)
     classified = nn.functional.cross_entropy(own, labels) + nn.functional.cross_entropy(twin, labels)
     n = torch.tensor(COUNTS, dtype=torch.float64)

@@ -10,7 +10,7 @@ import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
-from .. import backbones, checkpoint, compute, data, loop
+from .. import backbones, checkpoint, compute, loop
 from ..config import Compute, Config, UserError, restored
 from ..methods import Method
 
@@ -61,17 +61,3 @@ def new_file(path: str, overwrite: bool) -> Path:
     if not file.parent.is_dir():
         raise UserError(f"out: got {file}, expected a file in a folder that exists")
     return file
-
-
-def scores(classes: tuple[str, ...], counts: dict[str, int] | None, columns: dict[str, dict]) -> str:
-    """Accuracies in percent, a column for each of ``columns``: title -> what ``metrics.accuracies`` returns."""
-    rows = [["accuracy in %", "images", *columns]]
-
-    def add(name: str, images: object, values: list) -> None:
-        rows.append([name, str(images), *("-" if v is None else f"{v:.2f}" for v in values)])
-
-    for i, name in enumerate(classes):
-        add(name, counts[name] if counts else "", [c["per_class"][i] for c in columns.values()])
-    for key, name in (("mean", "mean"), ("overall", "overall"), ("f1", "macro-F1")):
-        add(name, "", [c[key] for c in columns.values()])
-    return data.table(rows)

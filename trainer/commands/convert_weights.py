@@ -32,7 +32,7 @@ class Options:
         recipe = weights.recipe(found.recipe)
         name = recipe.model or self.model
         expect(name in timm.list_models(), "model", name, f"a model of timm: {source} does not say which it is of")
-        model: Any = timm.create_model(name, num_classes=0, **dict(recipe.needs), **self.options)
+        model: Any = timm.create_model(name, num_classes=0, **recipe.needs, **self.options)
         recipe.prepare(model)
         tensors, said = weights.fitted(model, found)
         about = {"model": name, "what": recipe.what, "licence": recipe.licence, "source": source.name}

@@ -7,10 +7,9 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import presets
+from .. import metrics, presets
 from ..config import NOTHING, Checked, option, select
-from . import scores
-from .train import train
+from ..train import train
 
 logger = logging.getLogger(__name__)
 DEFAULT = presets.demo()
@@ -37,7 +36,7 @@ class Options(Checked):
             result = train(config, overwrite=self.overwrite)
             columns |= {f"{method.name}, {k.removeprefix('test, ')}": v for k, v in result.columns().items()}
             pictures += [result.folder / "confusion.png", result.folder / "cam.png"]
-        print(scores(result.classes, dict(zip(result.classes, result.counts, strict=True)), columns))
+        print(metrics.table(result.classes, dict(zip(result.classes, result.counts, strict=True)), columns))
         print("on test, which also chose the best epoch; images: of train")
         print("one run of each: a few points are within what the seed changes; `study synthetic` has intervals")
         print("pictures:", *pictures, sep="\n  ")

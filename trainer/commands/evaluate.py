@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from .. import checkpoint, data, loop, metrics
 from ..config import Checked, UserError, option
-from . import load, new_file, scores
+from . import load, new_file
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Options(Checked):
             columns[name], images[name] = metrics.accuracies(matrix), split.counts(len(sets.classes))
         notes = data.changes(trained.saved["identity"], sets.identity())
         print(trained.about + "".join(f"\nnote: not the data of the run: {note}" for note in notes))
-        print(scores(sets.classes, None, columns))
+        print(metrics.table(sets.classes, None, columns))
         if out:
             content = {"checkpoint": trained.about, "classes": sets.classes, "images": images, "scores": columns}
             checkpoint.write(out, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

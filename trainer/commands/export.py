@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import checkpoint, loop
 from ..config import UserError, expect, option
+from ..data.views import views
 from ..methods import Method
 from . import load, new_file
 
@@ -121,7 +122,7 @@ def _difference(network: Network, again: Run, images: list[Tensor]) -> float:
     for some in images:
         expected = [loop.logits(method, some)]
         if len(network.names) > 1:
-            expected.append(method.maps(method.backbone.views(some, both=False)))
+            expected.append(method.maps(views(some, method.backbone, both=False)))
         for a, b in zip(again(some), expected, strict=True):
             assert a.shape == b.shape
             found.append((a - b).abs().max() / b.abs().max())

@@ -27,7 +27,7 @@ HELD_OUT = "held-out"
 class Split(NamedTuple):
     """Images of one purpose."""
 
-    images: Any  #: (K, H, W, 1 or 3) uint8 tensor, or the ``activations.Activations`` that take its place
+    images: Any  #: (K, H, W, 1 or 3) uint8 tensor, or the ``views.Activations`` that take its place
     labels: Tensor  #: (K,) int64 classes, or (K, L) float32 label distributions
     names: tuple[str, ...] = ()  #: of the K files, relative to the data's folder; () if the images come from none
     digests: tuple[str, ...] = ()  #: of the content of each file

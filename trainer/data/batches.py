@@ -14,7 +14,7 @@ from torch import Tensor
 import rebalfer_kernels as rk
 
 from ..config import Config
-from . import Split
+from . import Split, views
 
 if TYPE_CHECKING:
     from ..backbones import Backbone
@@ -29,7 +29,7 @@ class Source:
     """
 
     def __init__(self, split: Split, config: Config, backbone: Backbone, device: torch.device) -> None:
-        images = backbone.coloured(split.images)
+        images = views.coloured(split.images, backbone)
         self.resident = device.type == "cpu" or images.nbytes < RESIDENT * torch.cuda.mem_get_info(device)[0]
         self.images = images.to(device) if self.resident else images
         self.labels = split.labels.to(device)
@@ -51,8 +51,15 @@ class Source:
         if not self.resident:
             images = _copied(images[rows.cpu()], self.device)
             indices = torch.arange(len(rows), device=self.device)
-        return self.backbone.views(
-            images, both=both, indices=indices, samples=rows, seed=self.seed, epoch=epoch, augment=self.augment
+        return views.views(
+            images,
+            self.backbone,
+            both=both,
+            indices=indices,
+            samples=rows,
+            seed=self.seed,
+            epoch=epoch,
+            augment=self.augment,
         )
 
 

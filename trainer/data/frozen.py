@@ -24,10 +24,10 @@ from tqdm import tqdm
 import rebalfer_kernels as rk
 
 from .. import checkpoint
-from ..activations import Activations
 from ..config import Config, UserError, as_dict, expect
 from . import Data, cache
 from .batches import augmentation
+from .views import Activations, views
 
 if TYPE_CHECKING:
     from ..backbones import Backbone
@@ -121,13 +121,13 @@ class _Store:
 
     def _rows(self, images: Tensor, digests: list[str]) -> np.ndarray:
         """(N, versions, 2, h, w, C) float16."""
-        images = self.backbone.coloured(images.to(self._device))
+        images = images.to(self._device)
         samples = torch.tensor([int(d[:15], 16) for d in digests], device=self._device)
         versions = []
         for version in range(self.shape[0]):
             augment = self.augment if version else rk.Augment()
-            views = self.backbone.views(images, both=True, samples=samples, epoch=version, augment=augment)
-            x = self.backbone.activations(views).half()
+            pair = views(images, self.backbone, both=True, samples=samples, epoch=version, augment=augment)
+            x = self.backbone.activations(pair).half()
             if not x.isfinite().all():
                 raise UserError("augment.versions: got activations too large for float16, in which they are kept")
             versions.append(torch.stack(x.permute(0, 2, 3, 1).chunk(2), 1))  # (N, 2, h, w, C)

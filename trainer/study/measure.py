@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from ..activations import Activations
 from ..config import UserError
 from ..data import Split
+from ..data.views import views
 from ..methods import Method
 from ..methods.tables import TableMethod
 
@@ -22,10 +21,11 @@ def view_difference(method: Method, split: Split) -> float | None:
     the class activation maps (Eq. 2) of the image and of its mirror image. None for a method that has no maps.
     """
     method.eval()
+    device = next(method.parameters()).device
     difference, size = torch.zeros(2, dtype=torch.float64)
     for chunk in split.images.split(AT_ONCE):
         try:
-            maps = method.maps(_views(method, chunk)).double()
+            maps = method.maps(views(chunk.to(device), method.backbone, both=True)).double()
         except UserError:
             return None
         own, twin = maps.chunk(2)
@@ -47,7 +47,7 @@ def gradient_share(method: Method, split: Split) -> float | None:
     method.eval()
     weights = [w for w in method.parameters() if w.requires_grad]
     labels = split.labels[:AT_ONCE].to(weights[0].device)
-    features = method.backbone(_views(method, split.images[:AT_ONCE]))
+    features = method.backbone(views(split.images[:AT_ONCE].to(weights[0].device), method.backbone, both=True))
     consistency = method.consistency_weight
     try:
         gradients = []
@@ -61,10 +61,3 @@ def gradient_share(method: Method, split: Split) -> float | None:
     once, twice = gradients
     m, c = (twice - once).norm(), (2 * once - twice).norm()
     return float(100 * m / (c + m))
-
-
-def _views(method: Method, images: Tensor | Activations) -> Tensor:
-    """What the backbone takes of images and, after them, of their mirror images."""
-    if not isinstance(images, Activations):
-        images = method.backbone.coloured(images.to(next(method.parameters()).device))
-    return method.backbone.views(images, both=True)

@@ -1,0 +1,91 @@
+"""The runs of a study that are missing, one after the other or in several processes, and the record of each."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from ..config import UserError
+from ..run import Busy, Diverged
+from ..train import Result, train
+from . import grid, measure, results
+
+logger = logging.getLogger(__name__)
+
+WHOLE_STATE = ("last.pt", "previous.pt")  #: of a finished run, which best.pt and the log outlive
+
+
+def run_missing(study: grid.Study, folder: Path, file: Path, at_most: int = 0) -> None:
+    """Adds to ``file`` the missing runs but for those that another process holds, which it will finish.
+
+    ``at_most`` of them are started; 0: all.
+    """
+    runs, started = study.runs(folder), 0
+    for run in runs:
+        done = {results.identity(record) for record in results.read(file)}
+        if run.identity in done:
+            continue
+        if at_most and started == at_most:
+            break
+        left = sum(r.identity not in done for r in runs)
+        logger.info("%s: %s, seed %d; %d of %d runs are left", study.name, run.row, run.seed, left, len(runs))
+        place = folder / run.config.name
+        try:
+            result = train(run.config, resume=(place / "last.pt").is_file())
+            results.add(file, record(run, result))
+        except Busy as busy:
+            logger.info("%s", busy)
+            continue
+        except Diverged as error:
+            results.add(file, {**about(run), "failed": str(error)})
+        started += 1
+        for name in WHOLE_STATE:
+            (place / name).unlink(missing_ok=True)
+
+
+def share(processes: int, arguments: list[str]) -> None:
+    """So many processes of the trainer with these arguments, each of which takes the runs that no other holds.
+
+    Raises:
+        UserError: one of them failed.
+    """
+    gpus, threads = torch.cuda.device_count(), max(1, torch.get_num_threads() // processes)
+    children = []
+    for i in range(processes):
+        device = {"CUDA_VISIBLE_DEVICES": str(i % gpus)} if gpus else {}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **device}
+        children.append(subprocess.Popen([sys.executable, "-m", "trainer", *arguments], env=environment))
+    if bad := [status for status in [child.wait() for child in children] if status]:
+        raise UserError(f"processes: {len(bad)} of {processes} ended with status {bad[0]}; see above")
+
+
+def about(run: grid.Run) -> dict:
+    """Which run a record is of."""
+    return {"row": run.row, "seed": run.seed, "fold": run.fold, "key": run.key}
+
+
+def record(run: grid.Run, result: Result) -> dict:
+    """What a finished run gave, as plain values."""
+    name = "test" if "test" in result.used.splits else result.chooser
+    last, best = result.history[-1], result.best
+    split = result.used.splits[name]
+    images = "\n".join([*split.digests, *map(str, split.counts(len(result.classes)))])
+    return {
+        **about(run),
+        "method": run.config.method.name,
+        "split": name,
+        "classes": list(result.classes),
+        "images": hashlib.sha256(images.encode()).hexdigest()[:16],
+        "last": last[name],
+        "best": {**best[name], "epoch": best["epoch"]},
+        "losses": {k: v for k, v in last.items() if isinstance(v, float) and k not in ("seconds", "images_per_s")},
+        "view_difference": measure.view_difference(result.method, split),
+        "gradient_share": measure.gradient_share(result.method, split),
+        "seconds": sum(row["seconds"] for row in result.history),
+    }
