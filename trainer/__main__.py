@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import json
 import logging
 import os
@@ -14,25 +13,28 @@ import textwrap
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from . import distributed, presets
-from .config import PACKAGES, Config, Named, UserError, expect, found, from_dict, select, spelt
+from .config import PACKAGES, Config, Named, UserError, expect, found, from_dict, logger, select, spelt, title
 from .run import Stopped
 
 #: The groups that --help shows in full; it names the others and --help GROUP shows them.
 FIRST = ("", "method", "data")
+#: The groups of a run's options, and those that have a name, which may stand for the group: --backbone resnet18.
+GROUPS = tuple(name for name, options in vars(presets.paper()).items() if dataclasses.is_dataclass(options))
+NAMED = (*PACKAGES, "backbone")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status: 2 for what the user can mend, 3 for a loss that is not finite, 128 + n
     after signal n."""
     logging.basicConfig(format="%(message)s")  # warnings, of other packages too
-    logging.getLogger("trainer").setLevel(logging.INFO if distributed.speaks() else logging.WARNING)
+    logger.setLevel(logging.INFO if distributed.speaks() else logging.WARNING)
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
         return 0 if options is None else options.run()
@@ -53,21 +55,18 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str]) -> Any:
     """The options of the command that ``arguments`` begin with; None if they asked for help, which is printed."""
     commands = found("commands")
-    command, *rest = ["--help" if word == "-h" else word for word in arguments] or ["--help"]
+    command, *words = ["--help" if word == "-h" else word for word in arguments] or ["--help"]
     if command == "--help":
         print(overview(commands))
         return None
-    if (command := spelt(command)) not in commands:
-        near = difflib.get_close_matches(command, commands, n=1)
-        expected = f"expected one of {', '.join(commands)}{f'; did you mean {near[0]}?' if near else ''}"
-        raise UserError(f"command: got {command!r}, {expected}")
-    default, read = commands[command](), functools.cache(_read)
-    places, given = _given(rest, default, read)
+    near = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(command, commands, n=1))
+    expect((command := spelt(command)) in commands, "command", command, f"one of {', '.join(commands)}{near}")
+    default = commands[command]()
+    places, given = _given(words, default)
     if hasattr(default, "config"):
-        default = _chosen(default, given)
-        places, given = _given(rest, default, read)  # which now knows the switches of the method and the data set
-    if "help" in given:
-        print(help_text(command, default, given["help"] or ""))
+        default = _chosen(default, dict(given))
+    if "help" in dict(given):
+        print(help_text(command, default, dict(given)["help"] or ""))
         return None
     return from_dict(_typed(command, default, places, given), default)
 
@@ -76,65 +75,56 @@ class Flag(NamedTuple):
     """A field as an option of the command line."""
 
     group: str
-    title: str  #: of the group
+    heading: str  #: of the group
     key: str  #: "optim.decay"
     kind: Any
     value: Any  #: the default
     metadata: Any
 
 
-def flags(options: Any, group: str = "", title: str = "") -> Iterator[Flag]:
+def flags(options: Any, group: str = "", heading: str = "") -> Iterator[Flag]:
     """Every field of nested options, the groups in the order of the fields; those of ``config`` are the command's."""
     kinds = typing.get_type_hints(type(options))
     if isinstance(options, Named):
-        yield Flag(group, title, f"{group}.name", str, options.name, {"choices": tuple(found(PACKAGES[group]))})
+        names = {"help": f"one of {', '.join(found(PACKAGES[group]))}"}
+        yield Flag(group, heading, f"{group}.name", str, options.name, names)
     for f in dataclasses.fields(options):
         value = getattr(options, f.name)
         if f.name == "config":
             yield from flags(value)
         elif dataclasses.is_dataclass(value):
-            yield from flags(value, f.name, (type(value).__doc__ or "").splitlines()[0])
+            yield from flags(value, f.name, title(value))
         else:
-            yield Flag(group, title, f"{group}.{f.name}".lstrip("."), kinds[f.name], value, f.metadata)
+            yield Flag(group, heading, f"{group}.{f.name}".lstrip("."), kinds[f.name], value, f.metadata)
 
 
-def _given(words: list[str], default: Any, read: Callable[[Path], dict]) -> tuple[list[str], dict[str, str | None]]:
-    """The words that stand for themselves, and key -> text of the options of a command line: --a=b, --a b, --switch.
+def _given(words: list[str], default: Any) -> tuple[list[str], list[tuple[str, str | None]]]:
+    """The words that stand for themselves, and key and text of each option of a command line: --a=b, --a b, --switch.
 
-    A flag counts over a file of --config, and of two flags or files the later one.
+    Those of the files of --config come first: of two that say something of one option, the later one counts.
     """
-    known = {flag.key: flag for flag in flags(default)}
+    switches = {flag.key for flag in flags(default) if flag.kind is bool}
+    configurable, words = hasattr(default, "config"), words.copy()
     places: list[str] = []
-    files: dict[str, str | None] = {}
-    options: dict[str, str | None] = {}
-    words = words.copy()
+    files: list[tuple[str, str | None]] = []
+    options: list[tuple[str, str | None]] = []
     while words:
         if not (word := words.pop(0)).startswith("--"):
             places.append(word)
             continue
-        option, equals, text = word[2:].partition("=")
-        key = _key(option.replace("-", "_"), known)
-        switch = next((k for k in (key, key.removeprefix("no_")) if k in known and known[k].kind is bool), "")
-        value = text if equals else None
-        if switch and not equals:
-            key, value = switch, "true" if key == switch else "false"
-        elif not equals and words and not words[0].startswith("--"):
-            value = words.pop(0)
-        if key == "config" and hasattr(default, "config"):
-            path = Path(value or "").expanduser()
-            files |= _flat(read(path), path, known)
+        name, equals, after = word[2:].partition("=")
+        key, text = name.replace("-", "_"), after if equals else None
+        if text is None and not switches & {key, key.removeprefix("no_")} and words and not words[0].startswith("--"):
+            text = words.pop(0)
+        if key == "config" and configurable:
+            files += _of_file(Path(text or "").expanduser())
         else:
-            options[key] = value
-    return places, files | options
+            options.append((f"{key}.name" if configurable and key in NAMED else key, text))
+    return places, files + options
 
 
-def _key(key: str, known: dict[str, Flag]) -> str:
-    """That of a group's name, where a command has the group: method is method.name."""
-    return f"{key}.name" if key not in known and f"{key}.name" in known else key
-
-
-def _read(path: Path) -> dict:
-    """The nested options in a YAML, JSON or TOML file."""
+def _of_file(path: Path) -> Iterator[tuple[str, str]]:
+    """Key and text of each option in a YAML, JSON or TOML file."""
     import yaml
 
     try:
@@ -147,19 +137,13 @@ def _read(path: Path) -> dict:
         raise UserError(f"config: got {path}, which is neither YAML nor TOML: {reason}") from error
     if not isinstance(values, dict):
         raise UserError(f"config: got {path}, expected a file of options, such as 'epochs: 10'")
-    return values
-
-
-def _flat(values: dict, path: Path, known: dict[str, Flag], group: str = "") -> Iterator[tuple[str, str]]:
-    """Key and text of each of the nested options of a file."""
     for name, value in values.items():
-        key = _key(f"{group}{name}", known) if isinstance(value, str) else f"{group}{name}"
-        if isinstance(value, dict) and key not in known:
-            yield from _flat(value, path, known, f"{key}.")
-        elif value is not None and any(flag.group == key for flag in known.values()):
-            raise UserError(f"{key}: got {value!r} in {path}, expected options by name")
-        elif value is not None or key in known and types.NoneType in typing.get_args(known[key].kind):
-            yield key, value if isinstance(value, str) else json.dumps(value, default=str)
+        if name in NAMED and isinstance(value, str):
+            value = {"name": value}
+        if name in GROUPS and not isinstance(value, dict | None):
+            raise UserError(f"{name}: got {value!r} in {path}, expected options by name")
+        inner = {f"{name}.{key}": v for key, v in (value or {}).items()} if name in GROUPS else {name: value}
+        yield from ((key, v if isinstance(v, str) else json.dumps(v, default=str)) for key, v in inner.items())
 
 
 def _chosen(default: Any, given: dict[str, str | None]) -> Any:
@@ -174,27 +158,31 @@ def _chosen(default: Any, given: dict[str, str | None]) -> Any:
     return dataclasses.replace(default, preset=preset, config=config)
 
 
-def _typed(command: str, default: Any, places: list[str], given: dict[str, str | None]) -> dict:
-    """All options of the command as nested values of their types."""
+def _typed(command: str, default: Any, places: list[str], given: list[tuple[str, str | None]]) -> dict:
+    """All options of the command as nested values of their types; null leaves an option that can't be null as it is."""
     try:
         from jsonargparse import ArgumentError, ArgumentParser
     except ImportError:
         raise UserError("the command line needs the package jsonargparse >= 4.53: pip install jsonargparse") from None
     parser = ArgumentParser(prog=f"python -m trainer {command}", exit_on_error=False, add_help=False)
     known = {flag.key: flag for flag in flags(default)}
-    for key in given:
-        if key not in known:
-            raise _unknown(key, known)
     for key, flag in known.items():
         if flag.metadata.get("positional"):
             parser.add_argument(key, type=str, nargs=None if flag.kind is str else "+")
         else:
             parser.add_argument(f"--{key}", type=flag.kind, default=flag.value)
+    words = places.copy()
+    for key, text in given:
+        if text is None and (switch := key.removeprefix("no_")) in known and known[switch].kind is bool:
+            key, text = switch, "true" if key == switch else "false"
+        if key not in known:
+            raise _unknown(key, known)
+        if text != "null" or types.NoneType in typing.get_args(known[key].kind):
+            words.append(f"--{key}" if text is None else f"--{key}={text}")
     try:
-        options = [f"--{key}" if text is None else f"--{key}={text}" for key, text in given.items()]
-        values = parser.parse_args([*places, *options]).as_dict()
+        values = parser.parse_args(words).as_dict()
     except ArgumentError as error:
-        raise _refused(str(error), known, given) from None
+        raise _refused(str(error), known, dict(given)) from None
     own = {f.name for f in dataclasses.fields(default)}
     inner = {name: value for name, value in values.items() if name not in own}
     return {name: value for name, value in values.items() if name in own} | ({"config": inner} if inner else {})
@@ -208,9 +196,8 @@ def _unknown(key: str, known: dict[str, Flag]) -> UserError:
     of_name = {k.rpartition(".")[2]: k for k in [*known, *inside]}
     close = difflib.get_close_matches(name, of_name, n=1, cutoff=0.7)
     whose = f"{group} {known[f'{group}.name'].value}" if group in PACKAGES and inside else "this command"
-    expected = (
-        f"; did you mean {of_name[close[0]]}?" if close else f", expected one of {', '.join(inside)}" * bool(inside)
-    )
+    others = f", expected one of {', '.join(inside)}" if inside else ""
+    expected = f"; did you mean {of_name[close[0]]}?" if close else others
     return UserError(f"{key or '--'}: got an option that {whose} does not have{expected}")
 
 
@@ -220,9 +207,8 @@ def _refused(text: str, known: dict[str, Flag], given: dict[str, str | None]) ->
     key = next((word for word in re.findall(r"[\w.]+", text) if word in given), "")
     if not key or text.startswith(("unrecognized", "the following")):
         return UserError(text)
-    kinds = typing.get_args(known[key].kind) if typing.get_origin(known[key].kind) is not list else ()
-    expected = " or ".join(EXPECTED[kind] for kind in kinds or [known[key].kind])
-    return UserError(f"{key}: got {given[key] or ''!r}, expected {expected}")
+    kind = known[key].kind
+    return UserError(f"{key}: got {given[key] or ''!r}, expected {EXPECTED.get(kind, kind)}")
 
 
 #: What is expected of an option by its type, in words.
@@ -233,17 +219,15 @@ EXPECTED: dict[Any, str] = {
     str: "text",
     dict: "values by name, such as '{a: 1}'",
     list[str]: "a list, such as '[a, b]'",
-    types.NoneType: "null",
+    float | None: "a finite number or null",
+    str | None: "text or null",
 }
 
 
 def overview(commands: dict[str, type]) -> str:
     """The commands, a line each."""
     width = max(map(len, commands)) + 2
-    rows = [
-        f"  {name.replace('_', '-'):<{width}}{(options.__doc__ or '').splitlines()[0]}"
-        for name, options in commands.items()
-    ]
+    rows = [f"  {name.replace('_', '-'):<{width}}{title(options)}" for name, options in commands.items()]
     return "\n".join([str(__doc__), "", "python -m trainer COMMAND --help", "", *rows])
 
 
@@ -252,20 +236,18 @@ def help_text(command: str, default: Any, wanted: str) -> str:
     groups: dict[str, list[Flag]] = {}
     for flag in flags(default):
         groups.setdefault(flag.group, []).append(flag)
-    if wanted not in ("", "all", *groups):
-        raise UserError(f"help: got {wanted!r}, expected one of {', '.join(['all', *filter(None, groups)])}")
-    shown = [g for g in groups if wanted in (g, "all") or not wanted and g in FIRST]
+    expect(wanted in ("", "all", *groups), "help", wanted, f"one of {', '.join(['all', *filter(None, groups)])}")
     places = "".join(f"{flag.key.upper()} " for flag in groups[""] if flag.metadata.get("positional"))
-    lines = [f"python -m trainer {command.replace('_', '-')} {places}[--OPTION VALUE ...]"]
-    lines += [(type(default).__doc__ or "").splitlines()[0]]
-    for group in shown:
-        lines += ["", groups[group][0].title] if group else [""]
-        lines += [_help_line(flag) for flag in groups[group]]
-    if rest := [g for g in groups if g not in shown and not wanted]:
-        lines += ["", "more, each with --help GROUP, or --help all:"]
-        for group in rest:
-            names = ", ".join(flag.key.removeprefix(f"{group}.") for flag in groups[group])
-            lines += textwrap.wrap(f"{group}: {names}", 110, initial_indent="  ", subsequent_indent="    ")
+    lines = [f"python -m trainer {command.replace('_', '-')} {places}[--OPTION VALUE ...]", title(default)]
+    rest = []
+    for group, inside in groups.items():
+        if wanted in (group, "all") or not wanted and group in FIRST:
+            lines += ["", *filter(None, [inside[0].heading]), *map(_help_line, inside)]
+        elif not wanted:
+            names = ", ".join(flag.key.removeprefix(f"{group}.") for flag in inside)
+            rest += textwrap.wrap(f"{group}: {names}", 110, initial_indent="  ", subsequent_indent="    ")
+    if rest:
+        lines += ["", "more, each with --help GROUP, or --help all:", *rest]
     if hasattr(default, "config"):
         lines += ["", "--config FILE reads options from YAML, JSON or TOML, such as a run's config.json"]
     return "\n".join(lines)
@@ -275,11 +257,10 @@ def _help_line(flag: Flag) -> str:
     kind = "|".join(k.__name__ for k in typing.get_args(flag.kind) if k is not types.NoneType) or flag.kind.__name__
     key = flag.key.removesuffix(".name")
     what = "" if flag.kind is bool else f" {kind.upper()}"
-    text = flag.metadata.get("help", f"one of {', '.join(flag.metadata.get('choices', ()))}")
     value = "" if flag.kind is bool or str(flag.value) in ("None", "", "()", "{}") else f" [{flag.value}]"
     switch = "[no-]" if flag.kind is bool and flag.value else ""
     name = key.upper() if flag.metadata.get("positional") else f"--{switch}{key}{what}"
-    return f"  {name:<34}" + f"\n{'':<36}".join(textwrap.wrap(f"{text}{value}", 84) or [""])
+    return f"  {name:<34}" + f"\n{'':<36}".join(textwrap.wrap(f"{flag.metadata['help']}{value}", 84) or [""])
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import timm
@@ -10,9 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import weights
-from .config import Config, UserError, expect, one_line
-
-logger = logging.getLogger(__name__)
+from .config import Config, UserError, expect, logger, one_line
 
 #: Options of timm.create_model that the classifier's replacement makes meaningless.
 WITHOUT_EFFECT = ("num_classes", "global_pool", "drop_rate", "in_chans")
@@ -73,8 +70,7 @@ class Backbone(nn.Module):
         """
         names = _parts(self.model)
         first = next((i for i, n in enumerate(names) if n == before or n.startswith(f"{before}.")), 0)
-        if not first:
-            raise UserError(f"backbone.train_from: got {before!r}, expected one of {', '.join(names[1:])}")
+        expect(first > 0, "backbone.train_from", before, f"one of {', '.join(names[1:])}")
         images = torch.randn(2, 3, self.image_size, self.image_size, generator=torch.Generator().manual_seed(0))
         self.eval()
         with torch.no_grad():

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import io
-import logging
 import os
 import secrets
 import shutil
@@ -18,22 +16,8 @@ import torch
 
 from .config import UserError, one_line
 
-logger = logging.getLogger(__name__)
-
 MARK = b"\nsha256 "
 TAIL = len(MARK) + 64
-
-
-@contextlib.contextmanager
-def turn(lock: Path, doing: str) -> Iterator[None]:
-    """One process at a time has the file ``lock``; another one waits, and says what for: "reads the images of …"."""
-    with lock.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("another process %s: waiting for it", doing)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextlib.contextmanager

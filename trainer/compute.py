@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 
 import torch
@@ -10,9 +9,7 @@ import torch
 import rebalfer_kernels as rk
 
 from . import distributed
-from .config import Compute, UserError
-
-logger = logging.getLogger(__name__)
+from .config import Compute, UserError, expect, logger
 
 
 def device_of(compute: Compute) -> torch.device:
@@ -21,8 +18,8 @@ def device_of(compute: Compute) -> torch.device:
     Raises:
         UserError: there is no such device, or an option needs another.
     """
-    if compute.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("compute.device: got 'cuda', expected 'cpu' or 'auto': PyTorch sees no CUDA device")
+    possible = compute.device != "cuda" or torch.cuda.is_available()
+    expect(possible, "compute.device", compute.device, "'cpu' or 'auto': PyTorch sees no CUDA device")
     on_gpu = compute.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda", distributed.local_rank()) if on_gpu else torch.device("cpu")
     for name in ("cuda_graph", "sync_batchnorm"):

@@ -9,11 +9,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import logging
 import math
 import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+logger = logging.getLogger(__package__)  #: of all that a run says while it works
 
 
 class UserError(Exception):
@@ -26,13 +29,14 @@ class UserError(Exception):
 RESULTS, ROUNDING, NOTHING = "results", "rounding", "nothing"
 
 
-def option(default: Any, text: str, *, changes: str = RESULTS, **metadata: Any) -> Any:
+def option(default: Any, text: str = "", *, changes: str = RESULTS, **metadata: Any) -> Any:
     """A field with its help and what it changes: the results, only their rounding, or nothing of them.
 
-    ``low``, ``high`` and ``above`` are the limits of its number, see :func:`expect_number`; ``choices`` all its values.
-    A ``positional`` one has no name on the command line.
+    ``low``, ``high`` and ``above`` are the limits of its number, see :func:`expect_number`, beside which ``off`` is
+    allowed; ``choices`` all its values, which are its help if it has no other. A ``positional`` one has no name on the
+    command line.
     """
-    metadata |= {"help": text, "changes": changes}
+    metadata |= {"help": text or f"one of {', '.join(metadata['choices'])}", "changes": changes}
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -49,7 +53,7 @@ class Checked:
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):  # type: ignore[arg-type]
             value, name = getattr(self, f.name), f"{self.group}.{f.name}".lstrip(".")
-            if "low" in f.metadata and value is not None:
+            if "low" in f.metadata and value not in (None, f.metadata.get("off")):
                 expect_number(name, value, **{k: v for k, v in f.metadata.items() if k in ("low", "high", "above")})
             if choices := f.metadata.get("choices"):
                 expect(value in choices, name, value, " or ".join(choices))
@@ -90,6 +94,11 @@ def expect_number(name: str, value: float, low: float, high: float = math.inf, *
     ok = ok and (low < value if above else low <= value)
     end = "" if high == math.inf else f" and <= {high:g}"
     expect(ok, name, value, f"a finite number {'>' if above else '>='} {low:g}{end}")
+
+
+def title(options: object) -> str:
+    """The first line of a docstring, which is what a help shows."""
+    return (options.__doc__ or "").splitlines()[0]
 
 
 def spelt(name: str) -> str:
@@ -143,17 +152,13 @@ class SplitOptions(Checked, group="split"):
 
     choose_on: str = option("held-out", "held-out: val, or else part of train; or test", choices=("held-out", "test"))
     hold_out: float = option(0.1, "part of train held out where the data has no val", low=0, high=0.9, above=True)
-    imbalance: float = option(0.0, "largest over smallest class, made by leaving images out; 0: as it is")
-    folds: int = option(0, "all images in so many parts, one of which is the test; 0: as they are on disk")
+    imbalance: float = option(0.0, "largest over smallest class, made by leaving images out; 0: as it is", low=1, off=0)
+    folds: int = option(0, "all images in parts, one of which is the test; 0: as they are on disk", low=2, off=0)
     fold: int = option(0, "which of these parts is the test, from 0")
     groups: str = option("", "CSV of file and group, such as a person: none is in two parts", changes=NOTHING)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.folds:
-            expect_number("split.folds", self.folds, 2)
-        if self.imbalance:
-            expect_number("split.imbalance", self.imbalance, 1)
         expect_number("split.fold", self.fold, 0, max(0, self.folds - 1))
         expect(not self.groups or self.folds > 0, "split.groups", self.groups, "split.folds too")
 
@@ -164,9 +169,7 @@ class Augment(Checked, group="augment"):
 
     flip: float = option(0.5, "probability of a mirrored image", low=0, high=1)
     shift: float = option(1 / 16, "largest shift, as a part of the side; the border is repeated", low=0, high=0.5)
-    crop: float = option(
-        0.0, "smallest area of a random crop, such as 0.5, in place of the shift; 0: none", low=0, high=1
-    )
+    crop: float = option(0.0, "smallest area of a random crop, in place of the shift; 0: none", low=0, high=1)
     brightness: float = option(0.0, "largest change of a random factor, such as 0.2", low=0, high=1)
     contrast: float = option(0.0, "largest change of a random factor, such as 0.2", low=0, high=1)
     noise: float = option(0.0, "standard deviation of Gaussian noise, of 255 grey levels", low=0, high=255)
@@ -184,26 +187,20 @@ class Optim(Checked, group="optim"):
     options: dict = option({}, "for the optimiser, such as '{betas: [0.9, 0.95]}'")
     weight_decay: float = option(1e-4, "the paper: 1e-4", low=0)
     decay_all: bool = option(True, "weight decay of biases and normalisation layers too, as PyTorch does")
-    schedule: str = option(
-        "exponential", "exponential, cosine or constant", choices=("exponential", "cosine", "constant")
-    )
+    schedule: str = option("exponential", choices=("exponential", "cosine", "constant"))
     schedule_by: str = option("epoch", "epoch, or step: how often the schedule changes", choices=("epoch", "step"))
-    decay: float = option(
-        0.9, "factor per epoch of the exponential schedule; the paper: 0.9", low=0, high=1, above=True
-    )
+    decay: float = option(0.9, "factor per epoch of schedule exponential; paper: 0.9", low=0, high=1, above=True)
     warmup_steps: int = option(0, "steps of linear warm-up", low=0)
     clip: float = option(0.0, "largest norm of the gradient; 0: not clipped", low=0)
     accumulate: int = option(1, "parts in which a batch is computed, one after the other, to save memory", low=1)
-    average: float = option(
-        0.0, "decay of the moving average of the weights, such as 0.9998; 0: none", low=0, high=1 - 1e-9
-    )
+    average: float = option(0.0, "decay of the weights' moving average, as 0.9998; 0: none", low=0, high=1 - 1e-9)
 
 
 @dataclass(frozen=True)
 class Compute(Checked, group="compute"):
     """device and precision"""
 
-    device: str = option("auto", "auto, cpu or cuda", changes=ROUNDING, choices=("auto", "cpu", "cuda"))
+    device: str = option("auto", changes=ROUNDING, choices=("auto", "cpu", "cuda"))
     amp: str = option("off", "bf16 or fp16: autocast of the backbone", choices=("off", "bf16", "fp16"))
     channels_last: bool = option(False, "images and weights in NHWC order; often faster", changes=ROUNDING)
     backend: str | None = option(None, "of the head, such as cpu or reference; chosen if left out", changes=ROUNDING)
@@ -251,31 +248,26 @@ class Config(Checked):
 
 def without_effect(config: Config) -> list[str]:
     """A line for each option that was changed from its default and does nothing in this run."""
-    optim, augment = config.optim, config.augment
-    rules = {
-        "optim.decay": optim.schedule != "exponential" and f"with optim.schedule {optim.schedule}",
-        "optim.schedule_by": optim.schedule == "constant" and "with optim.schedule constant",
-        "augment.shift": augment.crop > 0 and "with augment.crop",
-        "augment.noise_probability": not augment.noise and "without augment.noise",
-        "augment.erase_largest": not augment.erase and "without augment.erase",
-        "split.fold": not config.split.folds and "without split.folds",
-    }
-    lines = []
-    for name, reason in rules.items():
-        group, _, key = name.partition(".")
-        options = getattr(config, group)
-        if reason and (value := getattr(options, key)) != getattr(type(options)(), key):
-            lines.append(f"{name} {value} has no effect {reason}")
-    return lines
+    optim, augment, split = config.optim, config.augment, config.split
+    rules: list[tuple[Any, str, bool, str]] = [
+        (optim, "decay", optim.schedule != "exponential", f"with optim.schedule {optim.schedule}"),
+        (optim, "schedule_by", optim.schedule == "constant", "with optim.schedule constant"),
+        (augment, "shift", augment.crop > 0, "with augment.crop"),
+        (augment, "noise_probability", not augment.noise, "without augment.noise"),
+        (augment, "erase_largest", not augment.erase, "without augment.erase"),
+        (split, "fold", not split.folds, "without split.folds"),
+    ]
+    return [
+        f"{options.group}.{name} {getattr(options, name)} has no effect {reason}"
+        for options, name, idle, reason in rules
+        if idle and getattr(options, name) != getattr(type(options)(), name)
+    ]
 
 
 def as_dict(options: Any) -> dict:
     """Nested plain values; a method's and data set's options carry their ``name``."""
-    values: dict[str, Any] = {"name": options.name} if isinstance(options, Named) else {}
-    for f in dataclasses.fields(options):
-        value = getattr(options, f.name)
-        values[f.name] = as_dict(value) if dataclasses.is_dataclass(value) else value
-    return values
+    named = {"name": options.name} if isinstance(options, Named) else {}
+    return named | {k: as_dict(v) if dataclasses.is_dataclass(v) else v for k, v in vars(options).items()}
 
 
 def from_dict(saved: Mapping, default: Any) -> Any:

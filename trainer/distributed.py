@@ -9,8 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from .config import UserError
 
@@ -59,7 +58,7 @@ def first(work: Callable[[], T]) -> T:
         UserError: as rank 0 did, in every process.
     """
     result: Any = None
-    error = None
+    error: UserError | None = None
     if not rank():
         try:
             result = work()
@@ -103,8 +102,3 @@ def same(value: Any) -> Any:
     if size() > 1:
         dist.broadcast_object_list(box, src=0)
     return box[0]
-
-
-def parallel(module: nn.Module) -> nn.Module:
-    """``module``, whose backward averages the gradients of all processes."""
-    return DistributedDataParallel(module) if size() > 1 else module

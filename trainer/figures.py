@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 import torch
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
@@ -19,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 
 from . import checkpoint, metrics
-from .data import Split
 from .data.views import views
 from .methods import Method
 
@@ -75,63 +72,50 @@ def _draw_maps(
 ) -> None:
     """All tiles in one picture: axes of its own for each of them take matplotlib ten times as long."""
     k, half = len(images), 1 + len(classes)
-    (height, width), gap = images.shape[1:3], images.shape[1] // 4
-    pair = torch.cat([images, images.flip(2)])
+    (height, width), gap, margin = images.shape[1:3], images.shape[1] // 4, images.shape[2] // 16
     large = torch.nn.functional.interpolate(maps.float(), (height, width), mode="bilinear", align_corners=False)
     limit = large.abs().amax().item() or 1.0
     scale = ScalarMappable(Normalize(-limit, limit), "RdBu_r")
-    drawn = np.full((k * (height + gap), 2 * half * width * 17 // 16, 3), 255, np.uint8)
+    pair = torch.cat([images, images.flip(2)])
+    grey = pair.float().mean(-1, keepdim=True)[:, None]
+    coloured = 0.4 * grey + 0.6 * torch.from_numpy(scale.to_rgba(large.numpy(), bytes=True)[..., :3])
+    tiles = torch.cat([pair.expand(-1, -1, -1, 3)[:, None], coloured.round().byte()], 1)  # (2K, 1 + L, H, W, 3)
+    tiles = torch.nn.functional.pad(tiles, (0, 0, 0, margin, gap, 0), value=255).unflatten(0, (2, k))
     figure = Figure(figsize=(1.9 * half + 0.8, 1.12 * k + 0.9), layout="constrained")
     axes = figure.add_subplot()
     axes.set_axis_off()
-
-    def place(row: int, column: int, tile: np.ndarray) -> tuple[int, int]:
-        x, y = column * width * 17 // 16, row * (height + gap) + gap
-        drawn[y : y + height, x : x + width] = tile
-        return x, y
+    axes.imshow(tiles.permute(1, 3, 0, 2, 4, 5).reshape(k * (height + gap), -1, 3).numpy())
 
     def write(x: float, y: float, text: str, colour: str = "black", **placed: Any) -> None:
         axes.text(x, y, text, fontsize=8, color=colour, **{"ha": "center", "va": "bottom"} | placed)
 
     for i in range(2 * k):
         label, (half_of, row) = None if labels is None else labels[i % k], divmod(i, k)
-        x, y = place(row, half_of * half, pair[i].expand(-1, -1, 3).numpy())
+        xs = [column * (width + margin) for column in range(half_of * half, (half_of + 1) * half)]
+        y = row * (height + gap) + gap
         tone = "black" if label is None else RIGHT if label == predicted[i] else WRONG
-        write(x + width / 2, y, f"→ {classes[predicted[i]]}", tone)
-        if half_of == 0 and label is not None:
-            write(x - width / 16, y + height / 2, classes[label], rotation=90, ha="right", va="center")
-        grey = pair[i].float().mean(-1, keepdim=True)
-        for c in range(len(classes)):
-            colours = torch.from_numpy(scale.to_rgba(large[i, c].numpy(), bytes=True)[..., :3]).float()
-            x, y = place(row, half_of * half + 1 + c, (0.4 * grey + 0.6 * colours).round().byte().numpy())
-            if row == 0:
-                write(x + width / 2, y, classes[c])
-            if c == label:
-                axes.add_patch(Rectangle((x - 0.5, y - 0.5), width, height, fill=False, linewidth=2, color=RIGHT))
-    axes.imshow(drawn)
+        write(xs[0] + width / 2, y, f"→ {classes[predicted[i]]}", tone)
+        if label is not None:
+            corner = xs[1 + label] - 0.5, y - 0.5
+            axes.add_patch(Rectangle(corner, width, height, fill=False, linewidth=2, color=RIGHT))
+            if half_of == 0:
+                write(xs[0] - width / 16, y + height / 2, classes[label], rotation=90, ha="right", va="center")
+        for x, name in zip(xs[1:], classes, strict=True) if row == 0 else ():
+            write(x + width / 2, y, name)
     figure.colorbar(scale, ax=axes, shrink=0.8, fraction=0.02).set_label("evidence for the class", fontsize=8)
     what = "class activation maps of images (left) and of their mirror images (right); red = evidence for a class"
     figure.suptitle(f"{title}\n{what}", fontsize=9)
     save(figure, path)
 
 
-def one_of_each(split: Split, only: Sequence[int] | None = None) -> tuple[Tensor, list[int]]:
-    """The first image of each class that the split has, or of ``only`` these, and the classes."""
-    labels = [c for c in split.hard.cpu().unique().tolist() if only is None or c in only]
-    rows = torch.tensor([(split.hard.cpu() == c).nonzero()[0, 0].item() for c in labels])
-    return split.images[rows].cpu(), labels
-
-
 def legible(names: tuple[str, ...]) -> tuple[str, ...]:
     """The names, with a font for their letters made known to matplotlib; "class 3" where no installed font has them."""
-    shown, families = [], list(matplotlib.rcParams["font.family"])
-    for i, name in enumerate(names):
-        family = next((f for f in (*families, *_other_fonts()) if _has(f, name)), None)
-        if family and family not in families:
-            families.append(family)
-        shown.append(name if family else f"class {i}")
+    families = list(matplotlib.rcParams["font.family"])
+    for name in names:
+        if not any(_has(family, name) for family in families):
+            families += [family for family in _other_fonts() if _has(family, name)][:1]
     matplotlib.rcParams["font.family"] = families
-    return tuple(shown)
+    return tuple(n if any(_has(f, n) for f in families) else f"class {i}" for i, n in enumerate(names))
 
 
 def _other_fonts() -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 import zlib
 
@@ -12,15 +11,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import backbones, distributed, metrics, optim
-from .config import Config, UserError
+from .config import Config, logger
 from .data import Data, Split
 from .data.batches import Batch, Source, order
 from .data.views import views
 from .methods import Method, Task
 from .run import Diverged, Run, Signals, Stopped
 from .state import State
-
-logger = logging.getLogger(__name__)
 
 CHECK_EVERY = 50  # steps between two looks at the losses, for each of which the host waits for the device
 EVALUATED_AT_ONCE = 256  # images
@@ -33,15 +30,7 @@ def build(
     backbone = backbone or backbones.create(config)
     torch.manual_seed(config.seed)
     method = config.method.build(backbone, Task(counts, config.epochs, config.compute.backend)).to(device)
-    if config.backbone.separate_views and not method.paired:
-        raise UserError(f"backbone.separate_views: got true, but {config.method.name} looks at one view")
-    if config.augment.versions and method.changes_images:
-        raise UserError(
-            f"augment.versions: got {config.augment.versions}, but {config.method.name} changes images itself"
-        )
-    if config.compute.cuda_graph and (not method.capturable or distributed.size() > 1):
-        what = "several processes" if method.capturable else config.method.name
-        raise UserError(f"compute.cuda_graph: got true with {what}, which no graph can hold")
+    method.expect_able(config, distributed.size())
     if config.compute.sync_batchnorm:
         method = convert_sync_batchnorm(method)  # timm's, because its BatchNorm may have an activation inside
     if config.compute.compile:

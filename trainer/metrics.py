@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,9 +32,9 @@ def accuracies(matrix: Tensor) -> dict:
     }
 
 
-def table(classes: tuple[str, ...], images: dict[str, int] | None, columns: dict[str, dict]) -> str:
+def table(classes: tuple[str, ...], images: Sequence[object] | None, columns: dict[str, dict]) -> str:
     """Accuracies in percent as text, a column for each of ``columns``: title -> what :func:`accuracies` returns."""
-    rows = [[name, str(images[name]) if images else ""] for name in classes]
+    rows = [[name, str(n)] for name, n in zip(classes, images or [""] * len(classes), strict=True)]
     rows += [["mean", ""], ["overall", ""], ["macro-F1", ""]]
     for scores in columns.values():
         values = [*scores["per_class"], scores["mean"], scores["overall"], scores["f1"]]

@@ -1,4 +1,4 @@
-"""timm's optimisers and moving average, and the learning rate of each step.
+"""timm's optimisers, and the learning rate of each step.
 
 The rate is a function of where the run stands: it has no state that a checkpoint would have to hold.
 """
@@ -10,12 +10,10 @@ from typing import Any
 
 import timm.optim
 import torch
-from timm.utils import ModelEmaV3
 from torch import nn
 
 from . import distributed
 from .config import Config, UserError, expect
-from .methods import Method
 
 FUSED = ("adam", "adamw", "sgd", "momentum", "nesterov")  #: PyTorch's own, which have one kernel for all weights
 
@@ -71,12 +69,6 @@ def fewest(config: Config) -> int:
     what = f"{config.optim.accumulate} parts in {distributed.size()} processes" if parts > 1 else "BatchNorm"
     expect(size >= 2 * parts, "batch_size", size, f"at least {2 * parts}: two for {what}")
     return 2 * parts
-
-
-def average(config: Config, method: Method) -> ModelEmaV3 | None:
-    """The moving average of the weights, from their start; None if there is to be none."""
-    decay = config.optim.average
-    return ModelEmaV3(method, decay=decay, use_warmup=True) if decay else None
 
 
 def learning_rate(config: Config, epoch: int, step: int, steps: int) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import logging
 import math
 import os
 import signal
@@ -15,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from . import checkpoint, distributed
-from .config import RESULTS, ROUNDING, Config, UserError, as_dict, differences, restored
+from .config import RESULTS, ROUNDING, Config, UserError, as_dict, differences, logger, restored
 from .state import State
-
-logger = logging.getLogger(__name__)
 
 #: What a run writes into its folder.
 FILES = ("config.json", "metrics.jsonl", "last.pt", "previous.pt", "best.pt", "confusion.png", "cam.png")
@@ -73,25 +70,24 @@ class Run(AbstractContextManager):
         """Locks the folder; the state to resume from."""
         if distributed.rank():
             return None
-        if resume and not (last := self.folder / "last.pt").is_file():
+        path = self.folder / "last.pt"
+        if resume and not path.is_file():
             expected = f"expected the checkpoint of an earlier run{self._offer_previous()}"
-            raise UserError(f"resume: got no file {last}, {expected}")
+            raise UserError(f"resume: got no file {path}, {expected}")
         self.lock = _lock(self.folder)
         try:
-            if resume:
-                return self._resumed()
-            if not overwrite and (found := [name for name in FILES if (self.folder / name).exists()]):
+            found = [name for name in FILES if (self.folder / name).exists()]
+            if found and not resume and not overwrite:
                 raise UserError(
                     f"name: got {self.config.name!r}, but {self.folder} has a run already ({', '.join(found)}): "
                     "--resume continues it, --overwrite replaces it, or choose another --name"
                 )
-            return None
+            return self._resumed(path) if resume else None
         except UserError:
             self.close()
             raise
 
-    def _resumed(self) -> dict:
-        path = self.folder / "last.pt"
+    def _resumed(self, path: Path) -> dict:
         try:
             saved = checkpoint.read(path)
         except UserError as error:
@@ -115,11 +111,11 @@ class Run(AbstractContextManager):
         self.saved_at, self.position = time.monotonic(), position(state.epoch, state.step)
         if distributed.rank():
             return
-        for stale in self.folder.glob(".*.tmp"):  # of a process that was killed while it wrote
-            stale.unlink()
+        replaced = (*FILES, "events.out.tfevents.*") if self.saved is None else ()
+        for pattern in (".*.tmp", *replaced):  # the former of a process that was killed while it wrote
+            for stale in self.folder.glob(pattern):
+                stale.unlink()
         if self.saved is None:
-            for name in (*FILES, *(f.name for f in self.folder.glob("events.out.tfevents.*"))):
-                (self.folder / name).unlink(missing_ok=True)
             self.save(state)
         text = json.dumps(as_dict(self.config), indent=2, ensure_ascii=False)
         checkpoint.write(self.folder / "config.json", text + "\n")

@@ -24,8 +24,12 @@ class State:
     """
 
     def __init__(self, config: Config, method: Method, device: torch.device) -> None:
-        self.take = Step(config, method, device)
+        self.take = step = Step(config, method, device)
         self.method, self.device = method, device
+        #: What has a state dict, by its name in a checkpoint.
+        self.parts: dict[str, Any] = {"model": method, "optimizer": step.optimizer, "scaler": step.scaler}
+        if step.average is not None:
+            self.parts["average"] = step.average.module
         #: Whether what a step does depends on how many epochs the run has.
         self.epoch_bound = config.optim.schedule == "cosine" or method.follows_progress
         self.names: list[str] = []
@@ -58,26 +62,14 @@ class State:
         self.begin_epoch(self.epoch + 1)
 
     def as_dict(self) -> dict:
-        step = self.take
-        return {
-            "model": self.method.state_dict(),
-            "average": None if step.average is None else step.average.module.state_dict(),
-            "optimizer": step.optimizer.state_dict(),
-            "scaler": step.scaler.state_dict(),
-            "taken": step.taken,
-            "sums": self.sums,
-            **{key: getattr(self, key) for key in PLAIN},
-        }
+        plain = {key: getattr(self, key) for key in PLAIN} | {"taken": self.take.taken, "sums": self.sums}
+        return {"average": None, **{key: part.state_dict() for key, part in self.parts.items()}, **plain}
 
     def restore(self, saved: dict) -> None:
         """From what :meth:`as_dict` made, to continue bit for bit."""
-        step = self.take
-        self.method.load_state_dict(saved["model"])
-        if step.average is not None:
-            step.average.module.load_state_dict(saved["average"])
-        step.optimizer.load_state_dict(saved["optimizer"])
-        step.scaler.load_state_dict(saved["scaler"])
-        step.taken = saved["taken"]
+        for key, part in self.parts.items():
+            part.load_state_dict(saved[key])
         for key in PLAIN:
             setattr(self, key, saved[key])
+        self.take.taken = saved["taken"]
         self.sums = None if saved["sums"] is None else saved["sums"].to(self.device)

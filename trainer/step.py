@@ -6,7 +6,9 @@ import contextlib
 from collections.abc import Callable
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from . import distributed, optim
 from .config import Config
@@ -19,15 +21,18 @@ WARM_UP = 3  #: eager steps before a graph is captured, in which libraries choos
 class Step:
     """A step of ``method`` by ``optimizer``, counted in ``taken``. Nothing in it waits for the device.
 
-    ``scaler`` scales the loss of float16; ``average`` is the moving average of the weights, or None.
+    ``scaler`` scales the loss of float16; ``average`` is the moving average of the weights from their start, or None.
+    ``graphs`` are captured when they are first needed.
     """
 
     def __init__(self, config: Config, method: Method, device: torch.device) -> None:
         self.config, self.method, self.taken, self.eager = config, method, 0, 0
         self.optimizer = optim.create(config, method, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.compute.amp == "fp16")
-        self.average = optim.average(config, method)
-        self.model = distributed.parallel(_Losses(method))
+        decay = config.optim.average
+        self.average = ModelEmaV3(method, decay=decay, use_warmup=True) if decay else None
+        #: Its backward averages the gradients of all processes.
+        self.model = DistributedDataParallel(_Losses(method)) if distributed.size() > 1 else _Losses(method)
         self.names: list[str] = []  #: of the losses
         self.graphs: dict[int, Callable[[Batch], Tensor]] = {}  #: by the number of images
 
@@ -40,7 +45,9 @@ class Step:
         """(k,) float32 on the device: the losses named ``names``, summed over the images of all processes."""
         optim.set_learning_rate(self.optimizer, rate)
         if self.config.compute.cuda_graph and self.eager >= WARM_UP:
-            sums = self._replayed(batch)
+            if len(batch) not in self.graphs:
+                self.graphs[len(batch)] = _captured(self._eager, batch)
+            sums = self.graphs[len(batch)](batch)
         else:
             sums = self._eager(batch)
             self.eager += 1  # of this process: a resumed run warms up anew
@@ -70,12 +77,6 @@ class Step:
             self.scaler.scale(losses["loss"] * (len(part) * distributed.size() / part.whole)).backward()
         self.names = list(losses)
         return torch.stack([loss.detach() for loss in losses.values()]) * len(part)
-
-    def _replayed(self, batch: Batch) -> Tensor:
-        """The same as :meth:`_eager` by a graph for this number of images, captured when it is first needed."""
-        if len(batch) not in self.graphs:
-            self.graphs[len(batch)] = _captured(self._eager, batch)
-        return self.graphs[len(batch)](batch)
 
 
 class _Losses(nn.Module):

@@ -4,38 +4,32 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from . import backbones, compute, data, distributed, loop, metrics, optim, weights
-from .config import Config, UserError, as_dict, one_line, without_effect
+from .config import Config, UserError, as_dict, logger, one_line, without_effect
 from .data import frozen
 from .methods import Method
 from .run import Run
 from .state import State
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Result:
     """What a finished run has to say."""
 
-    classes: tuple[str, ...]
-    counts: tuple[int, ...]  #: training images per class
-    history: list[dict]  #: the rows of metrics.jsonl
-    chooser: str
-    folder: Path
-    method: Method  #: with the weights that the last epoch was evaluated with
     used: data.Data  #: what it was trained and evaluated on
+    history: list[dict]  #: the rows of metrics.jsonl
+    method: Method  #: with the weights that the last epoch was evaluated with
+    folder: Path
 
     @property
     def best(self) -> dict:
         """The row of the epoch with the highest mean on the split that chooses."""
-        return max(self.history, key=lambda row: row[self.chooser]["mean"])
+        return max(self.history, key=lambda row: row[self.used.chooser]["mean"])
 
     def columns(self) -> dict[str, dict]:
         """Title -> scores of the last and of the best epoch on each split."""
@@ -44,9 +38,8 @@ class Result:
         return {f"{name}, last": last[name] for name in splits} | {f"{name}, best": self.best[name] for name in splits}
 
     def table(self) -> str:
-        images = dict(zip(self.classes, self.counts, strict=True))
-        how = f"images: of train; best: epoch {self.best['epoch']}, chosen by the mean on {self.chooser}"
-        return f"{metrics.table(self.classes, images, self.columns())}\n{how}\n{self.folder}"
+        how = f"images: of train; best: epoch {self.best['epoch']}, chosen by the mean on {self.used.chooser}"
+        return f"{metrics.table(self.used.classes, self.used.counts, self.columns())}\n{how}\n{self.folder}"
 
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> Result:
@@ -80,7 +73,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> R
         state = loop.fit(config, method, used, run, device)
         if config.output.pictures:
             draw(config, state, used, sets, run)
-    return Result(sets.classes, sets.counts, state.history, sets.chooser, run.folder, state.take.evaluated, used)
+    return Result(used, state.history, state.take.evaluated, run.folder)
 
 
 def expect_same(saved: dict, now: dict, start: str) -> None:
@@ -98,8 +91,7 @@ def expect_same(saved: dict, now: dict, start: str) -> None:
 
 def draw(config: Config, state: State, used: data.Data, sets: data.Data, run: Run) -> None:
     """The pictures of the last epoch, evaluated on what was ``used``; none of them may fail a run."""
-    name, title = "test" if "test" in sets.splits else sets.chooser, f"{config.name}, epoch {state.epoch}"
-    method, split = state.take.evaluated, sets.splits[name]
+    name, method, title = sets.reported, state.take.evaluated, f"{config.name}, epoch {state.epoch}"
     matrix = loop.evaluate(method, used.splits[name], len(sets.classes))
     assert matrix is not None, "the last evaluation had finite logits"
     if distributed.rank():
@@ -108,7 +100,7 @@ def draw(config: Config, state: State, used: data.Data, sets: data.Data, run: Ru
         from . import figures
 
         figures.confusion_matrix(run.folder / "confusion.png", matrix, sets.classes, title, name)
-        images, labels = figures.one_of_each(split)
+        images, labels = sets.splits[name].one_of_each()
         figures.activation_maps(run.folder / "cam.png", method, images, labels, sets.classes, f"{title}, {name} images")
     except Exception as error:
         logger.warning("note: no pictures: %s", one_line(error))

@@ -138,10 +138,9 @@ def locate(text: str) -> Path:
     path = Path(text).expanduser()
     if path.name == text and not path.is_file():  # a path that is missing is no name
         path = folder / f"{spelt(text)}.safetensors"
-    if path.is_file():
-        return path
     names = ", ".join(sorted(file.stem for file in folder.glob("*.safetensors"))) or "none; `make weights` makes some"
-    raise UserError(f"backbone.weights: got {text!r}, expected a file or a name of {folder} ({names})")
+    expect(path.is_file(), "backbone.weights", text, f"a file or a name of {folder} ({names})")
+    return path
 
 
 def read(path: Path) -> Weights:

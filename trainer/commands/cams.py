@@ -17,7 +17,7 @@ class Options(Checked):
     out: str = option("cam.png", "the picture", positional=True)
     classes: list[str] = option((), "rows of the picture, such as '[fear, anger]'; every class if left out")
     split: str = option("", "of which split; the one that chose the best epoch if left out")
-    device: str = option("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
+    device: str = option("auto", choices=("auto", "cpu", "cuda"))
     overwrite: bool = option(False, "replace the picture")
 
     def run(self) -> int:
@@ -31,7 +31,7 @@ class Options(Checked):
         if unknown := sorted(set(self.classes) - set(trained.classes)):
             raise UserError(f"classes: got {', '.join(unknown)}, expected some of {', '.join(trained.classes)}")
         only = [trained.classes.index(name) for name in self.classes] or None
-        images, labels = figures.one_of_each(sets.splits[name], only)
+        images, labels = sets.splits[name].one_of_each(only)
         title = f"{trained.about}, {name} images"
         figures.activation_maps(out, trained.method, images, labels, trained.classes, title)
         print(out)

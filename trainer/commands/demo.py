@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from .. import metrics, presets
-from ..config import NOTHING, Checked, option, select
+from ..config import NOTHING, Checked, logger, option, select
 from ..train import train
 
-logger = logging.getLogger(__name__)
 DEFAULT = presets.demo()
 
 
@@ -36,7 +34,7 @@ class Options(Checked):
             result = train(config, overwrite=self.overwrite)
             columns |= {f"{method.name}, {k.removeprefix('test, ')}": v for k, v in result.columns().items()}
             pictures += [result.folder / "confusion.png", result.folder / "cam.png"]
-        print(metrics.table(result.classes, dict(zip(result.classes, result.counts, strict=True)), columns))
+        print(metrics.table(result.used.classes, result.used.counts, columns))
         print("on test, which also chose the best epoch; images: of train")
         print("one run of each: a few points are within what the seed changes; `study synthetic` has intervals")
         print("pictures:", *pictures, sep="\n  ")

@@ -18,7 +18,7 @@ class Options(Checked):
     checkpoint: str = option("", "a run's folder, or its best.pt or last.pt", positional=True)
     path: str = option("", "another folder in place of the run's --data.path")
     flip: bool = option(False, "average the logits of each image and its mirror image")
-    device: str = option("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
+    device: str = option("auto", choices=("auto", "cpu", "cuda"))
     out: str = option("", "also write the scores to this JSON file")
     overwrite: bool = option(False, "replace that file")
 

@@ -51,9 +51,8 @@ class Options:
         worst = _difference(network, again, images)
         said = f"its outputs differ from those of the run by up to {worst:.1e} of the largest"
         if not worst <= TOLERANCE:
-            raise UserError(
-                f"checkpoint: got {self.checkpoint}, but {said}, more than {TOLERANCE:g}; nothing is written"
-            )
+            excess = f"more than {TOLERANCE:g}; nothing is written"
+            raise UserError(f"checkpoint: got {self.checkpoint}, but {said}, {excess}")
         with checkpoint.replacing(out) as file:
             file.write(content)
         print(f"{out}: {' and '.join(network.names)} of {trained.about}; {said}")

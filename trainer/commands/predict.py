@@ -8,10 +8,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from .. import checkpoint, loop
-from ..config import Checked, UserError, expect, option
+from ..config import Checked, expect, option
 from ..data import decode
 from . import load, new_file
 
@@ -25,7 +23,7 @@ class Options(Checked):
     out: str = option("", "a .csv or .json file; printed as CSV if left out")
     flip: bool = option(True, "average the logits of each image and its mirror image")
     maps: str = option("", "also draw every class's activation map into this new folder")
-    device: str = option("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
+    device: str = option("auto", choices=("auto", "cpu", "cuda"))
     overwrite: bool = option(False, "replace the file and the folder's pictures")
 
     def run(self) -> int:
@@ -33,10 +31,9 @@ class Options(Checked):
         expect(suffix in (".csv", ".json") or not self.out, "out", self.out, "a name that ends with .csv or .json")
         out = new_file(self.out, self.overwrite) if self.out else None
         folder = new_file(self.maps, self.overwrite) if self.maps else None
-        files = [file for name in self.images for file in _files(Path(name).expanduser())]
+        files = decode.found(self.images)
         trained = load(self.checkpoint, self.device)
-        labels, size = torch.zeros(len(files), dtype=torch.int64), trained.config.image_size  # labels are not known
-        images = decode.read(Path("/"), "predict", [file.absolute() for file in files], labels, size).images
+        images = decode.read_unlabelled(files, trained.config.image_size)
         found = loop.logits(trained.method, images, flip=self.flip).softmax(1)
         classes = [trained.classes[i] for i in found.argmax(1).tolist()]
         rows = list(zip(map(str, files), classes, found.tolist(), strict=True))
@@ -65,12 +62,3 @@ def _text(rows: list[tuple[str, str, list[float]]], classes: tuple[str, ...], ki
     writer.writerow(["file", "class", *classes])
     writer.writerows([file, name, *(f"{p:.6f}" for p in found)] for file, name, found in rows)
     return text.getvalue()
-
-
-def _files(path: Path) -> list[Path]:
-    if not path.exists():
-        raise UserError(f"images: got {path}, expected a file or folder that exists")
-    images = decode.image_files(path)[0] if path.is_dir() else [path]
-    if not images:
-        raise UserError(f"images: got the folder {path}, which has no images")
-    return images

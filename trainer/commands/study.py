@@ -22,9 +22,7 @@ class Options(Checked):
     root: str = option("runs", "folder of the runs", changes=NOTHING)
     results: str = option("", "file of what the runs gave; ROOT/STUDY/results.jsonl if left out", changes=NOTHING)
     at_most: int = option(0, "runs by this start; 0: all that are missing", changes=NOTHING, low=0)
-    processes: int = option(
-        1, "that share the runs, each on a GPU of its own where there are some", changes=NOTHING, low=1
-    )
+    processes: int = option(1, "that share the runs, each on a GPU if there are some", changes=NOTHING, low=1)
     table: bool = option(False, "only the table of the runs that are finished", changes=NOTHING)
 
     def run(self) -> int:

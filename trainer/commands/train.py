@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
 
 from .. import distributed, presets
-from ..config import NOTHING, Config, option
+from ..config import NOTHING, Config, logger, option, title
 from ..train import train
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -22,7 +19,7 @@ class Options:
     overwrite: bool = option(False, "replace the run that ROOT/NAME has", changes=NOTHING)
 
     def run(self) -> int:
-        logger.info("preset %s: %s", self.preset, (presets.found()[self.preset].__doc__ or "").splitlines()[0])
+        logger.info("preset %s: %s", self.preset, title(presets.found()[self.preset]))
         result = train(self.config, resume=self.resume, overwrite=self.overwrite)
         if distributed.speaks():
             print(result.table())

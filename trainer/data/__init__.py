@@ -43,6 +43,12 @@ class Split(NamedTuple):
         names, digests = (tuple(of[i] for i in pick) if of else () for of in (self.names, self.digests))
         return Split(self.images[rows], self.labels[rows], names, digests)
 
+    def one_of_each(self, only: Sequence[int] | None = None) -> tuple[Tensor, list[int]]:
+        """The first image of each class that there is, or of ``only`` these, and the classes."""
+        labels = [c for c in self.hard.cpu().unique().tolist() if only is None or c in only]
+        rows = torch.tensor([(self.hard.cpu() == c).nonzero()[0, 0].item() for c in labels])
+        return self.images[rows].cpu(), labels
+
     def to(self, device: torch.device) -> Split:
         return self._replace(images=self.images.to(device), labels=self.labels.to(device))
 
@@ -67,6 +73,11 @@ class Data(NamedTuple):
     @property
     def evaluated(self) -> dict[str, Split]:
         return {name: split for name, split in self.splits.items() if name != "train"}
+
+    @property
+    def reported(self) -> str:
+        """The name of the split that pictures and studies are of."""
+        return "test" if "test" in self.splits else self.chooser
 
     @property
     def counts(self) -> tuple[int, ...]:

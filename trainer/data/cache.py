@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,9 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import checkpoint
-from ..config import UserError, listed, printable
-
-logger = logging.getLogger(__name__)
+from ..config import UserError, listed, logger, printable
 
 OFF = "off"
 VERSION = 1  # of what pixels are made of a file: a change of decode.py that changes them raises it
@@ -293,10 +291,22 @@ def checksum(pixels: np.ndarray) -> str:
 
 
 @contextlib.contextmanager
+def turn(lock: Path, doing: str) -> Iterator[None]:
+    """One process at a time has the file ``lock``; another one waits, and says what for: "reads the images of …"."""
+    with lock.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("another process %s: waiting for it", doing)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Makes ``folder`` if need be; no other process reads or builds it at the same time."""
     folder.mkdir(parents=True, exist_ok=True)
-    with checkpoint.turn(folder / LOCK, f"reads the images of {folder}"):
+    with turn(folder / LOCK, f"reads the images of {folder}"):
         yield
 
 

@@ -44,6 +44,20 @@ class Settings:
     score: float  #: the smallest of a face
     resize: bool  #: whole images where no face is known
 
+    def resolved(self) -> Settings:
+        """With the whole paths of the files that are used, wherever a later start is made.
+
+        Raises:
+            UserError: YuNet is to find faces and can't be used.
+        """
+        source = str(Path(self.source).resolve())
+        points = str(Path(self.landmarks).expanduser().resolve()) if self.landmarks else ""
+        if points and not self.detect:
+            return dataclasses.replace(self, source=source, landmarks=points, model="")
+        model = str(yunet.find_model(self.model).resolve())
+        yunet.detector(model, self.score)
+        return dataclasses.replace(self, source=source, landmarks=points, model=model)
+
 
 class Row(NamedTuple):
     """A row of ``align.csv``."""

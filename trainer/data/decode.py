@@ -11,10 +11,11 @@ from itertools import compress
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from ..config import printable
+from ..config import UserError, printable
 from . import Split, cache
 from .labels import natural
 
@@ -35,6 +36,23 @@ def image_files(folder: Path) -> tuple[list[Path], list[Path]]:
     files = sorted(_walk(folder, set()), key=lambda f: [natural(part) for part in f.relative_to(folder).parts])
     is_image = [f.suffix.lower() in SUFFIXES or _opens(f) for f in files]
     return list(compress(files, is_image)), [f for f, yes in zip(files, is_image, strict=True) if not yes]
+
+
+def found(names: Sequence[str]) -> list[Path]:
+    """The image files of these names, and those in the folders of these names.
+
+    Raises:
+        UserError: there is no such file or folder, or no image in a folder.
+    """
+    files: list[Path] = []
+    for path in (Path(name).expanduser() for name in names):
+        if not path.exists():
+            raise UserError(f"images: got {path}, expected a file or folder that exists")
+        inside = image_files(path)[0] if path.is_dir() else [path]
+        if not inside:
+            raise UserError(f"images: got the folder {path}, which has no images")
+        files += inside
+    return files
 
 
 def hidden(name: str) -> bool:
@@ -165,6 +183,12 @@ def read(
     kept = cache.Part(root, f"{part}-cropped" if boxes else part, size, 3)  # the same files have other pixels then
     images, digests = cache.read(kept, sources)
     return Split(images, labels, names, digests)
+
+
+def read_unlabelled(files: Sequence[Path], size: int) -> Tensor:
+    """(K, size, size, 3) uint8 of files whose labels are not known, as :func:`read` decodes them."""
+    labels = torch.zeros(len(files), dtype=torch.int64)
+    return read(Path("/"), "predict", [file.absolute() for file in files], labels, size).images
 
 
 def read_grey(

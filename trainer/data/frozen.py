@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ from tqdm import tqdm
 import rebalfer_kernels as rk
 
 from .. import checkpoint
-from ..config import Config, UserError, as_dict, expect
+from ..config import Config, UserError, as_dict, expect, logger
 from . import Data, cache
 from .batches import augmentation
 from .views import Activations, views
@@ -32,7 +31,6 @@ from .views import Activations, views
 if TYPE_CHECKING:
     from ..backbones import Backbone
 
-logger = logging.getLogger(__name__)
 
 CHUNK = 32  # images at a time
 ROWS, INDEX, LOCK = "rows.f16", "index.json", ".lock"
@@ -100,7 +98,7 @@ class _Store:
         """By one process at a time, with what the store has."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with checkpoint.turn(self.folder / LOCK, f"computes the activations in {self.folder}"):
+            with cache.turn(self.folder / LOCK, f"computes the activations in {self.folder}"):
                 path = self.folder / INDEX
                 self.index = {d: row for row, d in enumerate(json.loads(path.read_text()))} if path.exists() else {}
                 yield

@@ -1,4 +1,4 @@
-"""What a backbone takes of images and of their mirror images, and what stands for images whose activations are kept."""
+"""Normalised views of images and of their mirror images, and what replaces images whose activations are kept."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..config import Named
+from ..config import Config, Named, UserError
 
 if TYPE_CHECKING:
     from ..backbones import Backbone
@@ -60,6 +60,17 @@ class Method(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = head
+
+    def expect_able(self, config: Config, processes: int) -> None:
+        """Raises :class:`UserError` if a run with ``config`` asks for what the method can't do."""
+        name = config.method.name
+        if config.backbone.separate_views and not self.paired:
+            raise UserError(f"backbone.separate_views: got true, but {name} looks at one view")
+        if config.augment.versions and self.changes_images:
+            raise UserError(f"augment.versions: got {config.augment.versions}, but {name} changes images itself")
+        if config.compute.cuda_graph and (not self.capturable or processes > 1):
+            what = "several processes" if self.capturable else name
+            raise UserError(f"compute.cuda_graph: got true with {what}, which no graph can hold")
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Scalars to be logged by name, means over the batch; the one called "loss" is minimised."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .. import checkpoint
 from ..config import UserError
+from ..data import cache
 
 
 def read(path: Path) -> list[dict]:
@@ -38,7 +39,7 @@ def add(path: Path, record: dict) -> None:
     """One more line, in place of an older one of the same run; several processes may do so at the same time."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with checkpoint.turn(path.parent / f".{path.name}.lock", f"writes {path}"):
+        with cache.turn(path.parent / f".{path.name}.lock", f"writes {path}"):
             kept = [r for r in read(path) if identity(r) != identity(record)]
             checkpoint.write(path, "".join(json.dumps(r, allow_nan=False) + "\n" for r in [*kept, record]))
     except OSError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import subprocess
 import sys
@@ -11,20 +10,18 @@ from pathlib import Path
 
 import torch
 
-from ..config import UserError
+from ..config import UserError, logger
 from ..run import Busy, Diverged
 from ..train import Result, train
 from . import grid, measure, results
-
-logger = logging.getLogger(__name__)
 
 WHOLE_STATE = ("last.pt", "previous.pt")  #: of a finished run, which best.pt and the log outlive
 
 
 def run_missing(study: grid.Study, folder: Path, file: Path, at_most: int = 0) -> None:
-    """Adds to ``file`` the missing runs but for those that another process holds, which it will finish.
+    """Makes the runs that ``file`` lacks and adds their records; those that another process holds are left to it.
 
-    ``at_most`` of them are started; 0: all.
+    At most ``at_most`` of them are started; 0: all.
     """
     runs, started = study.runs(folder), 0
     for run in runs:
@@ -50,7 +47,7 @@ def run_missing(study: grid.Study, folder: Path, file: Path, at_most: int = 0) -
 
 
 def share(processes: int, arguments: list[str]) -> None:
-    """So many processes of the trainer with these arguments, each of which takes the runs that no other holds.
+    """Starts ``processes`` processes of the trainer with these arguments; each makes the runs that no other holds.
 
     Raises:
         UserError: one of them failed.
@@ -72,15 +69,15 @@ def about(run: grid.Run) -> dict:
 
 def record(run: grid.Run, result: Result) -> dict:
     """What a finished run gave, as plain values."""
-    name = "test" if "test" in result.used.splits else result.chooser
+    name = result.used.reported
     last, best = result.history[-1], result.best
     split = result.used.splits[name]
-    images = "\n".join([*split.digests, *map(str, split.counts(len(result.classes)))])
+    images = "\n".join([*split.digests, *map(str, split.counts(len(result.used.classes)))])
     return {
         **about(run),
         "method": run.config.method.name,
         "split": name,
-        "classes": list(result.classes),
+        "classes": list(result.used.classes),
         "images": hashlib.sha256(images.encode()).hexdigest()[:16],
         "last": last[name],
         "best": {**best[name], "epoch": best["epoch"]},
