@@ -236,7 +236,8 @@ def changed_since(commit: str | None) -> list[str]:
     """Which of CUDA's kernels, "forward" or "backward", are others now than at a commit that a GPU has measured."""
     known = json.loads(MEASURED.read_text())
     then = known["launches"] if commit in known["commits"] else {}
-    return sorted({name.split()[0] for name, figures in present().items() if figures != then.get(name, figures)})
+    changed = {name.split()[0] for name, figures in present().items() if figures != then.get(name, figures)}
+    return sorted(changed, reverse=True)  # the forward first
 
 
 def triton_now() -> Launches:

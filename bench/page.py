@@ -333,11 +333,13 @@ def _cpu_section(result: Result) -> list[Block]:
 
 def _earlier(result: Result) -> list[Block]:
     """Which of CUDA's kernels that a GPU has timed are others now."""
+    if not (changed := model.changed_since(result["commit"])):
+        return []
+    kernels = f"{' and '.join(changed)} {'kernel was' if len(changed) == 1 else 'kernels were'}"
     return [
-        f"CUDA's {kernel} kernel has been rewritten since the {result['device']} ran it: every figure of CUDA, and of "
-        "ours where CUDA serves, is of the earlier one. The present one is not yet run on a GPU ([what a model says of "
+        f"CUDA's {kernels} rewritten after the {result['device']} had run: every figure of CUDA, and of ours where "
+        "CUDA serves, is of earlier code. What there is now is not yet run on a GPU ([what a model says of "
         "it](gpu-model.md))."
-        for kernel in model.changed_since(result["commit"])
     ]
 
 

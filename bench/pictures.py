@@ -65,9 +65,9 @@ def where(result: Result) -> str:
     'AMD EPYC (AVX2), fresh memory'
     """
     if result["kind"] != "cpu":
-        return ", earlier ".join(
-            [result["device"], *(f"{kernel} kernel" for kernel in changed_since(result.get("commit")))]
-        )
+        changed = changed_since(result.get("commit"))
+        kernels = "kernels" if len(changed) > 1 else f"{''.join(changed)} kernel"
+        return result["device"] + (f", earlier {kernels}" if changed else "")
     memory = f", {result['memory']} memory" if result.get("memory") else ""
     return f"{result['device']} ({result['capability']}){memory}"
 

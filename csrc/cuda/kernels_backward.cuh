@@ -2,25 +2,28 @@
 //
 // The first blocks of the grid compute the gradients of weight and bias, 32 channels each, over the whole batch in a
 // fixed order; every such block recomputes the gradient of all logits, which is cheaper than a second launch. The other
-// blocks write the features' gradients, 128 channels of a pair each: U = W^T dS is computed once and written to both
-// views, dF = U + W^T dz / (H W) and, where the twin's index says, dF~ = -U + W^T dz~ / (H W).
+// blocks write the features' gradients of some channels of a pair. All that is not linear happens on the maps: with
+//   E = dS + dz / (H W)  and, where the twin's index says,  E~ = -dS + dz~ / (H W),
+// dF = W^T E and dF~ = W^T E~. So each warp writes one view, and no feature's gradient is added to or moved.
 //
-// 16-bit features: U by mma.m16n8k16 with 16 positions as rows, 8 channels as columns and as K 8 classes twice, once
-// for the weight's high and once for its low parts; dS is split too and needs a second mma. Both operands are ours, so
-// they are bfloat16 whatever the features are: float16 would lose gradients of 1 / (N L H W) to its few exponents.
-// float32 features: IEEE FMAs. channels_last: the columns of four mma are the 8 channels of a lane's 16-byte store;
-// NCHW: the block's channels are laid out in shared memory and leave in 16-byte stores.
+// 16-bit features: mma.m16n8k8 with 16 channels as rows, 8 classes as K and 8 positions as columns, for the high and
+// the low parts of E; where the weight is not of bfloat16, for its low parts too. Both operands are ours, so they are
+// bfloat16 whatever the features are: float16 would lose gradients of 1 / (N L H W) to its few exponents. The rows of
+// four mma are, for each group of 4 lanes, 8 consecutive channels: of channels_last, what a lane stores at a position
+// in 16 bytes; of NCHW, every second mma has the odd channels, whose columns begin one position earlier where H W is
+// odd, so that each lane stores two positions in one aligned word. There a warp lays its channels out in shared memory,
+// from where they leave in 16-byte stores. Columns that are no positions are computed from what happens to be there.
+//
+// float32 features: IEEE FMAs.
 #pragma once
 
-#include "kernels_common.cuh"
+#include "features.cuh"
 
 namespace rebalfer::gpu {
 
-constexpr int kGroup = 32;                       // channels that a warp works on at a time
-constexpr int kBlockChannels = kWarps * kGroup;  // of a block that writes the features' gradients
-constexpr int kWeightChannels = 32;              // of a block of the weight's gradient: a lane each
-constexpr int kWeightRows = 128;                 // samples whose dz such a block holds at a time
-constexpr int kRow = kMaxClasses + 1;            // their pitch: odd, so that rows hit different banks
+constexpr int kWeightChannels = 32;    // of a block of the weight's gradient: a lane each
+constexpr int kWeightRows = 128;       // samples whose dz such a block holds at a time
+constexpr int kRow = kMaxClasses + 4;  // their pitch: rows are read 16 bytes at a time
 
 __device__ __forceinline__ float upstream(const Upstream& u, int64_t i) {
   return u.data ? __ldg(u.data + i * u.stride) : 0;
@@ -31,16 +34,31 @@ __device__ __forceinline__ float consistency_upstream(const BackwardParams& p, i
   return p.d_maps ? 1.0f : (p.consistency_weight * upstream(p.d_loss, i) + upstream(p.d_consistency, i)) * p.share;
 }
 
-// dz of row m (view by view) of the logits.
-__device__ __forceinline__ void logit_gradient(const BackwardParams& p, int64_t m, float* dz) {
-  const int L = p.g.L;
+// dz of row m (view by view) of the logits; zero from L on, and where the row is not `inside` the batch.
+template <int kClasses>
+__device__ __forceinline__ void logit_gradient(const BackwardParams& p, int64_t m, bool inside, float* to) {
+  const int L = inside ? p.g.L : 0;
   const int64_t i = m < p.g.N ? m : m - p.g.N;
-  REBALFER_ROLLED
-  for (int l = 0; l < L; ++l) dz[l] = p.d_logits ? p.d_logits[m * L + l] : 0.0f;
-  if ((p.d_loss.data || p.d_classification.data) && (m < p.g.N || p.both_views)) {
+  float dz[kClasses];
+#pragma unroll
+  for (int l = 0; l < kClasses; ++l) dz[l] = l < L && p.d_logits ? __ldg(p.d_logits + m * L + l) : 0.0f;
+  if (inside && (p.d_loss.data || p.d_classification.data) && (m < p.g.N || p.both_views)) {
+    float z[kClasses], t[kClasses];
+    const auto load = [&](const TargetRow<float>& row) {
+#pragma unroll
+      for (int l = 0; l < kClasses; ++l) {
+        z[l] = l < L ? __ldg(p.logits + m * L + l) : -INFINITY;
+        t[l] = l < L ? row[l] : 0.0f;
+      }
+    };
+    const auto row = target_row(p.targets, i, L);
+    row.soft ? load(row) : load({row.table, nullptr, row.label, L});  // of a label without a test for each class
     const float g = (upstream(p.d_loss, i) + upstream(p.d_classification, i)) * p.share;
-    cross_entropy_gradient(p.logits + m * L, target_row(p.targets, i, L), L, g, dz);
+    cross_entropy_gradient(z, t, kClasses, g, &dz[0]);
   }
+#pragma unroll
+  for (int l = 0; l < kClasses; l += 4)
+    *reinterpret_cast<float4*>(to + l) = make_float4(dz[l], dz[l + 1], dz[l + 2], dz[l + 3]);
 }
 
 template <typename T>
@@ -53,7 +71,7 @@ __device__ __forceinline__ void store_parameter(void* to, bool is_float, int64_t
 }
 
 struct WeightShared {
-  float dz[kWeightRows][kRow];
+  alignas(16) float dz[kWeightRows][kRow];
   float sums[kWarps][kMaxClasses][32];
 };
 
@@ -64,26 +82,31 @@ __device__ void parameter_gradients(const BackwardParams& p, int block, WeightSh
   const bool classified = p.targets.table, with_bias = p.d_bias && block == 0;
   float acc[kClasses] = {}, bias[(kClasses + kWarps - 1) / kWarps] = {};
   const int64_t M = classified && (p.pooled || with_bias) ? 2 * p.g.N : 0;
-  for (int64_t m0 = 0; m0 < M; m0 += kWeightRows) {
-    __syncthreads();
+  const float* pooled = p.pooled + int64_t(warp) * C + c;
+  const int64_t step = int64_t(kWarps) * C;
+  for (int64_t m0 = 0; m0 < M; m0 += kWeightRows, pooled += kWeightRows / kWarps * step) {
     const int rows = int(min(int64_t(kWeightRows), M - m0));
-    if (int(threadIdx.x) < rows) logit_gradient(p, m0 + threadIdx.x, shared.dz[threadIdx.x]);
-    __syncthreads();
-    if (p.d_weight && p.pooled && c < C) {
-      const float* pooled = p.pooled + m0 * C + c;
-#pragma unroll 4
-      for (int r = warp; r < rows; r += kWarps) {
-        const float x = __ldg(pooled + int64_t(r) * C);
+    // The warp's rows are under way while the logits' gradient is computed.
+    const int own_rows = p.d_weight && p.pooled && c < C ? rows - warp : 0;
+    float x[kWeightRows / kWarps];
 #pragma unroll
-        for (int l = 0; l < kClasses; ++l)
-          if (l < L) acc[l] = fmaf(shared.dz[r][l], x, acc[l]);
+    for (int k = 0; k < kWeightRows / kWarps; ++k) x[k] = k * kWarps < own_rows ? __ldg(pooled + k * step) : 0.0f;
+    __syncthreads();
+    logit_gradient<kClasses>(p, m0 + threadIdx.x, int(threadIdx.x) < rows, shared.dz[threadIdx.x]);
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < kWeightRows / kWarps; ++k)
+#pragma unroll
+      for (int l = 0; l < kClasses; l += 4) {
+        const float4 dz = *reinterpret_cast<const float4*>(&shared.dz[k * kWarps + warp][l]);
+        acc[l] = fmaf(dz.x, x[k], acc[l]), acc[l + 1] = fmaf(dz.y, x[k], acc[l + 1]);
+        acc[l + 2] = fmaf(dz.z, x[k], acc[l + 2]), acc[l + 3] = fmaf(dz.w, x[k], acc[l + 3]);
       }
-    }
     if (with_bias) {
 #pragma unroll
-      for (int k = 0; k < kClasses / kWarps; ++k) REBALFER_ROLLED
-      for (int r = lane; r < rows; r += 32)
-        if (k * kWarps + warp < L) bias[k] += shared.dz[r][k * kWarps + warp];
+      for (int k = 0; k < kClasses / kWarps; ++k)
+#pragma unroll
+        for (int r = 0; r < kWeightRows; r += 32) bias[k] += shared.dz[r + lane][k * kWarps + warp];
     }
   }
   if (with_bias) {
@@ -115,262 +138,395 @@ __device__ void parameter_gradients(const BackwardParams& p, int block, WeightSh
   }
 }
 
-template <typename T, bool kChannelsLast, int kBlocks>
+// kPositions: H W where it is known when this is compiled, else 0.
+template <typename T, bool kChannelsLast, int kBlocks, int kPositions>
 struct FeatureGradient {
+  static constexpr bool kTensorCore = sizeof(T) == 2;
   static constexpr int kSlots = 16 / sizeof(T);
   static constexpr int kClasses = 8 * kBlocks;
-  static constexpr bool kTensorCore = sizeof(T) == 2;
-  static constexpr int kWeightPitch = kBlockChannels + 8;
+  static constexpr int kTiles = ((kPositions ? kPositions : kMaxPositions) + 7) / 8;
+  static constexpr int kWarpChannels = kTensorCore ? 64 : kChannelsLast ? 128 : 32;
 
-  // dS and the weight of the block's channels, in the form the arithmetic needs.
-  struct MmaOperands {
-    uint32_t d_high[kBlocks][kMaxPositions][4], d_low[kBlocks][kMaxPositions][4];  // classes 2 q, 2 q + 1
-    uint32_t w_high[4 * kBlocks][kWeightPitch], w_low[4 * kBlocks][kWeightPitch];
+  // E of each view, as the arithmetic needs it.
+  struct MmaMaps {
+    uint2 e[2][kBlocks][kMaxPositions + 1][4];  // high and low parts of classes 2 q, 2 q + 1; position -1 comes first
+
+    __device__ __forceinline__ void put(int view, int x, int q, float e0, float e1) {
+      uint2 parts;
+      split2<BFloat16>(e0, e1, parts.x, parts.y);
+      e[view][q / 4][x + 1][q % 4] = parts;
+    }
   };
-  struct FmaOperands {
-    float d[kMaxPositions][kClasses];
-    float w[kBlockChannels][kClasses];
+  struct FmaMaps {
+    static constexpr int kPitch = kClasses + 4;  // 16 bytes of each of 8 rows are in different banks
+    float e[2][kMaxPositions][kPitch];
+    float w[kChannelsLast ? 1 : kWarps * kWarpChannels][kPitch];  // of NCHW
+
+    __device__ __forceinline__ void put(int view, int x, int q, float e0, float e1) {
+      *reinterpret_cast<float2*>(&e[view][x][2 * q]) = make_float2(e0, e1);
+    }
   };
   struct Shared {
-    float dz[2][kMaxClasses];
-    float constant[2][kBlockChannels];  // W^T dz / (H W)
-    int twin[kMaxPositions];
-    alignas(16) std::conditional_t<kTensorCore, MmaOperands, FmaOperands> operands;
+    float dz[2][kMaxClasses];  // over H W
+    float upstream;            // of dS
+    alignas(16) std::conditional_t<kTensorCore, MmaMaps, FmaMaps> maps;
   };
+
+  static __host__ __device__ __forceinline__ int block_channels(int views) {
+    return (views == 2 ? kWarps / 2 : kWarps) * kWarpChannels;
+  }
   static __host__ __device__ int64_t stage_offset() { return (sizeof(Shared) + 127) / 128 * 128; }
+  static __host__ __device__ int64_t shared_bytes(int64_t HW) {
+    return stage_offset() + (kChannelsLast ? 0 : kWarps * kWarpChannels * HW * int64_t(sizeof(T)));
+  }
 
   const BackwardParams& p;
   const Weights<T> weights;
   Shared& shared;
-  T* const stage;  // NCHW: (views, channels of the block, H W)
+  const int HW, L, views;
+  const Place at;
+  T* const stage;  // NCHW: of this warp, (channels, H W)
   const int64_t pair;
-  const int c0, here, HW, views, lane, warp, group, quarter;
-  T *const out, *const out_twin;  // gradients of the two views
+  const int c0;  // the warp's first channel
+  T* const out;  // the gradient of the warp's view
 
-  __device__ FeatureGradient(const BackwardParams& p, int64_t pair, int c0, unsigned char* memory)
+  __device__ __forceinline__ FeatureGradient(const BackwardParams& p, int64_t pair, int block_channel,
+                                             unsigned char* memory)
       : p(p), weights(p.weight, p.g.L, p.g.C), shared(*reinterpret_cast<Shared*>(memory)),
-        stage(reinterpret_cast<T*>(memory + stage_offset())), pair(pair), c0(c0), here(min(kBlockChannels, p.g.C - c0)),
-        HW(p.g.H * p.g.W), views(p.g.views), lane(threadIdx.x % 32), warp(threadIdx.x / 32), group(lane / 4),
-        quarter(lane % 4), out(static_cast<T*>(p.d_features) + pair * p.g.C * HW), out_twin(out + p.g.N * p.g.C * HW) {}
+        HW(kPositions ? kPositions : p.g.H * p.g.W), L(p.g.L), views(p.g.views), at(p.g.views),
+        stage(reinterpret_cast<T*>(memory + stage_offset()) + at.warp * kWarpChannels * HW), pair(pair),
+        c0(block_channel + at.slice * kWarpChannels),
+        out(static_cast<T*>(p.d_features) + (at.view * p.g.N + pair) * p.g.C * HW) {}
 
-  // dS, with the upstream.
-  __device__ __forceinline__ float d_map(float g, int l, int x) const {
-    if (l >= p.g.L || x >= HW) return 0;
-    const int64_t i = (pair * p.g.L + l) * HW + x;
-    return p.d_maps ? __ldg(p.d_maps + i)
-                    : g * consistency_gradient(__ldg(p.map_weights + l), __ldg(p.residual + i), p.p);
+  // dz / (H W) of both views, by one warp, half a warp a view, a lane a class.
+  __device__ __forceinline__ void differentiate_logits() const {
+    const int v = at.lane / 16, l = at.lane % 16;
+    const int64_t m = v * p.g.N + pair;
+    const bool here = l < L && p.targets;
+    float dz = here && p.d_logits ? __ldg(p.d_logits + m * L + l) : 0.0f;
+    if (p.targets && (p.d_loss.data || p.d_classification.data)) {
+      const float g = (upstream(p.d_loss, pair) + upstream(p.d_classification, pair)) * p.share;
+      const float z = here ? __ldg(p.logits + m * L + l) : -INFINITY;
+      const float t = here ? target_row(p.targets, pair, L)[l] : 0.0f;
+      float top = z, total = t;
+#pragma unroll
+      for (int bit = 8; bit; bit /= 2) {
+        top = fmaxf(top, __shfl_xor_sync(kAll, top, bit));
+        total += __shfl_xor_sync(kAll, total, bit);
+      }
+      const float e = here ? std::exp(z - top) : 0.0f;
+      float sum = e;
+#pragma unroll
+      for (int bit = 8; bit; bit /= 2) sum += __shfl_xor_sync(kAll, sum, bit);
+      if (v == 0 || p.both_views) dz += g * (total * (e / sum) - t);
+    }
+    shared.dz[v][l] = dz * (1.0f / float(HW));
   }
 
+  // E of both views: a thread has a position and half of the classes, two of each four.
   __device__ __forceinline__ void prepare() const {
-    if (views == 2) fill_twin_table(p.g, shared.twin);
-    const bool classified = p.targets.table;
-    if (lane == 0 && warp < 2) {
-      if (classified) {
-        logit_gradient(p, warp * p.g.N + pair, shared.dz[warp]);
-      } else {
-        for (int l = 0; l < p.g.L; ++l) shared.dz[warp][l] = 0;
+    static_assert(kThreads == 2 * kMaxPositions);
+    const int x = threadIdx.x % kMaxPositions, half = threadIdx.x / kMaxPositions;
+    const auto row_of = [](int k) { return 4 * (k / 2) + k % 2; };  // from class 2 half on
+    const bool given = p.d_maps;
+    float d[kClasses / 2] = {}, v[kClasses / 2] = {};
+    if (x < HW) {
+      const float* const from = (given ? p.d_maps : p.residual) + (pair * L + 2 * half) * HW + x;
+      const float* const map_weights = p.map_weights + 2 * half;
+#pragma unroll
+      for (int k = 0; k < kClasses / 2; ++k) {
+        if (row_of(k) >= L - 2 * half) continue;
+        d[k] = __ldg(from + row_of(k) * HW);
+        if (!given) v[k] = __ldg(map_weights + row_of(k));
       }
     }
-    const float g = consistency_upstream(p, pair) / float(p.g.L * HW);
-    for (int e = threadIdx.x; e < kMaxPositions * kClasses / 2; e += kThreads) {
-      const int x = e % kMaxPositions, q = e / kMaxPositions;
-      const float d0 = d_map(g, 2 * q, x), d1 = d_map(g, 2 * q + 1, x);
-      if constexpr (kTensorCore) {
-        split2<BFloat16>(d0, d1, shared.operands.d_high[q / 4][x][q % 4], shared.operands.d_low[q / 4][x][q % 4]);
+    if (at.warp == 0) {
+      if (views == 2) {
+        differentiate_logits();
       } else {
-        shared.operands.d[x][2 * q] = d0, shared.operands.d[x][2 * q + 1] = d1;
+        shared.dz[at.lane / 16][at.lane % 16] = 0;
+      }
+    } else if (at.warp == 1 && at.lane == 0) {
+      shared.upstream = consistency_upstream(p, pair) / float(L * HW);
+    }
+    __syncthreads();
+    if (x < HW) {
+      if (!given) {
+        const auto differentiate = [&](int power) {
+          const float g = shared.upstream;
+#pragma unroll
+          for (int k = 0; k < kClasses / 2; ++k) d[k] = g * consistency_gradient(v[k], d[k], power);
+        };
+        p.p == 2 ? differentiate(2) : differentiate(1);
+      }
+      const auto put = [&](int view, int to, float sign) {
+#pragma unroll
+        for (int k = 0; k < kClasses / 2; k += 2) {
+          const int l = 2 * half + row_of(k);
+          const float2 dz = *reinterpret_cast<const float2*>(&shared.dz[view][l]);
+          shared.maps.put(view, to, l / 2, fmaf(sign, d[k], dz.x), fmaf(sign, d[k + 1], dz.y));
+        }
+      };
+      put(0, x, 1.0f);
+      if (views == 2) {
+        const int row = int(__fdividef(float(x) + 0.5f, float(p.g.W)));
+        put(1, int(twin_index(p.g.twin, row, x - row * p.g.W)), -1.0f);
       }
     }
     __syncthreads();
-    const int c = threadIdx.x;  // of the block's channels
-    float sum = 0, sum_twin = 0;
-#pragma unroll
-    for (int q = 0; q < kClasses / 2; ++q) {
-      const float w0 = weights.at(2 * q, c0 + c), w1 = weights.at(2 * q + 1, c0 + c);
-      if constexpr (kTensorCore) {
-        split2<BFloat16>(w0, w1, shared.operands.w_high[q][c], shared.operands.w_low[q][c]);
-      } else {
-        shared.operands.w[c][2 * q] = w0, shared.operands.w[c][2 * q + 1] = w1;
-      }
-      if (2 * q < p.g.L) sum = fmaf(w0, shared.dz[0][2 * q], sum), sum_twin = fmaf(w0, shared.dz[1][2 * q], sum_twin);
-      if (2 * q + 1 < p.g.L)
-        sum = fmaf(w1, shared.dz[0][2 * q + 1], sum), sum_twin = fmaf(w1, shared.dz[1][2 * q + 1], sum_twin);
-    }
-    shared.constant[0][c] = sum / float(HW);
-    shared.constant[1][c] = sum_twin / float(HW);
-    __syncthreads();
   }
 
-  // kSlots consecutive channels from c on, relative to the block's, at position x; channels_last.
-  __device__ __forceinline__ void store(T* view, int x, int c, const float (&u)[kSlots]) const {
-    if (c >= here) return;
-    T* to = view + int64_t(x) * p.g.C + c0 + c;
-    if (p.g.C % kSlots == 0) return store_16B_streaming(to, pack<T>(u));
-#pragma unroll
-    for (int i = 0; i < kSlots; ++i)
-      if (c + i < here) to[i] = from_float<T>(u[i]);
+  // Which of a lane's 8 consecutive channels is row group + 8 h of the t-th mma.
+  static __device__ __forceinline__ constexpr int channel_of(int t, int h) {
+    return kChannelsLast ? 2 * t + h : 4 * (t % 2) + 2 * h + t / 2;
   }
 
-  // U at position x, for channels `channel(i)`, to both views.
-  template <int n, typename Channel>
-  __device__ __forceinline__ void emit(int x, const float (&u)[n], const float (&k)[2][n],
-                                       const Channel& channel) const {
-    if constexpr (kChannelsLast) {
-      float v[n];
+  // A: the high and the low parts of the weight of a lane's channels, classes 2 q, 2 q + 1; as it is loaded before.
+  struct Rows {
+    uint32_t high[kBlocks][8], low[kBlocks][8];  // by channel
+  };
+  struct Loaded {
+    typename WeightCursor<T>::Bits of[kBlocks][2];
+    bool floats;
+  };
+  __device__ __forceinline__ Loaded load_rows() const {
+    const WeightCursor<T> cursor(weights, 2 * at.quarter, c0 + 8 * at.group, 0);
+    Loaded loaded;
+    loaded.floats = cursor.floats;
 #pragma unroll
-      for (int i = 0; i < n; ++i) v[i] = u[i] + k[0][i];
-      store(out, x, channel(0), v);
-      if (views == 1) return;
-#pragma unroll
-      for (int i = 0; i < n; ++i) v[i] = k[1][i] - u[i];
-      store(out_twin, shared.twin[x], channel(0), v);
-    } else {
-#pragma unroll
-      for (int i = 0; i < n; ++i) {
-        T* to = stage + channel(i) * HW;
-        to[x] = from_float<T>(u[i] + k[0][i]);
-        if (views == 2) to[kBlockChannels * HW + shared.twin[x]] = from_float<T>(k[1][i] - u[i]);
-      }
-    }
+    for (int b = 0; b < kBlocks; ++b) loaded.of[b][0] = cursor.bits(8 * b), loaded.of[b][1] = cursor.bits(8 * b + 1);
+    return loaded;
   }
-
-  __device__ __forceinline__ void by_mma() const {
-    // Column n of the q-th of four mma is channel 8 (n / 2) + 2 q + n % 2 of channels_last, so that a lane holds 8
-    // consecutive ones, or n / 2 + 4 (n % 2) + 8 q of NCHW, so that its lanes' stores hit different banks.
-    const auto channel = [&](int q, int n) {
-      return warp * kGroup + (kChannelsLast ? 8 * (n / 2) + 2 * q + n % 2 : n / 2 + 4 * (n % 2) + 8 * q);
-    };
-    const auto own = [&](int i) { return channel(i / 2, 2 * quarter + i % 2); };
-    uint32_t w[kBlocks][4][2];
+  template <bool kExact>
+  __device__ __forceinline__ Rows rows(const Loaded& loaded) const {
+    Rows w;
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b)
+    for (int b = 0; b < kBlocks; ++b) {
+      const auto &even = loaded.of[b][0], &odd = loaded.of[b][1];
 #pragma unroll
-      for (int q = 0; q < 4; ++q) {
-        w[b][q][0] = shared.operands.w_high[4 * b + quarter][channel(q, group)];
-        w[b][q][1] = shared.operands.w_low[4 * b + quarter][channel(q, group)];
-      }
-    float k[2][8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) k[0][i] = shared.constant[0][own(i)], k[1][i] = shared.constant[1][own(i)];
-    REBALFER_ROLLED
-    for (int x0 = 0; x0 < HW; x0 += 16) {
-      float d[4][4] = {};
-#pragma unroll
-      for (int b = 0; b < kBlocks; ++b) {
-        const auto &high = shared.operands.d_high[b], &low = shared.operands.d_low[b];
-        const uint32_t h0 = high[x0 + group][quarter], h1 = high[x0 + group + 8][quarter];
-        const uint32_t l0 = low[x0 + group][quarter], l1 = low[x0 + group + 8][quarter];
-#pragma unroll
-        for (int q = 0; q < 4; ++q) {
-          mma_m16n8k16<BFloat16>(d[q], {h0, h1, h0, h1}, w[b][q]);
-          mma_m16n8k16<BFloat16>(d[q], {l0, l1, l0, l1}, w[b][q]);
+      for (int i = 0; i < 8; ++i) {
+        if constexpr (kExact) {
+          const uint32_t x = word_of(even.of[0], i / 2), y = word_of(odd.of[0], i / 2);
+          w.high[b][i] = i % 2 ? x >> 16 | (y & 0xffff0000) : (x & 0xffff) | y << 16;
+        } else {
+          const auto value = [&](const typename WeightCursor<T>::Bits& bits) {
+            return loaded.floats ? __uint_as_float(word_of(bits.of[i / 4], i % 4))
+                                 : to_float(T{uint16_t(word_of(bits.of[0], i / 2) >> 16 * (i % 2))});
+          };
+          split2<BFloat16>(value(even), value(odd), w.high[b][i], w.low[b][i]);
         }
       }
+    }
+    return w;
+  }
+
+  // d += W^T E for four mma's rows and the 8 positions from x on.
+  template <bool kExact>
+  __device__ __forceinline__ void multiply(float (&d)[4][4], const Rows& w, int tile, int shift, int t0, int t1) const {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int x = x0 + group + 8 * half;
-        if (x >= HW) continue;
+    for (int b = 0; b < kBlocks; ++b) {
+      const uint2 e = shared.maps.e[at.view][b][8 * tile + at.group + 1 - shift][at.quarter];
+#pragma unroll
+      for (int t = t0; t < t1; ++t) {
+        const int i = channel_of(t, 0), j = channel_of(t, 1);
+        mma_m16n8k8<BFloat16>(d[t], {w.high[b][i], w.high[b][j]}, e.x);
+        mma_m16n8k8<BFloat16>(d[t], {w.high[b][i], w.high[b][j]}, e.y);
+        if constexpr (!kExact) mma_m16n8k8<BFloat16>(d[t], {w.low[b][i], w.low[b][j]}, e.x);
+      }
+    }
+  }
+
+  // channels_last: where a lane's consecutive channels go, position by position.
+  struct Column {
+    unsigned char* to;  // at the lane's position 0
+    unsigned pitch;     // bytes
+    int here;           // of the lane's channels
+
+    __device__ __forceinline__ Column(const FeatureGradient& f, int channel, int x)
+        : to(reinterpret_cast<unsigned char*>(f.out + int64_t(x) * f.p.g.C + channel)),
+          pitch(f.p.g.C * unsigned(sizeof(T))), here(min(kSlots, f.p.g.C - channel)) {}
+
+    // kWide: in one store of 16 bytes.
+    template <bool kWide>
+    __device__ __forceinline__ void store(int x, bool inside, const float (&u)[kSlots]) const {
+      T* const at = reinterpret_cast<T*>(to + uint64_t(pitch) * unsigned(x));
+      if constexpr (kWide) {
+        if (inside && here > 0) store_16B_streaming(at, pack<T>(u));
+      } else if (inside) {
+#pragma unroll
+        for (int i = 0; i < kSlots; ++i)
+          if (i < here) at[i] = from_float<T>(u[i]);
+      }
+    }
+  };
+
+  template <bool kExact, bool kWide>
+  __device__ __forceinline__ void to_columns(const Rows& w) const {
+    const Column column(*this, c0 + 8 * at.group, 2 * at.quarter);
+#pragma unroll(kWide ? kTiles : 1)
+    for (int j = 0; j < kTiles; ++j) {
+      if (8 * j >= HW) break;
+      float d[4][4] = {};
+      multiply<kExact>(d, w, j, 0, 0, 4);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
         float u[8];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) u[i] = d[i / 2][2 * half + i % 2];
-        emit(x, u, k, own);
+        for (int i = 0; i < 8; ++i) u[i] = d[i / 2][2 * (i % 2) + e];
+        column.template store<kWide>(8 * j + e, 8 * j + 8 <= HW || 8 * j + 2 * at.quarter + e < HW, u);
       }
+    }
+  }
+
+  template <bool kExact>
+  __device__ __forceinline__ void to_stage(const Rows& w) const {
+    const int odd = HW % 2;
+    T* const own = stage + 8 * at.group * HW + 2 * at.quarter;
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      if (8 * j >= HW + odd) break;
+      float d[4][4] = {};
+      multiply<kExact>(d, w, j, 0, 0, 2);
+      multiply<kExact>(d, w, j, odd, 2, 4);
+#pragma unroll
+      for (int t = 0; t < 4; ++t) {
+        const int shift = t < 2 ? 0 : odd, x = 8 * j + 2 * at.quarter - shift;  // and x + 1
+        const bool all = 8 * j >= shift && 8 * j + 8 - shift <= HW;             // of the tile's columns are positions
+        const bool first = all || (x >= 0 && x < HW), second = all || (x + 1 >= 0 && x + 1 < HW);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          T* const to = own + channel_of(t, h) * HW + 8 * j - shift;
+          const uint32_t two = pack2<T>(d[t][2 * h], d[t][2 * h + 1]);
+          if (first && second) *reinterpret_cast<uint32_t*>(to) = two;
+          if (first && !second) to[0] = T{uint16_t(two)};
+          if (!first && second) to[1] = T{uint16_t(two >> 16)};
+        }
+      }
+    }
+  }
+
+  template <bool kExact>
+  __device__ __forceinline__ void by_mma(const Loaded& loaded) const {
+    const Rows w = rows<kExact>(loaded);
+    if constexpr (!kChannelsLast) {
+      to_stage<kExact>(w);
+    } else if (p.g.C % kSlots == 0) {
+      to_columns<kExact, true>(w);
+    } else {
+      to_columns<kExact, false>(w);
     }
   }
 
   // channels_last: a lane holds the weight of 4 channels and walks over positions.
+  template <bool kWide>
   __device__ __forceinline__ void by_fma_over_positions() const {
-    const int c = 4 * lane;
-    const auto own = [&](int i) { return c + i; };
-    float w[kClasses][4], k[2][4];
+    const int c = c0 + 4 * at.lane;
+    const WeightCursor<T> cursor(weights, 0, c, 0);
+    const Column column(*this, c, 0);
+    float w[kClasses][4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      k[0][i] = shared.constant[0][c + i], k[1][i] = shared.constant[1][c + i];
-#pragma unroll
-      for (int l = 0; l < kClasses; ++l) w[l][i] = shared.operands.w[c + i][l];
-    }
-    REBALFER_ROLLED
-    for (int x = warp; x < HW; x += kWarps) {
+    for (int l = 0; l < kClasses; ++l) unpack<float>(cursor.bits(l).of[0], w[l]);
+#pragma unroll 4
+    for (int x = 0; x < HW; ++x) {
       float u[4] = {};
 #pragma unroll
       for (int l = 0; l < kClasses; ++l)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) u[i] = fmaf(w[l][i], shared.operands.d[x][l], u[i]);
-      emit(x, u, k, own);
+        for (int i = 0; i < 4; ++i) u[i] = fmaf(w[l][i], shared.maps.e[at.view][x][l], u[i]);
+      column.template store<kWide>(x, true, u);
     }
   }
 
-  // NCHW: a lane holds dS of two positions and walks over channels.
+  // NCHW: a lane holds E of two positions and walks over channels.
   __device__ __forceinline__ void by_fma_over_channels() const {
-    float d[2][kClasses];
+    auto* const w = shared.maps.w + at.warp * kWarpChannels;
+#pragma unroll
+    for (int l = 0; l < kClasses; l += 4)
+      *reinterpret_cast<float4*>(&w[at.lane][l]) =
+          make_float4(weights.at(l, c0 + at.lane), weights.at(l + 1, c0 + at.lane), weights.at(l + 2, c0 + at.lane),
+                      weights.at(l + 3, c0 + at.lane));
+    __syncwarp();
+    float e[2][kClasses];
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
-      for (int l = 0; l < kClasses; ++l) d[half][l] = shared.operands.d[lane + 32 * half][l];
-#pragma unroll 2
-    for (int c = warp; c < here; c += kWarps) {
-      const float k[2][1] = {{shared.constant[0][c]}, {shared.constant[1][c]}};
+      for (int l = 0; l < kClasses; ++l) e[half][l] = shared.maps.e[at.view][at.lane + 32 * half][l];
+#pragma unroll 4
+    for (int c = 0; c < kWarpChannels; ++c) {
+      float u[2] = {};
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if (lane + 32 * half >= HW) break;
-        float u[1] = {};
+      for (int l = 0; l < kClasses; ++l)
 #pragma unroll
-        for (int l = 0; l < kClasses; ++l) u[0] = fmaf(shared.operands.w[c][l], d[half][l], u[0]);
-        emit(lane + 32 * half, u, k, [&](int) { return c; });
-      }
+        for (int half = 0; half < 2; ++half) u[half] = fmaf(w[c][l], e[half][l], u[half]);
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        if (at.lane + 32 * half < HW) stage[c * HW + at.lane + 32 * half] = u[half];
     }
   }
 
-  // The block's channels of an NCHW view are contiguous, in the stage as in memory.
+  // The warp's channels of an NCHW view are contiguous, in its stage as in memory.
   __device__ __forceinline__ void copy_out() const {
-    __syncthreads();
-    const bool vectors = int64_t(p.g.C) * HW % kSlots == 0;
-    const int count = here * HW, whole = vectors ? count / kSlots : 0;
+    constexpr int kMost = kWarpChannels * (kPositions ? kPositions : kMaxPositions) / kSlots;
+    __syncwarp();
+    const int count = min(kWarpChannels, p.g.C - c0) * HW;
+    const int vectors = int64_t(p.g.C) * HW % kSlots == 0 ? count / kSlots : 0;
+    T* const to = out + int64_t(c0) * HW;
+    const uint4* const from = reinterpret_cast<const uint4*>(stage) + at.lane;
+    T* const own = to + at.lane * kSlots;
+#pragma unroll
+    for (int k = 0; k < (kMost + 31) / 32; ++k)
+      if (32 * k < vectors - at.lane) store_16B_streaming(own + 32 * k * kSlots, from[32 * k]);
     REBALFER_ROLLED
-    for (int view = 0; view < views; ++view) {
-      const T* from = stage + view * kBlockChannels * HW;
-      T* to = (view ? out_twin : out) + int64_t(c0) * HW;
-      for (int i = threadIdx.x; i < whole; i += kThreads)
-        store_16B_streaming(to + i * kSlots, reinterpret_cast<const uint4*>(from)[i]);
-      REBALFER_ROLLED
-      for (int i = whole * kSlots + threadIdx.x; i < count; i += kThreads) to[i] = from[i];
-    }
+    for (int i = max(vectors, 0) * kSlots + at.lane; i < count; i += 32) to[i] = stage[i];
   }
 
   __device__ __forceinline__ void run() const {
-    prepare();
     if constexpr (kTensorCore) {
-      by_mma();
-    } else if constexpr (kChannelsLast) {
-      by_fma_over_positions();
+      const Loaded loaded = load_rows();
+      prepare();
+      if (std::is_same_v<T, BFloat16> && !loaded.floats) {
+        by_mma<true>(loaded);
+      } else {
+        by_mma<false>(loaded);
+      }
     } else {
-      by_fma_over_channels();
+      prepare();
+      if constexpr (!kChannelsLast) {
+        by_fma_over_channels();
+      } else if (p.g.C % kSlots == 0) {
+        by_fma_over_positions<true>();
+      } else {
+        by_fma_over_positions<false>();
+      }
     }
     if constexpr (!kChannelsLast) copy_out();
   }
 };
 
-template <typename T, bool kChannelsLast, int kBlocks>
-__global__ __launch_bounds__(kThreads, 5) void backward_kernel(const __grid_constant__ BackwardParams p,
-                                                               int weight_blocks) {
+template <typename T, bool kChannelsLast, int kBlocks, int kPositions>
+__global__ __launch_bounds__(kThreads, 6 - kBlocks) void backward_kernel(const __grid_constant__ BackwardParams p,
+                                                                         unsigned of_pair, unsigned weight_blocks) {
   REBALFER_DYNAMIC_SHARED(unsigned char, memory);
-  const int64_t block = int64_t(blockIdx.x) - weight_blocks;
-  if (block < 0) {
+  using Gradient = FeatureGradient<T, kChannelsLast, kBlocks, kPositions>;
+  if (blockIdx.x < weight_blocks) {
     parameter_gradients<T, 8 * kBlocks>(p, blockIdx.x, *reinterpret_cast<WeightShared*>(memory));
     return;
   }
-  const int64_t of_pair = ceil_div(p.g.C, kBlockChannels);
-  FeatureGradient<T, kChannelsLast, kBlocks>(p, block / of_pair, int(block % of_pair) * kBlockChannels, memory).run();
+  const unsigned block = blockIdx.x - weight_blocks, pair = block / of_pair;
+  Gradient(p, pair, (block - pair * of_pair) * Gradient::block_channels(p.g.views), memory).run();
 }
 
-// use(kernel, bytes of shared memory besides the features' gradient in NCHW) of the kernel that serves these classes.
+// use.operator()<FeatureGradient<...>>(kernel) of the kernel that serves these classes and positions.
 template <typename T, typename F>
-void with_backward_kernel(bool channels_last, int L, const F& use) {
-  const auto with = [&]<bool kChannelsLast, int kBlocks>() {
-    use(backward_kernel<T, kChannelsLast, kBlocks>, FeatureGradient<T, kChannelsLast, kBlocks>::stage_offset());
+void with_backward_kernel(bool channels_last, int L, int HW, const F& use) {
+  const auto with = [&]<bool kChannelsLast, int kBlocks, int kPositions>() {
+    use.template operator()<FeatureGradient<T, kChannelsLast, kBlocks, kPositions>>(
+        backward_kernel<T, kChannelsLast, kBlocks, kPositions>);
   };
   const auto of_layout = [&]<bool kChannelsLast>() {
-    L > 8 ? with.template operator()<kChannelsLast, 2>() : with.template operator()<kChannelsLast, 1>();
+    if (L > 8) return with.template operator()<kChannelsLast, 2, 0>();
+    if (HW == 49) return with.template operator()<kChannelsLast, 1, 49>();
+    with.template operator()<kChannelsLast, 1, 0>();
   };
   channels_last ? of_layout.template operator()<true>() : of_layout.template operator()<false>();
 }
@@ -379,8 +535,11 @@ template <typename T>
 void visit_backward_kernels_as(const Visit& visit) {
   for (const bool channels_last : {false, true}) {
     for (const int L : {8, kMaxClasses}) {
-      with_backward_kernel<T>(channels_last, L,
-                              [&](auto* kernel, int64_t) { visit(reinterpret_cast<const void*>(kernel), 0); });
+      for (const int HW : {49, kMaxPositions}) {
+        with_backward_kernel<T>(channels_last, L, HW, [&]<typename Gradient>(auto* kernel) {
+          visit(reinterpret_cast<const void*>(kernel), 0);
+        });
+      }
     }
   }
 }
@@ -388,13 +547,15 @@ void visit_backward_kernels_as(const Visit& visit) {
 template <typename T>
 void launch_backward_as(const BackwardParams& p, cudaStream_t stream) {
   const int weight_blocks = p.d_weight ? (p.g.C + kWeightChannels - 1) / kWeightChannels : p.d_bias ? 1 : 0;
-  const int64_t feature_blocks = p.d_features ? p.g.N * ((p.g.C + kBlockChannels - 1) / kBlockChannels) : 0;
-  if (weight_blocks + feature_blocks == 0) return;
-  with_backward_kernel<T>(p.g.channels_last, p.g.L, [&](auto* kernel, int64_t fixed) {
-    const int64_t stage = p.g.channels_last ? 0 : int64_t(p.g.views) * kBlockChannels * p.g.H * p.g.W * sizeof(T);
-    const int64_t bytes = std::max<int64_t>(sizeof(WeightShared), fixed + (feature_blocks ? stage : 0));
+  with_backward_kernel<T>(p.g.channels_last, p.g.L, p.g.H * p.g.W, [&]<typename Gradient>(auto* kernel) {
+    const int channels = Gradient::block_channels(p.g.views);
+    const unsigned of_pair = unsigned((p.g.C + channels - 1) / channels);
+    const int64_t feature_blocks = p.d_features ? p.g.N * of_pair : 0;
+    if (weight_blocks + feature_blocks == 0) return;
+    const int64_t bytes = std::max<int64_t>(weight_blocks ? sizeof(WeightShared) : 0,
+                                            feature_blocks ? Gradient::shared_bytes(p.g.H * p.g.W) : 0);
     launch(kernel, dim3(unsigned(weight_blocks + feature_blocks)), dim3(kThreads), 1u, size_t(bytes), stream, p,
-           weight_blocks);
+           of_pair, unsigned(weight_blocks));
   });
 }
 

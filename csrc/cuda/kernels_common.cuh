@@ -205,10 +205,4 @@ __device__ __forceinline__ void block_means(int64_t N, double (*room)[n], float 
   }
 }
 
-// The position of the twin that meets each position; table is shared, kMaxPositions long.
-__device__ __forceinline__ void fill_twin_table(const Geometry& g, int* table) {
-  REBALFER_ROLLED
-  for (int x = threadIdx.x; x < g.H * g.W; x += kThreads) table[x] = int(twin_index(g.twin, x / g.W, x % g.W));
-}
-
 }  // namespace rebalfer::gpu

@@ -78,8 +78,8 @@ const T* data(const OptionalTensor& t) {
 Geometry geometry(int64_t N, int64_t C, int64_t H, int64_t W, int64_t L, int views, bool channels_last, TwinMap twin) {
   STD_TORCH_CHECK(serves(C, H * W, L), "the CUDA kernels serve up to ", kMaxClasses, " classes and maps of up to ",
                   kMaxPositions, " positions, got ", L, " and ", H, " x ", W);
-  STD_TORCH_CHECK(N < (int64_t(1) << 27) && N * ((C + 127) / 128) < std::numeric_limits<int>::max() - C,
-                  "features: got ", N, " samples, more blocks than a grid has");
+  STD_TORCH_CHECK(N < (int64_t(1) << 27) && N * ((C + 63) / 64) < std::numeric_limits<int>::max() - C, "features: got ",
+                  N, " samples, more blocks than a grid has");
   return {N, int(C), int(H), int(W), int(L), views, channels_last, twin};
 }
 

@@ -46,6 +46,9 @@ def test_a_commit_that_was_measured_knows_which_kernels_are_others_now(monkeypat
         assert model.changed_since(commit) == []
         monkeypatch.setattr(model, "present", lambda: then | {"forward N32 C512 nchw": launch()})
         assert model.changed_since(commit) == ["forward"]
+        both = dict.fromkeys(["backward N32 C512 nchw", "forward N32 C512 nchw"], launch())
+        monkeypatch.setattr(model, "present", lambda both=both: then | both)
+        assert model.changed_since(commit) == ["forward", "backward"]
     assert model.changed_since("another") == model.changed_since(None) == []
 
 

@@ -132,14 +132,21 @@ def test_the_page_of_a_gpu():
     assert f"| {PAPER} | 10.00 (cuda) | 11.00 (1.10×) | 12.00" in _text(_found(gpus=[on_triton]))
 
 
-def test_a_gpus_page_says_which_kernels_were_rewritten_since(monkeypatch):
-    monkeypatch.setattr(model, "changed_since", {GPU["commit"]: ["forward"]}.get)
-    monkeypatch.setattr(pictures, "changed_since", {GPU["commit"]: ["forward"]}.get)
+@pytest.mark.parametrize(
+    "changed, kernels, rewritten",
+    [
+        (["forward"], "forward kernel", "forward kernel was"),
+        (["forward", "backward"], "kernels", "forward and backward kernels were"),
+    ],
+)
+def test_a_gpus_page_says_which_kernels_were_rewritten_since(monkeypatch, changed, kernels, rewritten):
+    monkeypatch.setattr(model, "changed_since", {GPU["commit"]: changed}.get)
+    monkeypatch.setattr(pictures, "changed_since", {GPU["commit"]: changed}.get)
     found = _found(gpus=[GPU])
     text = _text(found)
-    place = "NVIDIA H200, earlier forward kernel"
+    place = f"NVIDIA H200, earlier {kernels}"
     assert f"released with the papers ({place}, bfloat16)" in text and f"| {place} | at most 12 µs |" in text
-    assert text.count("CUDA's forward kernel has been rewritten since the NVIDIA H200 ran it") == 2
+    assert text.count(f"CUDA's {rewritten} rewritten after the NVIDIA H200 had run") == 2
     assert f"as fast (bfloat16, {place})" in report.speed_line(found)
     assert [axes.get_title("left") for axes in page.drawn(found)["roofline.png"].axes] == [place]
 

@@ -58,6 +58,7 @@ using std::min;
 
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
+inline float __fdividef(float x, float y) { return x / y; }
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline int __clz(int x) { return std::countl_zero(unsigned(x)); }
 inline int __ffs(int x) { return x ? std::countr_zero(unsigned(x)) + 1 : 0; }
@@ -249,21 +250,21 @@ uint32_t pack2(float low, float high) {
   return uint32_t(from_float<T>(low).bits) | uint32_t(from_float<T>(high).bits) << 16;
 }
 
-// Exact products, added by float32 fma in the order of k (a tensor core's own order is not documented).
-template <typename T>
-void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+// Exact products, added by float32 fma in the order of k (a tensor core's own order is not documented). K is `depth`.
+template <typename T, int depth>
+void mma(float (&d)[4], const uint32_t* a, const uint32_t* b, const char* name) {
   auto& m = emulator::machine();
   struct Fragments : emulator::Deposit {
     float* d;
     const uint32_t *a, *b;
   } mine;
   mine.d = d, mine.a = a, mine.b = b;
-  m.meet(~0u, "mma", mine, [&m](emulator::Deposit* const(&all)[32]) {
+  m.meet(~0u, name, mine, [&m](emulator::Deposit* const(&all)[32]) {
     const auto value = [](uint32_t pair, int half) { return to_float(T{uint16_t(half ? pair >> 16 : pair)}); };
-    float A[16][16], B[16][8];
+    float A[16][depth], B[depth][8];
     for (int lane = 0; lane < 32; ++lane) {
       const auto& f = static_cast<const Fragments&>(*all[lane]);
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < depth / 4; ++i) {
         for (int half = 0; half < 2; ++half) {
           const int k = 2 * (lane % 4) + 8 * (i / 2) + half;
           A[lane / 4 + 8 * (i % 2)][k] = value(f.a[i], half);
@@ -275,11 +276,19 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
       const auto& f = static_cast<const Fragments&>(*all[lane]);
       for (int i = 0; i < 4; ++i) {
         const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
-        for (int k = 0; k < 16; ++k) f.d[i] = std::fma(A[row][k], B[k][column], f.d[i]);
+        for (int k = 0; k < depth; ++k) f.d[i] = std::fma(A[row][k], B[k][column], f.d[i]);
       }
     }
     ++m.counters.mma;
   });
+}
+template <typename T>
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  mma<T, 16>(d, a, b, "mma_m16n8k16");
+}
+template <typename T>
+void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[2], uint32_t b) {
+  mma<T, 8>(d, a, &b, "mma_m16n8k8");
 }
 
 inline void store_16B_streaming(void* global, uint4 v) {

@@ -6,21 +6,25 @@ using rebalfer::emulator::attempt;
 
 namespace {
 
-template <typename T>
-__global__ void multiply(const T* a, const T* b, float* d) {  // a (16, 16), b (16, 8), d (16, 8), row by row
+template <typename T, int K>
+__global__ void multiply(const T* a, const T* b, float* d) {  // a (16, K), b (K, 8), d (16, 8), row by row
   const int group = threadIdx.x / 4, pair = 2 * (threadIdx.x % 4);
-  uint32_t fa[4], fb[2];
-  for (int i = 0; i < 4; ++i) {
-    const T* at = a + (group + 8 * (i % 2)) * 16 + pair + 8 * (i / 2);
+  uint32_t fa[K / 4], fb[K / 8];
+  for (int i = 0; i < K / 4; ++i) {
+    const T* at = a + (group + 8 * (i % 2)) * K + pair + 8 * (i / 2);
     fa[i] = pack2<T>(to_float(at[0]), to_float(at[1]));
   }
-  for (int i = 0; i < 2; ++i) {
+  for (int i = 0; i < K / 8; ++i) {
     const T* at = b + (pair + 8 * i) * 8 + group;
     fb[i] = pack2<T>(to_float(at[0]), to_float(at[8]));
   }
   float fd[4];
   for (int i = 0; i < 4; ++i) fd[i] = d[(group + 8 * (i / 2)) * 8 + pair + i % 2];
-  mma_m16n8k16<T>(fd, fa, fb);
+  if constexpr (K == 16) {
+    mma_m16n8k16<T>(fd, fa, fb);
+  } else {
+    mma_m16n8k8<T>(fd, fa, fb[0]);
+  }
   for (int i = 0; i < 4; ++i) d[(group + 8 * (i / 2)) * 8 + pair + i % 2] = fd[i];
 }
 
@@ -141,15 +145,12 @@ __global__ void odd(const char* in, unsigned* out, int64_t fault) {
 
 extern "C" {
 
-const char* run_multiply(int64_t half, const void* a, const void* b, float* d) {
-  return attempt([&] {
-    if (half) {
-      launch(multiply<Half>, 1, 32, 1, 0, nullptr, static_cast<const Half*>(a), static_cast<const Half*>(b), d);
-    } else {
-      launch(multiply<BFloat16>, 1, 32, 1, 0, nullptr, static_cast<const BFloat16*>(a), static_cast<const BFloat16*>(b),
-             d);
-    }
-  });
+const char* run_multiply(int64_t half, int64_t depth, const void* a, const void* b, float* d) {
+  const auto run = [&]<typename T>() {
+    launch(depth == 16 ? multiply<T, 16> : multiply<T, 8>, 1, 32, 1, 0, nullptr, static_cast<const T*>(a),
+           static_cast<const T*>(b), d);
+  };
+  return attempt([&] { half ? run.template operator()<Half>() : run.template operator()<BFloat16>(); });
 }
 const char* run_shuffles(const float* in, float* out) {
   return attempt([&] { launch(shuffles, 1, 32, 1, 0, nullptr, in, out); });

@@ -18,12 +18,13 @@ def run():
     return emulate.Library(SOURCE)
 
 
+@pytest.mark.parametrize("depth", [8, 16])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_mma(run, dtype):
+def test_mma(run, dtype, depth):
     torch.manual_seed(0)
-    a, b, d = torch.randn(16, 16).to(dtype), torch.randn(16, 8).to(dtype), torch.randn(16, 8)
+    a, b, d = torch.randn(16, depth).to(dtype), torch.randn(depth, 8).to(dtype), torch.randn(16, 8)
     expected = a.double() @ b.double() + d.double()
-    counters = run("run_multiply", DTYPES[dtype], a, b, d)
+    counters = run("run_multiply", DTYPES[dtype], depth, a, b, d)
     torch.testing.assert_close(d.double(), expected, rtol=1e-5, atol=1e-5)
     assert counters["mma"] == counters["launches"] == 1
 

@@ -42,8 +42,8 @@ TYPES = {torch.float32: "float", torch.bfloat16: "BFloat16", torch.float16: "Hal
 INTRODUCTION = """\
 # How the CUDA kernels work, and what they use
 
-The present forward kernel is not yet run on a GPU. An H200 has run the backward, and another forward; the two took
-more than twice as long as the identity op. So instructions are counted: `python -m bench budget` shows how many bytes
+The present kernels are not yet run on a GPU. An H200 has run earlier ones, which took more than twice as long as the
+identity op. So instructions are counted: `python -m bench budget` shows how many bytes
 of features each warp instruction of a kernel moves. At 7 x 7 positions and 7 classes, for bfloat16, it should be 8.
 
 **Forward**, one launch (`csrc/cuda/kernels_forward.cuh`, `features.cuh`). A cluster of 1 to 8 blocks serves a pair
@@ -65,8 +65,23 @@ bits. Lane 4 g + q holds, of the positions g, g + 8, ..., the channels 8 q to 8 
   lane is a class in the cross-entropy, and what it needs (bias, target row, the twin's index) was loaded meanwhile.
 - *float32.* The same roads with FMAs.
 
-**Backward**, one launch (`kernels_backward.cuh`): blocks of the weight's gradient first, then blocks of 128
-channels of a pair, which compute W^T dS once and write both views' gradients.
+**Backward**, one launch (`kernels_backward.cuh`): blocks of the weight's gradient first, 32 channels each, then blocks
+that write the features' gradients, 128 channels of a pair (of 16-bit features).
+
+- *Maps first.* E = dS + dz / (H W) and, where the twin's index says, E~ = -dS + dz~ / (H W) hold all that is not
+  linear, and the index. Then dF = W^T E and dF~ = W^T E~: a warp writes one view, 64 channels of 16 bits.
+- *16 bits.* `mma.m16n8k8`: 16 channels x 8 classes x 8 positions, for the high and the low parts of E, and for the low
+  parts of a weight that is not of bfloat16. Nothing waits for the weight until E is there.
+- *channels_last.* The rows of four mma are 8 consecutive channels of each lane, 16 bytes to be stored at a position.
+- *NCHW.* Where H W is odd, every second channel begins at an odd element. Its columns are computed one position
+  earlier, so that a lane stores two positions in one aligned word of shared memory. A warp's channels are contiguous
+  there as in memory: they leave in 16-byte stores, and no warp waits for another.
+- *The weight's gradient.* 128 samples at a time: their means over positions are loaded while a thread each computes
+  dz in registers. Every such block walks over all samples, so with C = 512 and many of them it ends last.
+- *float32.* The same with FMAs.
+
+What is left issues mostly integers: addresses, bounds, and what a block does once (E, of 128 channels for each). Where
+H W is not known when the kernel is compiled, NCHW moves a third fewer bytes for each instruction.
 
 Before sm_90 there are no clusters and no bulk copies: a block has a whole pair, and NCHW comes by `cp.async`. A GPU
 that refuses large clusters, as a slice of one may, gets the largest that it grants. It is asked before the first call
@@ -123,9 +138,9 @@ def launches() -> dict[str, dict[str, tuple[int, int]]]:
             kernels.library()("get_cluster_blocks", 512, 49, dtype.itemsize, granted, cluster)
             saved, forward = kernels.forward(case, cluster=int(cluster))
             _, backward = kernels.backward(case, saved, kernels.upstreams(case, True))
-            of_size = f"forward_kernel{instance}, {49 if blocks == 1 else 0}>"
-            for name, counters in ((of_size, forward), (f"backward_kernel{instance}>", backward)):
+            for way, counters in (("forward", forward), ("backward", backward)):
                 launch = counters["threads"], counters["shared_bytes"]
+                name = f"{way}_kernel{instance}, {49 if blocks == 1 else 0}>"
                 found.setdefault(name, {})[architecture] = launch
     return found
 
@@ -176,7 +191,7 @@ def page(budgets: Figures) -> str:
         *INTRODUCTION.splitlines(),
         "",
         "Read from the code compiled for " + ", ".join(SHARED) + " (a cell's three figures; one where they agree).",
-        "A row is one instance: dtype, whether channels_last, blocks of 8 classes, and of the forward kernel H W where",
+        "A row is one instance: dtype, whether channels_last, blocks of 8 classes, and of the head's kernels H W where",
         "it is known when this is compiled, else 0. Shared memory, and the blocks of 128 threads that a multiprocessor",
         "then holds, are those of C = 512, 7 x 7 maps and L = 7 or 16. Nothing is spilled. Instructions are counted as",
         "they stand in the code, not as they are run.",

@@ -32,6 +32,7 @@ enum Op : int {
   FSETP,
   DSETP,
   VIMNMX,
+  IMNMX,
   VIADDMNMX,
   FMNMX,
   IABS,
@@ -107,20 +108,20 @@ enum Op : int {
 };
 const std::unordered_map<std::string, int> kOps = {
 #define OP(x) {#x, x}
-    OP(IADD3),  OP(UIADD3), OP(IMAD),      OP(UIMAD),     OP(VIADD),     OP(LEA),         OP(ULEA),
-    OP(LOP3),   OP(ULOP3),  OP(PLOP3),     OP(UPLOP3),    OP(SHF),       OP(USHF),        OP(PRMT),
-    OP(UPRMT),  OP(SEL),    OP(USEL),      OP(FSEL),      OP(ISETP),     OP(UISETP),      OP(FSETP),
-    OP(DSETP),  OP(VIMNMX), OP(VIADDMNMX), OP(FMNMX),     OP(IABS),      OP(FADD),        OP(FMUL),
-    OP(FFMA),   OP(DADD),   OP(DMUL),      OP(DFMA),      OP(HADD2),     OP(HFMA2),       OP(HMMA),
-    OP(F2FP),   OP(F2F),    OP(I2F),       OP(I2FP),      OP(F2I),       OP(MUFU),        OP(FCHK),
-    OP(R2UR),   OP(S2R),    OP(S2UR),      OP(CS2R),      OP(MOV),       OP(UMOV),        OP(LDC),
-    OP(ULDC),   OP(SGXT),   OP(USGXT),     OP(R2P),       OP(P2R),       OP(UP2UR),       OP(ELECT),
-    OP(VOTE),   OP(VOTEU),  OP(SHFL),      OP(LDG),       OP(STG),       OP(LDS),         OP(STS),
-    OP(LD),     OP(ST),     OP(ATOMG),     OP(LDGSTS),    OP(LDGDEPBAR), OP(DEPBAR),      OP(UBLKCP),
-    OP(SYNCS),  OP(LDSM),   OP(STSM),      OP(BRA),       OP(EXIT),      OP(BSSY),        OP(BSYNC),
-    OP(BREAK),  OP(CALL),   OP(RET),       OP(WARPSYNC),  OP(NOP),       OP(YIELD),       OP(BAR),
-    OP(MEMBAR), OP(ERRBAR), OP(CGAERRBAR), OP(CCTL),      OP(FENCE),     OP(UCGABAR_ARV), OP(UCGABAR_WAIT),
-    OP(POPC),   OP(REDUX),  OP(HGMMA),     OP(WARPGROUP),
+    OP(IADD3),        OP(UIADD3), OP(IMAD),   OP(UIMAD),     OP(VIADD),     OP(LEA),       OP(ULEA),
+    OP(LOP3),         OP(ULOP3),  OP(PLOP3),  OP(UPLOP3),    OP(SHF),       OP(USHF),      OP(PRMT),
+    OP(UPRMT),        OP(SEL),    OP(USEL),   OP(FSEL),      OP(ISETP),     OP(UISETP),    OP(FSETP),
+    OP(DSETP),        OP(VIMNMX), OP(IMNMX),  OP(VIADDMNMX), OP(FMNMX),     OP(IABS),      OP(FADD),
+    OP(FMUL),         OP(FFMA),   OP(DADD),   OP(DMUL),      OP(DFMA),      OP(HADD2),     OP(HFMA2),
+    OP(HMMA),         OP(F2FP),   OP(F2F),    OP(I2F),       OP(I2FP),      OP(F2I),       OP(MUFU),
+    OP(FCHK),         OP(R2UR),   OP(S2R),    OP(S2UR),      OP(CS2R),      OP(MOV),       OP(UMOV),
+    OP(LDC),          OP(ULDC),   OP(SGXT),   OP(USGXT),     OP(R2P),       OP(P2R),       OP(UP2UR),
+    OP(ELECT),        OP(VOTE),   OP(VOTEU),  OP(SHFL),      OP(LDG),       OP(STG),       OP(LDS),
+    OP(STS),          OP(LD),     OP(ST),     OP(ATOMG),     OP(LDGSTS),    OP(LDGDEPBAR), OP(DEPBAR),
+    OP(UBLKCP),       OP(SYNCS),  OP(LDSM),   OP(STSM),      OP(BRA),       OP(EXIT),      OP(BSSY),
+    OP(BSYNC),        OP(BREAK),  OP(CALL),   OP(RET),       OP(WARPSYNC),  OP(NOP),       OP(YIELD),
+    OP(BAR),          OP(MEMBAR), OP(ERRBAR), OP(CGAERRBAR), OP(CCTL),      OP(FENCE),     OP(UCGABAR_ARV),
+    OP(UCGABAR_WAIT), OP(POPC),   OP(REDUX),  OP(HGMMA),     OP(WARPGROUP),
 #undef OP
 };
 
@@ -780,6 +781,7 @@ void Machine::uniform_or_lanes() {
         break;
       }
       case VIMNMX:
+      case IMNMX:
       case VIADDMNMX: {
         const size_t k = i.op == VIADDMNMX ? 2 : 1;
         const uint32_t a = k == 2 ? in(1) + in(2) : in(1), b = in(k + 1);
@@ -980,7 +982,8 @@ void Machine::shuffle() {
 }
 
 void Machine::mma() {
-  if (!i_->has("16816") || !i_->has("F32") || active_ != ~0u) unknown();
+  const int depth = i_->has("16816") ? 16 : i_->has("1688") ? 8 : 0;  // of K
+  if (!depth || !i_->has("F32") || active_ != ~0u) unknown();
   const auto& o = i_->operands;
   const bool bf16 = i_->has("BF16");
   const auto value = [&](uint32_t pair, int half) {
@@ -989,7 +992,7 @@ void Machine::mma() {
   };
   float A[16][16], B[16][8], D[16][8];
   for (int lane = 0; lane < 32; ++lane)
-    for (int k = 0; k < 4; ++k)
+    for (int k = 0; k < depth / 4; ++k)
       for (int half = 0; half < 2; ++half) {
         const int column = 2 * (lane % 4) + 8 * (k / 2) + half;
         A[lane / 4 + 8 * (k % 2)][column] = value(word(o.at(1), lane, k), half);
@@ -999,7 +1002,7 @@ void Machine::mma() {
     for (int k = 0; k < 4; ++k) D[lane / 4 + 8 * (k / 2)][2 * (lane % 4) + k % 2] = as_float(word(o.at(3), lane, k));
   for (int row = 0; row < 16; ++row)
     for (int column = 0; column < 8; ++column)
-      for (int k = 0; k < 16; ++k) D[row][column] = std::fma(A[row][k], B[k][column], D[row][column]);
+      for (int k = 0; k < depth; ++k) D[row][column] = std::fma(A[row][k], B[k][column], D[row][column]);
   for (int lane = 0; lane < 32; ++lane)
     for (int k = 0; k < 4; ++k) set(o[0], lane, bits_of(D[lane / 4 + 8 * (k / 2)][2 * (lane % 4) + k % 2]), k);
 }
