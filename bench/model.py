@@ -199,8 +199,11 @@ def goals(launches: Launches) -> list[tuple[str, bool]]:
             for figures in kernels:
                 registers, resident = figures["registers"], figures["resident"]
                 if registers > REGISTERS or resident < RESIDENT:
-                    text = f"Triton {version}, {figures['kernel']} of {name}: {registers} registers, {resident} blocks "
-                    found.append((text + f"on a multiprocessor; {REGISTERS} at most, {RESIDENT} at least", False))
+                    text = (
+                        f"Triton {version}, {figures['kernel']} of {name}: {registers} registers, {resident} blocks on "
+                        f"a multiprocessor; {REGISTERS} at most, {RESIDENT} at least unless the model has fewer faster"
+                    )
+                    found.append((text, False))
     return found
 
 
@@ -238,6 +241,13 @@ def changed_since(commit: str | None) -> list[str]:
     then = known["launches"] if commit in known["commits"] else {}
     changed = {name.split()[0] for name, figures in present().items() if figures != then.get(name, figures)}
     return sorted(changed, reverse=True)  # the forward first
+
+
+def triton_changed_since(commit: str | None) -> list[str]:
+    """The same of Triton's kernels, by their names."""
+    known = json.loads(MEASURED.read_text())
+    then = known["launches"] if commit in known["commits"] else {}
+    return sorted({f["kernel"] for name, f in triton_now().items() if f != then.get(name, f)})
 
 
 def triton_now() -> Launches:

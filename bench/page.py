@@ -332,14 +332,14 @@ def _cpu_section(result: Result) -> list[Block]:
 
 
 def _earlier(result: Result) -> list[Block]:
-    """Which of CUDA's kernels that a GPU has timed are others now."""
-    if not (changed := model.changed_since(result["commit"])):
-        return []
-    kernels = f"{' and '.join(changed)} {'kernel was' if len(changed) == 1 else 'kernels were'}"
+    """Which of the kernels that a GPU has timed are others now."""
+    changed = {"CUDA": model.changed_since, "Triton": model.triton_changed_since}
     return [
-        f"CUDA's {kernels} rewritten after the {result['device']} had run: every figure of CUDA, and of ours where "
-        "CUDA serves, is of earlier code. What there is now is not yet run on a GPU ([what a model says of "
-        "it](gpu-model.md))."
+        f"{backend}'s {' and '.join(kernels)} {'kernel was' if len(kernels) == 1 else 'kernels were'} rewritten after "
+        f"the {result['device']} had run: every figure of {backend}, and of ours where {backend} serves, is of earlier "
+        "code. What there is now is not yet run on a GPU ([what a model says of it](gpu-model.md))."
+        for backend, since in changed.items()
+        if (kernels := since(result["commit"]))
     ]
 
 

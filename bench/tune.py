@@ -37,8 +37,9 @@ def rows(of: triton_tiles.Problem) -> Iterator[tuple[str, Row]]:
     forward = (now.forward.channels, now.forward.warps, now.forward.stages)
     backward = (now.backward.channels, now.backward.warps)
     key = (of.arch, of.channels_last, of.dtype.itemsize, now.forward.rows)
-    yield from (("forward", Row(*key, f, backward)) for f in [forward, *FORWARD])
-    yield from (("backward", Row(*key, forward, b)) for b in [backward, *BACKWARD])
+    by_mma = [now.pool_by_mma, not now.pool_by_mma] if of.dtype.itemsize == 2 else [False]
+    yield from (("forward", Row(*key, f, backward, mma)) for mma in by_mma for f in [forward, *FORWARD])
+    yield from (("backward", Row(*key, forward, b, now.pool_by_mma)) for b in [backward, *BACKWARD])
 
 
 def first(row: Row) -> AbstractContextManager[object]:

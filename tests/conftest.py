@@ -1,4 +1,4 @@
-"""How many random configurations are tried: 1,000 a backend, always the same, 200 of Triton's interpreter or with
+"""How many random configurations are tried: 1,000 a backend, always the same, 80 of Triton's interpreter or with
 HYPOTHESIS_PROFILE=short, 10 with HYPOTHESIS_PROFILE=few (for Triton on a GPU, where each is compiled);
 HYPOTHESIS_PROFILE=long for more.
 
@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 
 _common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.differing_executors]}
 settings.register_profile("ci", max_examples=1000, derandomize=True, database=None, **_common)
-settings.register_profile("short", parent=settings.get_profile("ci"), max_examples=200)
+settings.register_profile("short", parent=settings.get_profile("ci"), max_examples=80)
 settings.register_profile("few", parent=settings.get_profile("ci"), max_examples=10)
 settings.register_profile("long", max_examples=20000, **_common)
 settings.load_profile(

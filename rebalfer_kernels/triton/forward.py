@@ -44,6 +44,19 @@ def add_cams(f, weight, k, c, acc, acc_lo, SHAPE: tl.constexpr, LO_SCALE: tl.con
 
 
 @inlined
+def sum_rows(f, BY_MMA: tl.constexpr):
+    """(channels,) float32 sums of (rows, channels) features.
+
+    By tensor cores they are the product with a matrix of eighths, whose 8 columns then add up to the sum: a tile that
+    only products read is kept in shared memory in the order that these read fastest.
+    """
+    if BY_MMA:
+        eighths = tl.full([f.shape[0], 8], 0.125, f.dtype)
+        return tl.sum(dot(tl.trans(f), eighths, tl.zeros([f.shape[1], 8], tl.float32)), 1)
+    return tl.sum(f.to(tl.float32), 0)
+
+
+@inlined
 def store_losses(
     losses,
     targets,
@@ -100,6 +113,7 @@ def head_forward_kernel(
     TILE: tl.constexpr,  # tiles.Tiles
     P: tl.constexpr,
     BOTH_VIEWS: tl.constexpr,
+    POOL_BY_MMA: tl.constexpr,
     LO_SCALE: tl.constexpr,
 ):
     """The whole head of one pair, where its maps fit in one tile: features are read once, everything else is small."""
@@ -125,8 +139,8 @@ def head_forward_kernel(
         acc, acc_lo = add_cams(f, weight, k, c, acc, acc_lo, SHAPE, LO_SCALE)
         acc_twin, acc_twin_lo = add_cams(f_twin, weight, k, c, acc_twin, acc_twin_lo, SHAPE, LO_SCALE)
         if pooled is not None:
-            tl.store(pooled + i * C + c, tl.sum(f.to(tl.float32), 0) * (1.0 / HW), mask=c < C)
-            tl.store(pooled + (N + i) * C + c, tl.sum(f_twin.to(tl.float32), 0) * (1.0 / HW), mask=c < C)
+            tl.store(pooled + i * C + c, sum_rows(f, POOL_BY_MMA) * (1.0 / HW), mask=c < C)
+            tl.store(pooled + (N + i) * C + c, sum_rows(f_twin, POOL_BY_MMA) * (1.0 / HW), mask=c < C)
     if LO_SCALE > 0:
         acc += acc_lo * (1.0 / LO_SCALE)
         acc_twin += acc_twin_lo * (1.0 / LO_SCALE)

@@ -201,6 +201,7 @@ def _forward_of_one_tile(features: Tensor, weight: Tensor, cut: Policy, **head: 
         features=features,
         weight=weight,
         TILE=cut.forward,
+        POOL_BY_MMA=cut.pool_by_mma,
         LO_SCALE=_lo_scale(features, weight),
         **head,
     )

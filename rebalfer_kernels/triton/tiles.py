@@ -50,6 +50,7 @@ class Policy(NamedTuple):
     weight: Tiles  #: of features read again where they meet a gradient of maps; channels and classes of dW
     all_classes: int  #: L padded: a row of logits
     batch: int  #: rows of logits at once, in sums over the batch
+    pool_by_mma: bool  #: the means of features over positions are products of tensor cores, in a program of one tile
 
 
 class Row(NamedTuple):
@@ -61,14 +62,17 @@ class Row(NamedTuple):
     max_pixels: int | None
     forward: tuple[int, int, int]  #: channels, warps, stages
     backward: tuple[int, int]  #: channels, warps
+    pool_by_mma: bool = False
 
 
-#: Chosen by what ptxas reports (docs/triton.md), but for the two rows of sm_90: `bench tune` measured them on an H200,
-#: bfloat16, 7 x 7 maps and 7 classes, at N = 32, C = 512 and at N = 512, C = 2048
-#: (bench/results/gpu/tune-nvidia-h200.txt). Of other tiles, no GPU has shown how fast they are.
+#: Chosen by what ptxas reports (docs/triton.md), but for the two rows of sm_90: `bench tune` measured the backward's
+#: tiles and NCHW's on an H200, bfloat16, 7 x 7 maps and 7 classes, at N = 32, C = 512 and at N = 512, C = 2048
+#: (bench/results/gpu/tune-nvidia-h200.txt); the forward's for channels_last, with its sums on tensor cores, are the
+#: fastest by the model of docs/gpu-model.md. Of other tiles, no GPU has shown how fast they are. Under Triton 3.6 such
+#: sums keep sm_80 and sm_100 from loading ahead.
 TABLE = (
     Row(None, True, 2, 16, forward=(128, 4, 3), backward=(256, 4)),
-    Row("sm_90", True, 2, 64, forward=(64, 2, 3), backward=(128, 4)),
+    Row("sm_90", True, 2, 64, forward=(128, 4, 3), backward=(128, 4), pool_by_mma=True),
     Row("sm_90", False, 2, 64, forward=(64, 8, 2), backward=(64, 2)),
     Row("gfx942", True, 2, 64, forward=(64, 4, 2), backward=(128, 4)),
     Row("gfx942", None, None, 64, forward=(32, 4, 2), backward=(64, 4)),
@@ -92,7 +96,7 @@ def policy(problem: Problem) -> Policy:
     """The tiles of a problem.
 
     >>> policy(Problem(512, 49, 7, True, torch.bfloat16, "sm_90")).forward
-    Tiles(rows=64, channels=64, classes=8, warps=2, stages=3)
+    Tiles(rows=64, channels=128, classes=8, warps=4, stages=3)
     """
     rows = max(16, _power_of_2(problem.pixels))
     # NVIDIA's tensor cores work on 8 columns, AMD's on 16.
@@ -113,6 +117,7 @@ def policy(problem: Problem) -> Policy:
         Tiles(min(rows, 64), min(64, widest), classes, 4, 2),
         every,
         max(16, min(64, 2048 // every)),
+        row.pool_by_mma,
     )
 
 

@@ -52,6 +52,18 @@ def test_a_commit_that_was_measured_knows_which_kernels_are_others_now(monkeypat
     assert model.changed_since("another") == model.changed_since(None) == []
 
 
+def test_a_commit_that_was_measured_knows_which_of_tritons_kernels_are_others_now(monkeypatch):
+    file = json.loads(model.MEASURED.read_text())
+    then = {name: figures for name, figures in file["launches"].items() if name.startswith("triton ")}
+    (other,) = (name for name in then if name == "triton head_forward N32 C512 nchw")
+    for commit in file["commits"]:
+        monkeypatch.setattr(model, "triton_now", lambda: then)
+        assert model.triton_changed_since(commit) == []
+        monkeypatch.setattr(model, "triton_now", lambda: then | {other: launch() | {"kernel": "head_forward"}})
+        assert model.triton_changed_since(commit) == ["head_forward"]
+    assert model.triton_changed_since("another") == model.triton_changed_since(None) == []
+
+
 def test_measured_kernels_are_modelled_within_two_fifths():
     """But for those whose time is little more than that of a launch."""
     file = json.loads(model.MEASURED.read_text())

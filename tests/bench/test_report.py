@@ -141,12 +141,14 @@ def test_the_page_of_a_gpu():
 )
 def test_a_gpus_page_says_which_kernels_were_rewritten_since(monkeypatch, changed, kernels, rewritten):
     monkeypatch.setattr(model, "changed_since", {GPU["commit"]: changed}.get)
+    monkeypatch.setattr(model, "triton_changed_since", {GPU["commit"]: ["head_forward"]}.get)
     monkeypatch.setattr(pictures, "changed_since", {GPU["commit"]: changed}.get)
     found = _found(gpus=[GPU])
     text = _text(found)
     place = f"NVIDIA H200, earlier {kernels}"
     assert f"released with the papers ({place}, bfloat16)" in text and f"| {place} | at most 12 µs |" in text
     assert text.count(f"CUDA's {rewritten} rewritten after the NVIDIA H200 had run") == 2
+    assert text.count("Triton's head_forward kernel was rewritten after the NVIDIA H200 had run") == 2
     assert f"as fast (bfloat16, {place})" in report.speed_line(found)
     assert [axes.get_title("left") for axes in page.drawn(found)["roofline.png"].axes] == [place]
 

@@ -16,18 +16,18 @@ PROBLEM = triton_tiles.Problem(512, 49, 7, True, torch.bfloat16, "sm_90")
 
 def test_the_best_tiles_of_each_pass_are_proposed_and_the_table_takes_them():
     def milliseconds(kind, row):
-        assert triton_tiles.policy(PROBLEM).forward.channels == 64  # not changed by what is only proposed
+        assert triton_tiles.policy(PROBLEM).forward.channels == 128  # not changed by what is only proposed
         if kind == "forward":
-            return {(128, 8, 2): 1.0}.get(row.forward, 2.0)
+            return 1.0 if (row.forward, row.pool_by_mma) == ((64, 8, 2), False) else 2.0
         return {(256, 4): 0.5, (64, 4): float("inf")}.get(row.backward, 3.0)
 
     row, times = tune.search(PROBLEM, milliseconds)
-    assert row == triton_tiles.Row("sm_90", True, 2, 64, forward=(128, 8, 2), backward=(256, 4))
+    assert row == triton_tiles.Row("sm_90", True, 2, 64, forward=(64, 8, 2), backward=(256, 4))
     assert times == {"forward": [2.0, 1.0], "backward": [3.0, 0.5]}
     before = triton_tiles.policy(PROBLEM)
     with tune.first(row):
         cut = triton_tiles.policy(PROBLEM)
-    assert cut.forward[1:] == (128, 8, 8, 2) and cut.backward.channels == 256
+    assert cut.forward[1:] == (64, 8, 8, 2) and cut.backward.channels == 256 and not cut.pool_by_mma
     assert triton_tiles.policy(PROBLEM) == before
 
 

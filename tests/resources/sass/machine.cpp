@@ -1018,7 +1018,7 @@ struct SharedMatrix {
     start = uint32_t(descriptor & 0x3fff) * 16, leading = uint32_t(descriptor >> 16 & 0x3fff) * 16;
     stride = uint32_t(descriptor >> 32 & 0x3fff) * 16;
     row = std::array{16u, 128u, 64u, 32u}[descriptor >> 62];
-    if (transposed && row == 16) throw std::runtime_error("SASS: a transposed matrix that is not permuted");
+    if (transposed && row == 16) std::swap(leading, stride);  // PTX ISA, wgmma, "Strides": without permutation
   }
   uint32_t at(uint32_t m, uint32_t k) const {
     const uint32_t inner = transposed ? m : k, outer = transposed ? k : m, wide = row / 2;
