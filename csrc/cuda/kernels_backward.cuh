@@ -1,6 +1,6 @@
 // The backward kernel: all gradients of the head in one launch that, for the features', writes only.
 //
-// The first blocks of the grid compute the gradients of weight and bias, 32 channels each, over the whole batch in a
+// The first blocks of the grid compute the gradients of weight and bias, 8 channels each, over the whole batch in a
 // fixed order; every such block recomputes the gradient of all logits, which is cheaper than a second launch. The other
 // blocks write the features' gradients of some channels of a pair. All that is not linear happens on the maps: with
 //   E = dS + dz / (H W)  and, where the twin's index says,  E~ = -dS + dz~ / (H W),
@@ -21,7 +21,7 @@
 
 namespace rebalfer::gpu {
 
-constexpr int kWeightChannels = 32;    // of a block of the weight's gradient: a lane each
+constexpr int kWeightChannels = 8;     // of a block of the weight's gradient
 constexpr int kWeightRows = 128;       // samples whose dz such a block holds at a time
 constexpr int kRow = kMaxClasses + 4;  // their pitch: rows are read 16 bytes at a time
 
@@ -39,9 +39,7 @@ template <int kClasses>
 __device__ __forceinline__ void logit_gradient(const BackwardParams& p, int64_t m, bool inside, float* to) {
   const int L = inside ? p.g.L : 0;
   const int64_t i = m < p.g.N ? m : m - p.g.N;
-  float dz[kClasses];
-#pragma unroll
-  for (int l = 0; l < kClasses; ++l) dz[l] = l < L && p.d_logits ? __ldg(p.d_logits + m * L + l) : 0.0f;
+  float dz[kClasses] = {};
   if (inside && (p.d_loss.data || p.d_classification.data) && (m < p.g.N || p.both_views)) {
     float z[kClasses], t[kClasses];
     const auto load = [&](const TargetRow<float>& row) {
@@ -54,8 +52,20 @@ __device__ __forceinline__ void logit_gradient(const BackwardParams& p, int64_t 
     const auto row = target_row(p.targets, i, L);
     row.soft ? load(row) : load({row.table, nullptr, row.label, L});  // of a label without a test for each class
     const float g = (upstream(p.d_loss, i) + upstream(p.d_classification, i)) * p.share;
-    cross_entropy_gradient(z, t, kClasses, g, &dz[0]);
+    // As cross_entropy_gradient, with one exponential a class.
+    float top = z[0], sum = 0, total = 0;
+#pragma unroll
+    for (int l = 1; l < kClasses; ++l) top = fmaxf(top, z[l]);
+#pragma unroll
+    for (int l = 0; l < kClasses; ++l) sum += z[l] = expf(z[l] - top), total += t[l];
+    const float share = total / sum;
+#pragma unroll
+    for (int l = 0; l < kClasses; ++l) dz[l] = g * (share * z[l] - t[l]);
   }
+  if (p.d_logits)
+#pragma unroll
+    for (int l = 0; l < kClasses; ++l)
+      if (l < L) dz[l] += __ldg(p.d_logits + m * L + l);
 #pragma unroll
   for (int l = 0; l < kClasses; l += 4)
     *reinterpret_cast<float4*>(to + l) = make_float4(dz[l], dz[l + 1], dz[l + 2], dz[l + 3]);
@@ -72,35 +82,46 @@ __device__ __forceinline__ void store_parameter(void* to, bool is_float, int64_t
 
 struct WeightShared {
   alignas(16) float dz[kWeightRows][kRow];
-  float sums[kWarps][kMaxClasses][32];
+  float sums[kWarps][kMaxClasses][kWeightChannels];
 };
 
-// dW = sum_m dz_m P_m + sum_i g_S,i K_i for 32 channels, each warp every fourth sample; the first block also db.
+// dW = sum_m dz_m P_m + sum_i g_S,i K_i for 8 channels; the first block also db. A lane has one channel, or two of up
+// to 8 classes, of every 16th or 32nd sample.
 template <typename T, int kClasses>
 __device__ void parameter_gradients(const BackwardParams& p, int block, WeightShared& shared) {
-  const int L = p.g.L, C = p.g.C, lane = threadIdx.x % 32, warp = threadIdx.x / 32, c = block * kWeightChannels + lane;
+  const int L = p.g.L, C = p.g.C, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  constexpr int kOwn = 16 / kClasses, kLanes = kWeightChannels / kOwn, kParts = kThreads / kLanes;
+  const int part = threadIdx.x / kLanes, own = kOwn * (int(threadIdx.x) % kLanes);
+  const int c = block * kWeightChannels + own;
   const bool classified = p.targets.table, with_bias = p.d_bias && block == 0;
-  float acc[kClasses] = {}, bias[(kClasses + kWarps - 1) / kWarps] = {};
+  float acc[kOwn][kClasses] = {}, bias[(kClasses + kWarps - 1) / kWarps] = {};
   const int64_t M = classified && (p.pooled || with_bias) ? 2 * p.g.N : 0;
-  const float* pooled = p.pooled + int64_t(warp) * C + c;
-  const int64_t step = int64_t(kWarps) * C;
-  for (int64_t m0 = 0; m0 < M; m0 += kWeightRows, pooled += kWeightRows / kWarps * step) {
+  const float* pooled = p.pooled + int64_t(part) * C + c;
+  const int64_t step = int64_t(kParts) * C;
+  for (int64_t m0 = 0; m0 < M; m0 += kWeightRows, pooled += kWeightRows / kParts * step) {
     const int rows = int(min(int64_t(kWeightRows), M - m0));
-    // The warp's rows are under way while the logits' gradient is computed.
-    const int own_rows = p.d_weight && p.pooled && c < C ? rows - warp : 0;
-    float x[kWeightRows / kWarps];
+    // The part's rows are under way while the logits' gradient is computed.
+    int own_rows[kOwn];
 #pragma unroll
-    for (int k = 0; k < kWeightRows / kWarps; ++k) x[k] = k * kWarps < own_rows ? __ldg(pooled + k * step) : 0.0f;
+    for (int j = 0; j < kOwn; ++j) own_rows[j] = p.d_weight && p.pooled && c + j < C ? rows - part : 0;
+    float x[kWeightRows / kParts][kOwn];
+#pragma unroll
+    for (int k = 0; k < kWeightRows / kParts; ++k)
+#pragma unroll
+      for (int j = 0; j < kOwn; ++j) x[k][j] = k * kParts < own_rows[j] ? __ldg(pooled + k * step + j) : 0.0f;
     __syncthreads();
     logit_gradient<kClasses>(p, m0 + threadIdx.x, int(threadIdx.x) < rows, shared.dz[threadIdx.x]);
     __syncthreads();
 #pragma unroll
-    for (int k = 0; k < kWeightRows / kWarps; ++k)
+    for (int k = 0; k < kWeightRows / kParts; ++k)
 #pragma unroll
       for (int l = 0; l < kClasses; l += 4) {
-        const float4 dz = *reinterpret_cast<const float4*>(&shared.dz[k * kWarps + warp][l]);
-        acc[l] = fmaf(dz.x, x[k], acc[l]), acc[l + 1] = fmaf(dz.y, x[k], acc[l + 1]);
-        acc[l + 2] = fmaf(dz.z, x[k], acc[l + 2]), acc[l + 3] = fmaf(dz.w, x[k], acc[l + 3]);
+        const float4 dz = *reinterpret_cast<const float4*>(&shared.dz[k * kParts + part][l]);
+#pragma unroll
+        for (int j = 0; j < kOwn; ++j) {
+          acc[j][l] = fmaf(dz.x, x[k][j], acc[j][l]), acc[j][l + 1] = fmaf(dz.y, x[k][j], acc[j][l + 1]);
+          acc[j][l + 2] = fmaf(dz.z, x[k][j], acc[j][l + 2]), acc[j][l + 3] = fmaf(dz.w, x[k][j], acc[j][l + 3]);
+        }
       }
     if (with_bias) {
 #pragma unroll
@@ -117,25 +138,34 @@ __device__ void parameter_gradients(const BackwardParams& p, int block, WeightSh
     }
   }
   if (!p.d_weight) return;
-  if (p.cam_grad && (p.d_maps || p.d_loss.data || p.d_consistency.data) && c < C) {
+  if (p.cam_grad && (p.d_maps || p.d_loss.data || p.d_consistency.data)) {
 #pragma unroll(16 / kClasses)
-    for (int64_t i = warp; i < p.g.N; i += kWarps) {
+    for (int64_t i = part; i < p.g.N; i += kParts) {
       const float g = consistency_upstream(p, i);
       const float* K = p.cam_grad + i * L * C + c;
 #pragma unroll
       for (int l = 0; l < kClasses; ++l)
-        if (l < L) acc[l] = fmaf(g, __ldg(K + int64_t(l) * C), acc[l]);
+#pragma unroll
+        for (int j = 0; j < kOwn; ++j)
+          if (l < L && c + j < C) acc[j][l] = fmaf(g, __ldg(K + int64_t(l) * C + j), acc[j][l]);
     }
   }
 #pragma unroll
-  for (int l = 0; l < kClasses; ++l) shared.sums[warp][l][lane] = acc[l];
+  for (int l = 0; l < kClasses; ++l)
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+#pragma unroll
+      for (int bit = 16; bit >= kLanes; bit /= 2) acc[j][l] += __shfl_xor_sync(kAll, acc[j][l], bit);
+      if (lane < kLanes) shared.sums[warp][l][own + j] = acc[j][l];
+    }
   __syncthreads();
-  REBALFER_ROLLED
-  for (int l = warp; l < L; l += kWarps) {
-    float sum = 0;
-    for (int w = 0; w < kWarps; ++w) sum += shared.sums[w][l][lane];
-    if (c < C) store_parameter<T>(p.d_weight, p.weight.is_float, int64_t(l) * C + c, sum);
-  }
+  static_assert(kThreads == kMaxClasses * kWeightChannels);
+  const int l = threadIdx.x / kWeightChannels, k = threadIdx.x % kWeightChannels, to = block * kWeightChannels + k;
+  if (l >= L || to >= C) return;
+  float sum = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) sum += shared.sums[w][l][k];
+  store_parameter<T>(p.d_weight, p.weight.is_float, int64_t(l) * C + to, sum);
 }
 
 // kPositions: H W where it is known when this is compiled, else 0.

@@ -123,10 +123,9 @@ def test_goals_are_judged():
         return [text for text, met in model.goals(launches) if not met and "Triton" not in text]
 
     assert missed(with_cycles(1000, 2000)) == []
-    late = missed(with_cycles(3000, 2000))
-    assert len(late) == 8 and all(
-        "the weight's gradient ends after 2 µs, the features' after 1" in text for text in late
-    )
+    late = missed(with_cycles(4000, 2000))  # where memory is not what takes longest
+    assert len(late) == 2 and all("N = 32" in text and "ends after 2.0 µs" in text for text in late)
+    assert sum("the weight's gradient ends after" in text for text in missed(with_cycles(600_000, 2000))) == 8
     slow = missed(with_cycles(50_000, 140_000))
     assert [text.partition(":")[0] for text in slow[:2]] == [
         "the paper's batch on an H100, nchw",

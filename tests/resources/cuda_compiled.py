@@ -65,7 +65,7 @@ bits. Lane 4 g + q holds, of the positions g, g + 8, ..., the channels 8 q to 8 
   lane is a class in the cross-entropy, and what it needs (bias, target row, the twin's index) was loaded meanwhile.
 - *float32.* The same roads with FMAs.
 
-**Backward**, one launch (`kernels_backward.cuh`): blocks of the weight's gradient first, 32 channels each, then blocks
+**Backward**, one launch (`kernels_backward.cuh`): blocks of the weight's gradient first, 8 channels each, then blocks
 that write the features' gradients, 128 channels of a pair (of 16-bit features).
 
 - *Maps first.* E = dS + dz / (H W) and, where the twin's index says, E~ = -dS + dz~ / (H W) hold all that is not
@@ -77,7 +77,8 @@ that write the features' gradients, 128 channels of a pair (of 16-bit features).
   earlier, so that a lane stores two positions in one aligned word of shared memory. A warp's channels are contiguous
   there as in memory: they leave in 16-byte stores, and no warp waits for another.
 - *The weight's gradient.* 128 samples at a time: their means over positions are loaded while a thread each computes
-  dz in registers. Every such block walks over all samples, so with C = 512 and many of them it ends last.
+  dz in registers. Every such block walks over all samples: 8 channels a block make enough blocks that the features'
+  gradients end last.
 - *float32.* The same with FMAs.
 
 What is left issues mostly integers: addresses, bounds, and what a block does once (E, of 128 channels for each). Where
