@@ -69,6 +69,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> R
         if run.saved:
             expect_same(run.saved, run.about, config.backbone.weights)
         method = loop.build(config, sets.counts, device, backbone)
+        if run.saved:  # its backbone has no weights yet, but kept activations are computed with them
+            method.load_state_dict(run.saved["model"])
         used = frozen.kept(config, backbone, sets) if config.augment.versions else sets
         state = loop.fit(config, method, used, run, device)
         if config.output.pictures:

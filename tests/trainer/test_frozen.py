@@ -153,13 +153,19 @@ def test_a_run_on_kept_activations_trains_as_one_on_images(tmp_path):
         assert (tensor - kept[name]).float().norm() <= 0.03 * tensor.float().norm() + 1e-3, name
 
 
-def test_a_run_on_kept_activations_resumes_bit_for_bit(tmp_path, capsys):
-    options = [*FREEZE, f"--output.cache={tmp_path}/c/data"]
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "made again"])
+def test_a_run_on_kept_activations_resumes_bit_for_bit(again, tmp_path, capsys):
+    """From weights of their own, which the frozen parts must have again when activations are asked for."""
+    assert runs.train(tmp_path, "--name=start", "--epochs=1", "--seed=7") == 0
+    start = f"--backbone.weights={tmp_path}/start/best.pt"
+    options = [*FREEZE, start, f"--output.cache={tmp_path}/c/data"]
     assert runs.train(tmp_path, "--name=whole", "--epochs=3", *options) == 0
     assert runs.train(tmp_path, "--name=parts", "--epochs=1", *options) == 0
-    shutil.rmtree(tmp_path / "c" / "activations")  # they are made again
+    if again:
+        shutil.rmtree(tmp_path / "c" / "activations")
     assert runs.train(tmp_path, "--name=parts", "--epochs=3", "--resume", *options) == 0
     assert runs.differ(runs.state(tmp_path / "whole"), runs.state(tmp_path / "parts")) == []
+    assert len(list((tmp_path / "c" / "activations").iterdir())) == 1
     from trainer.__main__ import main
 
     capsys.readouterr()

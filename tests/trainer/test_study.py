@@ -274,6 +274,21 @@ def test_processes_share_the_runs(finished, tmp_path):
     assert shared == {results.identity(r): r["last"] for r in records(finished) if r["seed"] == 3}
 
 
+def test_no_other_process_takes_a_run_before_its_record_is_written(file, tmp_path, monkeypatch):
+    of, folder = grid.read(str(file)), tmp_path / "r"
+    ran, whole, make = [], running.train, running.record
+    monkeypatch.setattr(running, "train", lambda config, **kw: ran.append(config.name) or whole(config, **kw))
+
+    def record(run, result):
+        monkeypatch.setattr(running, "record", make)
+        running.run_missing(of, folder, tmp_path / "results.jsonl", at_most=1)  # as another process would
+        return make(run, result)
+
+    monkeypatch.setattr(running, "record", record)
+    running.run_missing(of, folder, tmp_path / "results.jsonl", at_most=1)
+    assert len(ran) == len(set(ran)) == len(results.read(tmp_path / "results.jsonl")) == 2
+
+
 def test_a_run_that_diverges_is_counted_and_the_others_go_on(file, tmp_path, capsys):
     file.write_text(
         FILE.replace('grid = { "method.consistency_weight" = [0.5, 2.0] }', "options = { learning_rate = 1e30 }")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -25,25 +28,47 @@ def run_missing(study: grid.Study, folder: Path, file: Path, at_most: int = 0) -
     """
     runs, started = study.runs(folder), 0
     for run in runs:
-        done = {results.identity(record) for record in results.read(file)}
-        if run.identity in done:
-            continue
-        if at_most and started == at_most:
-            break
-        left = sum(r.identity not in done for r in runs)
-        logger.info("%s: %s, seed %d; %d of %d runs are left", study.name, run.row, run.seed, left, len(runs))
-        place = folder / run.config.name
+        # Until its record is written: a run that is trained but not measured yet is no other process's to finish.
+        with _held(folder / f".{run.config.name}.lock") as held:
+            done = {results.identity(record) for record in results.read(file)}
+            if run.identity in done:
+                continue
+            if at_most and started == at_most:
+                break
+            left = sum(r.identity not in done for r in runs)
+            logger.info("%s: %s, seed %d; %d of %d runs are left", study.name, run.row, run.seed, left, len(runs))
+            if not held:
+                logger.info("another process makes this one")
+                continue
+            place = folder / run.config.name
+            try:
+                result = train(run.config, resume=(place / "last.pt").is_file())
+                results.add(file, record(run, result))
+            except Busy as busy:
+                logger.info("%s", busy)
+                continue
+            except Diverged as error:
+                results.add(file, {**about(run), "failed": str(error)})
+            started += 1
+            for name in WHOLE_STATE:
+                (place / name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _held(lock: Path) -> Iterator[bool]:
+    """Whether this process has the file ``lock`` now, which no other has at the same time."""
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("a")
+    except OSError as error:
+        raise UserError(f"root: got {lock.parent}, which can't be written: {error.strerror}") from error
+    with file:
         try:
-            result = train(run.config, resume=(place / "last.pt").is_file())
-            results.add(file, record(run, result))
-        except Busy as busy:
-            logger.info("%s", busy)
-            continue
-        except Diverged as error:
-            results.add(file, {**about(run), "failed": str(error)})
-        started += 1
-        for name in WHOLE_STATE:
-            (place / name).unlink(missing_ok=True)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def share(processes: int, arguments: list[str]) -> None:
