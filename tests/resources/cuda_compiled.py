@@ -82,7 +82,8 @@ that write the features' gradients, 128 channels of a pair (of 16-bit features).
 - *float32.* The same with FMAs.
 
 What is left issues mostly integers: addresses, bounds, and what a block does once (E, of 128 channels for each). Where
-H W is not known when the kernel is compiled, NCHW moves a third fewer bytes for each instruction.
+H W is not known when the kernel is compiled, NCHW moves a third fewer bytes for each instruction, and its stores to
+shared memory meet in the same banks.
 
 Before sm_90 there are no clusters and no bulk copies: a block has a whole pair, and NCHW comes by `cp.async`. A GPU
 that refuses large clusters, as a slice of one may, gets the largest that it grants. It is asked before the first call
