@@ -16,7 +16,7 @@
 namespace rebalfer::gpu {
 
 constexpr int kMaxClasses = 16, kMaxPositions = 64;
-constexpr int kMaxClusterBits = 3;
+constexpr int kMaxClusterBits = 2;
 
 inline bool serves(int64_t C, int64_t HW, int64_t L) {
   return C >= 1 && C < (int64_t(1) << 30) && HW >= 1 && HW <= kMaxPositions && L >= 1 && L <= kMaxClasses;
