@@ -78,9 +78,9 @@ def found() -> Found:
 
 def _modelled() -> list[tuple[model.Measured, float]]:
     """By the model of those CUDA kernels that were measured, which may have changed since."""
-    then = json.loads(model.MEASURED.read_text())
-    measured = [row for row in model.measured(then) if not row.launch.startswith("triton")]
-    return [(row, model.predict(then["launches"][row.launch], model.H200).us) for row in measured]
+    known = model.counted()["launches"]
+    measured = [row for row in model.measured() if not row.launch.startswith("triton")]
+    return [(row, model.predict(known[row.commit][row.launch], model.H200).us) for row in measured]
 
 
 def drawn(found: Found) -> dict[str, Any]:
@@ -333,13 +333,17 @@ def _cpu_section(result: Result) -> list[Block]:
 
 def _earlier(result: Result) -> list[Block]:
     """Which of the kernels that a GPU has timed are others now."""
-    changed = {"CUDA": model.changed_since, "Triton": model.triton_changed_since}
+    commits = result.get("commits", {})
+    changed = {
+        "CUDA": model.changed_since(commits.get("cuda", result["commit"])),
+        "Triton": model.triton_changed_since(commits.get("triton", result["commit"])),
+    }
     return [
         f"{backend}'s {' and '.join(kernels)} {'kernel was' if len(kernels) == 1 else 'kernels were'} rewritten after "
         f"the {result['device']} had run: every figure of {backend}, and of ours where {backend} serves, is of earlier "
         "code. What there is now is not yet run on a GPU ([what a model says of it](gpu-model.md))."
-        for backend, since in changed.items()
-        if (kernels := since(result["commit"]))
+        for backend, kernels in changed.items()
+        if kernels
     ]
 
 
@@ -460,8 +464,12 @@ def _studies(studies: dict[str, list[dict[str, Any]]]) -> list[Block]:
 
 
 def _origin(result: Result) -> str:
-    commit = (result["commit"] or "unknown")[:9] + (" with local changes" if result["dirty"] else "")
-    return f"{result['date'][:10]}, commit {commit}"
+    of: dict[str, list[str]] = {}
+    for contender, commit in result.get("commits", {"": result["commit"]}).items():
+        of.setdefault((commit or "unknown")[:9], []).append(contender)
+    commits = "; ".join(commit + (f" ({', '.join(names)})" if len(of) > 1 else "") for commit, names in of.items())
+    changed = " with local changes" if result["dirty"] else ""
+    return f"{result['date'][:10]}, commit{'s' if len(of) > 1 else ''} {commits}{changed}"
 
 
 def _copy(result: Result) -> str:

@@ -65,7 +65,7 @@ def where(result: Result) -> str:
     'AMD EPYC (AVX2), fresh memory'
     """
     if result["kind"] != "cpu":
-        changed = changed_since(result.get("commit"))
+        changed = changed_since(result.get("commits", {}).get("cuda", result.get("commit")))
         kernels = "kernels" if len(changed) > 1 else f"{''.join(changed)} kernel"
         return result["device"] + (f", earlier {kernels}" if changed else "")
     memory = f", {result['memory']} memory" if result.get("memory") else ""

@@ -135,15 +135,15 @@ def newest_gpu(directory: Path = RESULTS) -> list[dict[str, Any]]:
 
 
 def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The latest of a GPU's runs; or those of its commit that measured the contenders apart, as if it were one.
+    """The latest of a GPU's runs; or those that measured the contenders apart, the latest of each, as if it were one.
 
-    "Ours" is the backend that the library chooses, and the identity op that of its run.
+    "Ours" is the backend that the library chooses, and the identity op that of its run. ``commits`` has that of each
+    run, by its first contender.
     """
     newest = runs[-1]
     if not newest.get("chosen"):
         return newest
-    apart = [r for r in runs if r.get("chosen") and r["commit"] == newest["commit"]]
-    latest = list({r["chosen"][0]: r for r in apart}.values())
+    latest = list({r["chosen"][0]: r for r in runs if r.get("chosen")}.values())
     served = {case: backend for r in latest for case, backend in r["served_by"].items()}
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for r in latest:
@@ -155,7 +155,13 @@ def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
     lists = {key: [x for r in latest for x in r[key]] for key in ("rejected", "errors", "left_out")}
     lists["left_out"] = list(dict.fromkeys(lists["left_out"]))
     clocks = {case: mhz for r in latest for case, mhz in r.get("sm_mhz", {}).items()}
-    return {**newest, **lists, "sm_mhz": clocks, "chosen": None, "served_by": served, "rows": [*ours, *rows.values()]}
+    more = {
+        "sm_mhz": clocks,
+        "chosen": None,
+        "served_by": served,
+        "commits": {r["chosen"][0]: r["commit"] for r in latest},
+    }
+    return {**newest, **lists, **more, "rows": [*ours, *rows.values()]}
 
 
 def newest_by_backbone(program: str, directory: Path = RESULTS) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@
 namespace rebalfer::gpu {
 
 constexpr int kMaxClasses = 16, kMaxPositions = 64;
+// The forward serves clusters of 8 blocks too: an H200 ran them 10 to 17 % slower than 4 where C = 2048.
 constexpr int kMaxClusterBits = 2;
 
 inline bool serves(int64_t C, int64_t HW, int64_t L) {
@@ -23,12 +24,12 @@ inline bool serves(int64_t C, int64_t HW, int64_t L) {
 }
 
 // log2 of the number of blocks that share one pair's channels, from what a sample is, never from how many there are:
-// its sums keep their order in every batch. About 24 KiB of each view a block. `granted`: the most that the device
+// its sums keep their order in every batch. 24 KiB of each view a block or more. `granted`: the most that the device
 // allows (prepare), 0 before sm_90.
 inline int cluster_bits(int64_t C, int64_t HW, int64_t element_bytes, int granted) {
   constexpr int64_t kViewBytes = 24 * 1024;
   int bits = 0;
-  while (bits < granted && C * HW * element_bytes >= (2 << bits) * kViewBytes) ++bits;
+  while (bits < granted && bits < kMaxClusterBits && C * HW * element_bytes >= (2 << bits) * kViewBytes) ++bits;
   return bits;
 }
 

@@ -267,9 +267,11 @@ def test_a_gpus_contenders_measured_apart_become_one_result(tmp_path):
     (merged,) = results.newest_gpu(tmp_path)
     rows = {(row["case"], row["contender"]): row["both"][0] for row in merged["rows"]}
     assert len(rows) == len(merged["rows"]) and rows == {
-        ("a", "ours"): 1, ("a", "cuda"): 1, ("a", "identity"): 2, ("b", "cuda"): 3, ("a", "best eager"): 5
+        ("a", "ours"): 1, ("a", "cuda"): 1, ("a", "identity"): 2, ("b", "cuda"): 3, ("a", "best eager"): 5,
+        ("a", "triton"): 9,
     }  # fmt: skip
-    assert (merged["errors"], merged["left_out"], merged["date"]) == ([1, 2], [], "3")
+    assert (merged["errors"], merged["left_out"], merged["date"]) == ([1, 2], ["b"], "3")
+    assert merged["commits"] == {"triton": "old", "cuda": "new", "best eager": "new"}
     save("whole", "4", None, [("a", "ours", 7)])
     assert results.newest_gpu(tmp_path)[0]["rows"] == [{"case": "a", "contender": "ours", "both": [7] * 3}]
 
