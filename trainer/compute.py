@@ -30,6 +30,11 @@ def device_of(compute: Compute) -> torch.device:
     return device
 
 
+def described(device: torch.device) -> str:
+    """What the device is called: the name of a GPU, or "CPU"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
 def try_backend(compute: Compute, device: torch.device) -> None:
     """Runs the head once, which compiles kernels on their first use.
 

@@ -170,6 +170,7 @@ def test_the_rows_of_a_study_are_the_runs_of_train(finished, tmp_path):
     assert runs.train(tmp_path, "--name=a", "--data.train-size=24", "--data.test-size=16", *options) == 0
     rows, record = runs.rows(tmp_path / "a"), records(finished)[-1]
     assert record["last"] == rows[-1]["test"] and record["losses"]["loss"] == rows[-1]["loss"]
+    assert record["device"] == "CPU"
     best = max(rows, key=lambda row: row["test"]["mean"])
     assert record["best"] == {**best["test"], "epoch": best["epoch"]}
 
@@ -306,6 +307,32 @@ def test_results_of_other_images_are_refused(finished, tmp_path):
         table.of(grid.read(str(finished / "three.toml")), mine)
 
 
+def test_a_table_says_what_trained_its_runs(finished):
+    chosen, mine = grid.read(str(finished / "three.toml")), records(finished)
+
+    def said(of):
+        return [note for note in table.footnotes(table.of(chosen, of)) if note.startswith("trained on")]
+
+    assert said(mine) == ["trained on CPU"]
+    mine[0]["device"] = "NVIDIA H200"
+    assert said(mine) == ["trained on CPU (5 runs) and NVIDIA H200 (1 run)"]
+    del mine[1]["device"]  # as of an older version
+    assert said(mine) == ["trained on CPU (4 runs) and NVIDIA H200 (1 run) and a device that was not recorded (1 run)"]
+    assert said([{k: v for k, v in r.items() if k != "device"} for r in mine]) == []
+
+
+def test_a_table_says_what_its_networks_start_from(tmp_path):
+    def start(row, base):
+        text = FILE.replace("backbone = {", f"backbone = {{weights = {base!r}, ")
+        (tmp_path / "s.toml").write_text(text.replace('method = "rac"', 'method = "rac"\n' + row))
+        (first, *_) = table.footnotes(table.of(grid.read(str(tmp_path / "s.toml")), []))
+        return first.partition("batches of 8, ")[2].partition(", at")[0]
+
+    assert start("", "") == "from random weights" and start("", "sface") == "from the weights sface"
+    row = "options = { backbone = { weights = '' } }"
+    assert start(row, "sface") == "from the weights of each row" and start(row, "") == "from random weights"
+
+
 def test_a_damaged_file_of_results_is_named(tmp_path):
     for text in ("{", "[1]", '{"row": 1}'):
         (tmp_path / "r.jsonl").write_text(text + "\n")
@@ -374,15 +401,20 @@ def test_a_method_without_maps_has_no_difference(tmp_path):
     assert mine["RAC"] is None and mine["plain"] > 0
 
 
-def test_the_share_of_the_gradient_is_that_of_plain_computation():
-    """With eval mode's BatchNorm and the weight of the maps held, as the fused loss has it."""
+@pytest.mark.parametrize("at_once", [measure.WITH_GRADIENT, 4])
+def test_the_share_of_the_gradient_is_that_of_plain_computation(at_once, monkeypatch):
+    """With eval mode's BatchNorm and the weight of the maps held, as the fused loss has it, in parts of any size."""
+    monkeypatch.setattr(measure, "WITH_GRADIENT", at_once)
     random = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (6, 32, 32, 1), dtype=torch.uint8, generator=random)
     labels = torch.tensor([0, 1, 2, 3, 4, 6])
     backbone = Backbone("resnet10t", runs.TINY)
     base = dataclasses.replace(presets.demo(), image_size=32, backbone=backbone)
     method = loop.build(dataclasses.replace(base, method=found("methods")["rac"](consistency_weight=3.0)), COUNTS, CPU)
+    seen, whole = [], method.loss_of
+    monkeypatch.setattr(method, "loss_of", lambda features, y: seen.append(len(features)) or whole(features, y))
     got = measure.gradient_share(method.train(), Split(images, labels))
+    assert seen == ([12, 12] if at_once > 6 else [8, 8, 4, 4])  # both views, once and twice the weight
 
     method.eval()
     features = method.backbone(views(images, method.backbone, both=True))

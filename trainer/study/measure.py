@@ -11,6 +11,7 @@ from ..methods import Method
 from ..methods.tables import TableMethod
 
 AT_ONCE = 256  # images
+WITH_GRADIENT = 32  # images: all activations of the whole backbone are held for them
 
 
 @torch.no_grad()
@@ -46,18 +47,19 @@ def gradient_share(method: Method, split: Split) -> float | None:
         return None
     method.eval()
     weights = [w for w in method.parameters() if w.requires_grad]
-    labels = split.labels[:AT_ONCE].to(weights[0].device)
-    features = method.backbone(views(split.images[:AT_ONCE].to(weights[0].device), method.backbone, both=True))
-    consistency = method.consistency_weight
+    device, consistency, n = weights[0].device, method.consistency_weight, min(AT_ONCE, len(split.labels))
+    once, twice = torch.zeros(2, sum(w.numel() for w in weights), dtype=torch.float64, device=device)
     try:
-        gradients = []
-        for times in (1, 2):
-            method.consistency_weight = times * consistency
-            loss = method.loss_of(features, labels).loss
-            found = torch.autograd.grad(loss, weights, retain_graph=times == 1, materialize_grads=True)
-            gradients.append(torch.cat([g.flatten() for g in found]).double())
+        for start in range(0, n, WITH_GRADIENT):
+            rows = slice(start, min(start + WITH_GRADIENT, n))
+            labels = split.labels[rows].to(device)
+            features = method.backbone(views(split.images[rows].to(device), method.backbone, both=True))
+            for times, total in ((1, once), (2, twice)):
+                method.consistency_weight = times * consistency
+                loss = method.loss_of(features, labels).loss * (len(labels) / n)
+                found = torch.autograd.grad(loss, weights, retain_graph=times == 1, materialize_grads=True)
+                total += torch.cat([g.flatten() for g in found]).double()
     finally:
         method.consistency_weight = consistency
-    once, twice = gradients
     m, c = (twice - once).norm(), (2 * once - twice).norm()
     return float(100 * m / (c + m))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from .. import compute
 from ..config import UserError, logger
 from ..run import Busy, Diverged
 from ..train import Result, train
@@ -110,4 +111,5 @@ def record(run: grid.Run, result: Result) -> dict:
         "view_difference": measure.view_difference(result.method, split),
         "gradient_share": measure.gradient_share(result.method, split),
         "seconds": sum(row["seconds"] for row in result.history),
+        "device": compute.described(next(result.method.parameters()).device),
     }

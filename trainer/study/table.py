@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -74,6 +75,7 @@ class Table(NamedTuple):
     classes: list[str]
     split: str  #: that they were evaluated on
     lines: list[Line]  #: in the study's order
+    devices: Counter[str]  #: that trained -> number of runs; "" for runs that do not say
 
 
 def of(study: Study, records: list[dict]) -> Table:
@@ -116,7 +118,7 @@ def of(study: Study, records: list[dict]) -> Table:
             )
         )
     names, split = (whole[0]["classes"], whole[0]["split"]) if whole else ([], "test")
-    return Table(study, names, split, found)
+    return Table(study, names, split, found, Counter(r.get("device", "") for r in whole))
 
 
 def _there(values) -> list[float]:
@@ -197,7 +199,10 @@ def footnotes(table: Table) -> list[str]:
     study, base = table.study, table.study.base
     what = "part of the images" if study.folds else "seed"
     model = f"{base.backbone.name} at {base.image_size} pixels, {base.epochs} epochs of batches of {base.batch_size}"
-    weights = f", from the weights {base.backbone.weights}" if base.backbone.weights else ", from random weights"
+    starts = {row.options.get("backbone", {}).get("weights", base.backbone.weights) for row in study.rows}
+    weights = ", from the weights of each row"
+    if len(starts) == 1:
+        weights = f", from the weights {start}" if (start := starts.pop()) else ", from random weights"
     notes = [
         f"{base.data.name}, evaluated on {table.split}; {model}{weights}, at a learning rate of {base.learning_rate:g}"
     ]
@@ -207,6 +212,10 @@ def footnotes(table: Table) -> list[str]:
     if base.backbone.train_from:
         kept = f"; {base.augment.versions} versions of each image" if base.augment.versions else ""
         notes.append(f"what comes before {base.backbone.train_from} keeps its weights{kept}")
+    if any(table.devices):
+        of = sorted((name or "a device that was not recorded", n) for name, n in table.devices.items())
+        counts = [f" ({n} run{'s' * (n > 1)})" if len(of) > 1 else "" for _, n in of]
+        notes.append("trained on " + " and ".join(name + count for (name, _), count in zip(of, counts, strict=True)))
     return notes
 
 
