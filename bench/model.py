@@ -428,8 +428,8 @@ Triton's kernels by the same model (tests/resources/triton_launches.py), all tha
 
 The fitted constants were chosen with both kinds of kernels of a800626 in view; kernels of up to 3 µs are mostly launch.
 Those that came after it issue less and wait more, and the model is too fast for them, most of all for CUDA's forward:
-what it leaves out, above, is most of what they wait for. So of these kernels it says what they issue and move; what they
-take, a GPU must say.
+what it leaves out, above, is most of what they wait for. So it says what these kernels issue and move; what they take,
+a GPU must say.
 
 {measured}
 

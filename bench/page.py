@@ -341,7 +341,7 @@ def _earlier(result: Result) -> list[Block]:
     return [
         f"{backend}'s {' and '.join(kernels)} {'kernel was' if len(kernels) == 1 else 'kernels were'} rewritten after "
         f"the {result['device']} had run: every figure of {backend}, and of ours where {backend} serves, is of earlier "
-        "code. What there is now is not yet run on a GPU ([what a model says of it](gpu-model.md))."
+        "code. [What a GPU has run since](../bench/results/gpu/README.md), and [what a model says](gpu-model.md)."
         for backend, kernels in changed.items()
         if kernels
     ]

@@ -1,8 +1,6 @@
 """A forward and a backward of the benchmark's sizes under Nsight Compute: what each kernel moved and waited for.
 
-    ncu … python -m bench.verify.counters cuda      with the arguments of :func:`profiled`
-
-Not yet run on a GPU.
+ncu … python -m bench.verify.counters cuda      with the arguments of :func:`profiled`
 """
 
 from __future__ import annotations
