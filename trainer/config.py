@@ -43,7 +43,7 @@ def option(default: Any, text: str = "", *, changes: str = RESULTS, **metadata: 
 
 
 class Checked:
-    """Base of options: every value is within the limits and among the choices of its field, or is refused."""
+    """Base of options: a value of another type, beyond the limits of its field or not among its choices is refused."""
 
     group = ""  #: in which a config holds them
 
@@ -57,8 +57,8 @@ class Checked:
                 expect_number(name, value, **{k: v for k, v in f.metadata.items() if k in ("low", "high", "above")})
             if choices := f.metadata.get("choices"):
                 expect(value in choices, name, value, " or ".join(choices))
-            if isinstance(f.default, bool):
-                expect(isinstance(value, bool), name, value, "true or false")
+            if (kind := type(f.default)) in (bool, int):
+                expect(type(value) is kind, name, value, "true or false" if kind is bool else "a whole number")
 
 
 class Named(Checked):
@@ -281,7 +281,8 @@ def from_dict(saved: Mapping, default: Any) -> Any:
         values.pop("name", None)
     known = {f.name for f in dataclasses.fields(default)}
     if unknown := sorted(set(values) - known):
-        raise UserError(f"{unknown[0]}: got an unknown option, expected one of {', '.join(sorted(known))}")
+        key = f"{getattr(default, 'group', '')}.{unknown[0]}".lstrip(".")
+        raise UserError(f"{key}: got an unknown option, expected one of {', '.join(sorted(known))}")
     for name, value in values.items():
         current = getattr(default, name)
         if dataclasses.is_dataclass(current):

@@ -252,7 +252,7 @@ def test_a_checkpoint_that_lacks_newer_options_has_their_defaults(copy, capsys):
 def test_an_option_of_a_newer_version_is_named(copy, capsys):
     edit(copy / "one/last.pt", lambda saved: saved["config"]["optim"].update(newer=1))
     assert resume(copy) == 2
-    assert error(capsys).startswith("newer: got an unknown option, expected one of ")
+    assert error(capsys).startswith("optim.newer: got an unknown option, expected one of ")
 
 
 def test_more_epochs_continue_where_no_step_depends_on_their_number(finished, tmp_path, capsys):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +30,9 @@ class Options(Checked):
         folder = Path(self.root).expanduser() / study.name
         file = Path(self.results).expanduser() if self.results else folder / "results.jsonl"
         if not self.table and self.processes > 1:
-            own = [f"--{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self) if f.name not in NOT_PASSED]
-            running.share(self.processes, ["study", self.study, *own])
+            own = {name: value for name, value in vars(self).items() if name not in NOT_PASSED}
+            texts = [f"--{name}={v if isinstance(v, str) else json.dumps(v)}" for name, v in own.items()]
+            running.share(self.processes, ["study", self.study, *texts])
         elif not self.table:
             running.run_missing(study, folder, file, self.at_most)
         found = table.of(study, results.read(file))
