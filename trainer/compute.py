@@ -53,6 +53,9 @@ def try_backend(compute: Compute, device: torch.device) -> None:
             features, weight, None, labels, target_table=table, map_weights=table[0], backend=compute.backend
         )
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"compute.{error}") from error
+        group = {"backend": "compute.", "REBALFER_BACKEND": ""}.get(str(error).partition(":")[0])
+        if group is None:
+            raise  # no verdict on the backend, such as too little memory
+        raise UserError(f"{group}{error}") from error
     finally:
         notice.cancel()

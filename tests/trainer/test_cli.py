@@ -306,6 +306,22 @@ def test_a_gpu_that_is_missing_is_named(monkeypatch):
         compute.device_of(options)
 
 
+def test_a_backend_of_the_environment_is_named_as_such_and_too_little_memory_is_no_backend(
+    tmp_path, capsys, monkeypatch
+):
+    flags = ["train", f"--output.root={tmp_path}", "--compute.device=cpu"]
+    with monkeypatch.context() as patch:
+        patch.setenv("REBALFER_BACKEND", "cuda11")
+        assert refusal(capsys, *flags).startswith("REBALFER_BACKEND: got 'cuda11', expected one of ")
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(compute.rk, "rebalanced_head_loss", full)
+    error = refusal(capsys, *flags)
+    assert error == "batch_size: too large for the memory of the device: CUDA out of memory"
+
+
 def test_options_that_do_nothing_are_said(tmp_path, caplog):
     runs.train(tmp_path, "--optim.schedule=constant", "--optim.decay=0.5", "--augment.erase-largest=0.5")
     for line in (

@@ -231,8 +231,9 @@ def test_maps_are_pictures(top, tmp_path):
         (["empty"], "images: got the folder empty, which has no images"),
         (["bad.png", "bad.jpg"], "data: got 2 files that can't be read as images"),
         (["good.png", "--out=there.csv"], "out: got there.csv, which exists: --overwrite replaces it"),
-        (["good.png", "--out=none/a.csv"], "out: got none/a.csv, expected a file in a folder that exists"),
-        (["good.png", "--maps=empty"], "out: got empty, which exists: --overwrite replaces it"),
+        (["good.png", "--out=none/a.csv"], "out: got 'none/a.csv', expected a path in a folder that exists"),
+        (["good.png", "--maps=empty"], "maps: got empty, which exists: --overwrite replaces it"),
+        (["good.png", "--maps=there.csv", "--overwrite"], "maps: got there.csv, which can't be a folder: File exists"),
     ],
 )
 def test_what_cannot_be_predicted_is_named(arguments, message, top, tmp_path, capsys, monkeypatch):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .. import backbones, checkpoint, compute, loop
-from ..config import Compute, Config, UserError, restored
+from ..config import Compute, Config, UserError, expect, restored
 from ..methods import Method
 
 
@@ -51,11 +51,10 @@ def load(path: str, device: str) -> Trained:
     return Trained(config, tuple(identity["classes"]), method, f"{config.name}, {best}", saved)
 
 
-def new_file(path: str, overwrite: bool) -> Path:
-    """Raises :class:`UserError` if ``path`` exists and is not to be replaced, or has no folder to be in."""
+def new_file(path: str, overwrite: bool, name: str = "out") -> Path:
+    """Raises :class:`UserError` by the option ``name`` if ``path`` may not be replaced or has no folder to be in."""
     file = Path(path).expanduser()
     if file.exists() and not overwrite:
-        raise UserError(f"out: got {file}, which exists: --overwrite replaces it")
-    if not file.parent.is_dir():
-        raise UserError(f"out: got {file}, expected a file in a folder that exists")
+        raise UserError(f"{name}: got {file}, which exists: --overwrite replaces it")
+    expect(file.parent.is_dir(), name, path, "a path in a folder that exists")
     return file

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import checkpoint, loop
-from ..config import Checked, expect, option
+from ..config import Checked, UserError, expect, option
 from ..data import decode
 from . import load, new_file
 
@@ -30,7 +30,7 @@ class Options(Checked):
         suffix = Path(self.out).suffix.lower()
         expect(suffix in (".csv", ".json") or not self.out, "out", self.out, "a name that ends with .csv or .json")
         out = new_file(self.out, self.overwrite) if self.out else None
-        folder = new_file(self.maps, self.overwrite) if self.maps else None
+        folder = new_file(self.maps, self.overwrite, "maps") if self.maps else None
         files = decode.found(self.images)
         trained = load(self.checkpoint, self.device)
         images = decode.read_unlabelled(files, trained.config.image_size)
@@ -45,7 +45,10 @@ class Options(Checked):
         if folder:
             from .. import figures
 
-            folder.mkdir(exist_ok=True)
+            try:
+                folder.mkdir(exist_ok=True)
+            except OSError as error:
+                raise UserError(f"maps: got {folder}, which can't be a folder: {error.strerror}") from error
             for i, file in enumerate(files):
                 about = images[i : i + 1], None, trained.classes, trained.about
                 figures.activation_maps(folder / f"{i:05d}-{file.stem}.png", trained.method, *about)
