@@ -15,12 +15,12 @@ import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from . import distributed, presets
-from .config import PACKAGES, Config, Named, UserError, expect, found, from_dict, logger, select, spelt, title
+from .config import PACKAGES, Flag, UserError, expect, expect_package, flags, found, from_dict, logger, spelt, title
 from .run import Stopped
 
 #: The groups that --help shows in full; it names the others and --help GROUP shows them.
@@ -37,7 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
     logger.setLevel(logging.INFO if distributed.speaks() else logging.WARNING)
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
-        return 0 if options is None else options.run()
+        if options is not None:
+            options.run()
+        return 0
     except UserError as error:
         print("error:" if distributed.speaks() else f"rank {os.environ['RANK']}: error:", error, file=sys.stderr)
         return error.status
@@ -69,33 +71,6 @@ def parse(arguments: list[str]) -> Any:
         print(help_text(command, default, dict(given)["help"] or ""))
         return None
     return from_dict(_typed(command, default, places, given), default)
-
-
-class Flag(NamedTuple):
-    """A field as an option of the command line."""
-
-    group: str
-    heading: str  #: of the group
-    key: str  #: "optim.decay"
-    kind: Any
-    value: Any  #: the default
-    metadata: Any
-
-
-def flags(options: Any, group: str = "", heading: str = "") -> Iterator[Flag]:
-    """Every field of nested options, the groups in the order of the fields; those of ``config`` are the command's."""
-    kinds = typing.get_type_hints(type(options))
-    if isinstance(options, Named):
-        names = {"help": f"one of {', '.join(found(PACKAGES[group]))}"}
-        yield Flag(group, heading, f"{group}.name", str, options.name, names)
-    for f in dataclasses.fields(options):
-        value = getattr(options, f.name)
-        if f.name == "config":
-            yield from flags(value)
-        elif dataclasses.is_dataclass(value):
-            yield from flags(value, f.name, title(value))
-        else:
-            yield Flag(group, heading, f"{group}.{f.name}".lstrip("."), kinds[f.name], value, f.metadata)
 
 
 def _given(words: list[str], default: Any) -> tuple[list[str], list[tuple[str, str | None]]]:
@@ -150,20 +125,15 @@ def _chosen(default: Any, given: dict[str, str | None]) -> Any:
     """The command's options with the preset, the method and the data set that were asked for."""
     preset = given.get("preset", default.preset) or ""
     expect(preset in presets.found(), "preset", preset, f"one of {', '.join(presets.found())}")
-    config: Config = presets.found()[preset]()
-    for kind in PACKAGES:
-        current = getattr(config, kind).name
-        if (name := given.get(f"{kind}.name", current) or "") != current:
-            config = dataclasses.replace(config, **{kind: select(kind, name)()})
-    return dataclasses.replace(default, preset=preset, config=config)
+    names = {kind: {"name": given[key] or ""} for kind in PACKAGES if (key := f"{kind}.name") in given}
+    return dataclasses.replace(default, preset=preset, config=from_dict(names, presets.found()[preset]()))
 
 
 def _typed(command: str, default: Any, places: list[str], given: list[tuple[str, str | None]]) -> dict:
     """All options of the command as nested values of their types; null leaves an option that can't be null as it is."""
-    try:
-        from jsonargparse import ArgumentError, ArgumentParser
-    except ImportError:
-        raise UserError("the command line needs the package jsonargparse >= 4.53: pip install jsonargparse") from None
+    expect_package("command", "jsonargparse")
+    from jsonargparse import ArgumentError, ArgumentParser
+
     parser = ArgumentParser(prog=f"python -m trainer {command}", exit_on_error=False, add_help=False)
     known = {flag.key: flag for flag in flags(default)}
     for key, flag in known.items():
@@ -235,14 +205,15 @@ def help_text(command: str, default: Any, wanted: str) -> str:
     """The options of a command: the groups of ``FIRST`` and the names of the rest, or the one group that is wanted."""
     groups: dict[str, list[Flag]] = {}
     for flag in flags(default):
-        groups.setdefault(flag.group, []).append(flag)
+        groups.setdefault(flag.key.rpartition(".")[0], []).append(flag)
     expect(wanted in ("", "all", *groups), "help", wanted, f"one of {', '.join(['all', *filter(None, groups)])}")
     places = "".join(f"{flag.key.upper()} " for flag in groups[""] if flag.metadata.get("positional"))
     lines = [f"python -m trainer {command.replace('_', '-')} {places}[--OPTION VALUE ...]", title(default)]
     rest = []
     for group, inside in groups.items():
         if wanted in (group, "all") or not wanted and group in FIRST:
-            lines += ["", *filter(None, [inside[0].heading]), *map(_help_line, inside)]
+            heading = [title(getattr(default.config, group))] if group else []
+            lines += ["", *heading, *map(_help_line, inside)]
         elif not wanted:
             names = ", ".join(flag.key.removeprefix(f"{group}.") for flag in inside)
             rest += textwrap.wrap(f"{group}: {names}", 110, initial_indent="  ", subsequent_indent="    ")

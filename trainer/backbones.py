@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from . import weights
 from .config import Config, UserError, expect, logger, one_line
 
+EXACT = "a model with exact class activation maps, such as resnet18, mobilenetv2_100, swin_tiny_patch4_window7_224"
 #: Options of timm.create_model that the classifier's replacement makes meaningless.
 WITHOUT_EFFECT = ("num_classes", "global_pool", "drop_rate", "in_chans")
 
@@ -77,8 +78,7 @@ class Backbone(nn.Module):
             whole = self.maps(images)
             self.frozen, self.trained = names[:first], names[first:]
             same = torch.allclose(self.maps(images), whole, atol=1e-4 * float(whole.abs().max()))
-        if not same:
-            raise UserError(f"backbone.train_from: got {before!r}, but this model can't be taken apart there")
+        expect(same, "backbone.train_from", before, "a part before which this model can be taken apart")
         for name in self.frozen:
             self.model.get_submodule(name).requires_grad_(False)
 
@@ -149,15 +149,8 @@ def _create(config: Config, options: dict, recipe: weights.Recipe) -> Backbone:
     recipe.prepare(model)
     backbone = Backbone(model, config, recipe).eval()
     classifier = model.get_classifier()
-
-    def must(hold: bool, otherwise: str) -> None:
-        if not hold:
-            raise UserError(
-                f"backbone: got {name!r}, whose class activation maps are not exact: {otherwise}; "
-                "expected a model such as resnet18, resnet50, mobilenetv2_100, swin_tiny_patch4_window7_224"
-            )
-
-    must(isinstance(classifier, nn.Linear), f"its classifier is {type(classifier).__name__}, not Linear")
+    linear = isinstance(classifier, nn.Linear)
+    expect(linear, "backbone", name, f"{EXACT}: its classifier is {type(classifier).__name__}, not Linear")
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in classifier.parameters():
@@ -168,10 +161,10 @@ def _create(config: Config, options: dict, recipe: weights.Recipe) -> Backbone:
         except (AssertionError, RuntimeError) as error:
             raise UserError(f"image_size: got {image_size}, which {name!r} refuses: {one_line(error)}") from error
         shape, width = tuple(features.shape), classifier.in_features
-        must(len(shape) == 4, f"forward_features returns shape {shape}, not maps (M, C, H, W)")
-        must(shape[1] == width, f"its last maps have {shape[1]} channels but its classifier takes {width}")
+        is_maps = len(shape) == 4 and shape[1] == width
+        expect(is_maps, "backbone", name, f"{EXACT}: its features are {shape}, not maps (M, {width}, H, W)")
         off = ((logits - classifier(features.mean((2, 3)))).norm() / logits.norm()).item()
-    must(off < 1e-4, f"its logits differ from W . GAP(features) + b by {off:.0%}, so a layer follows the pooling")
+    expect(off < 1e-4, "backbone", name, f"{EXACT}: its logits differ from W . GAP(features) + b by {off:.0%}")
     single = config.batch_size == 1 and shape[2:] == (1, 1)
     expect(not single, "batch_size", 1, f"at least 2: the last map of {name!r} is a single pixel")
     model.reset_classifier(0)

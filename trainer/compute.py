@@ -8,7 +8,6 @@ import torch
 
 import rebalfer_kernels as rk
 
-from . import distributed
 from .config import Compute, UserError, expect, logger
 
 
@@ -21,10 +20,9 @@ def device_of(compute: Compute) -> torch.device:
     possible = compute.device != "cuda" or torch.cuda.is_available()
     expect(possible, "compute.device", compute.device, "'cpu' or 'auto': PyTorch sees no CUDA device")
     on_gpu = compute.device != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda", distributed.local_rank()) if on_gpu else torch.device("cpu")
+    device = torch.device("cuda", torch.distributed.get_node_local_rank(0)) if on_gpu else torch.device("cpu")
     for name in ("cuda_graph", "sync_batchnorm"):
-        if getattr(compute, name) and not on_gpu:
-            raise UserError(f"compute.{name}: got true on a CPU, expected a GPU")
+        expect(on_gpu or not getattr(compute, name), f"compute.{name}", True, "a GPU: this run uses the CPU")
     if compute.threads:
         torch.set_num_threads(compute.threads)
     return device
@@ -47,11 +45,7 @@ def try_backend(compute: Compute, device: torch.device) -> None:
     notice.start()
     try:
         features, weight = torch.zeros(2, 8, 2, 2, device=device), torch.zeros(2, 8, device=device)
-        table = torch.eye(2, device=device)
-        labels = torch.zeros(1, dtype=torch.int64, device=device)
-        rk.rebalanced_head_loss(
-            features, weight, None, labels, target_table=table, map_weights=table[0], backend=compute.backend
-        )
+        rk.attention_consistency(features, weight, weight[:, 0], backend=compute.backend)
     except (ValueError, RuntimeError) as error:
         group = {"backend": "compute.", "REBALFER_BACKEND": ""}.get(str(error).partition(":")[0])
         if group is None:

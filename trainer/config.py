@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
+import importlib.util
 import logging
 import math
 import pkgutil
-from collections.abc import Mapping, Sequence
+import typing
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 logger = logging.getLogger(__package__)  #: of all that a run says while it works
 
@@ -86,6 +87,12 @@ def expect(ok: bool, name: str, got: object, expected: str) -> None:
     """Raises :class:`UserError` by the option's name unless ``ok``."""
     if not ok:
         raise UserError(f"{name}: got {got!r}, expected {expected}")
+
+
+def expect_package(name: str, *packages: str) -> None:
+    """Raises :class:`UserError` by the option ``name`` unless the packages that it needs are installed."""
+    if missing := [package for package in packages if not importlib.util.find_spec(package)]:
+        raise UserError(f"{name}: needs packages that are not installed: pip install {' '.join(missing)}")
 
 
 def expect_number(name: str, value: float, low: float, high: float = math.inf, *, above: bool = False) -> None:
@@ -306,17 +313,34 @@ def select(kind: str, name: str) -> type:
     return options[spelt(name)]
 
 
-def differences(saved: Any, now: Any, *, prefix: str = "") -> dict[str, list[str]]:
-    """What changed between two configs: RESULTS, ROUNDING or NOTHING -> "field was -> is"."""
+class Flag(NamedTuple):
+    """A field of nested options, as the command line calls it."""
+
+    key: str  #: "optim.decay"
+    kind: Any
+    value: Any
+    metadata: Any
+
+
+def flags(options: Any, group: str = "") -> Iterator[Flag]:
+    """Every field of nested options, the groups in the order of the fields; those of ``config`` are the command's."""
+    kinds = typing.get_type_hints(type(options))
+    if isinstance(options, Named):
+        names = option(options.name, f"one of {', '.join(found(PACKAGES[group]))}").metadata
+        yield Flag(f"{group}.name", str, options.name, names)
+    for f in dataclasses.fields(options):
+        value = getattr(options, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from flags(value, f.name if f.name != "config" else "")
+        else:
+            yield Flag(f"{group}.{f.name}".lstrip("."), kinds[f.name], value, f.metadata)
+
+
+def differences(saved: Config, now: Config) -> dict[str, list[str]]:
+    """What changed between two configs: RESULTS, ROUNDING or NOTHING -> "option was -> is"."""
+    before = {flag.key: flag.value for flag in flags(saved)}
     changed: dict[str, list[str]] = {RESULTS: [], ROUNDING: [], NOTHING: []}
-    if type(saved) is not type(now):
-        changed[RESULTS].append(f"{prefix.rstrip('.')} {saved.name!r} -> {now.name!r}")
-        return changed
-    for f in dataclasses.fields(now):
-        was, is_ = getattr(saved, f.name), getattr(now, f.name)
-        if dataclasses.is_dataclass(is_):
-            for kind, texts in differences(was, is_, prefix=f"{prefix}{f.name}.").items():
-                changed[kind] += texts
-        elif was != is_:
-            changed[f.metadata["changes"]].append(f"{prefix}{f.name} {was!r} -> {is_!r}")
+    for flag in flags(now):
+        if (was := before.get(flag.key, flag.value)) != flag.value:
+            changed[flag.metadata["changes"]].append(f"{flag.key} {was!r} -> {flag.value!r}")
     return changed

@@ -31,11 +31,6 @@ def speaks() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def local_rank() -> int:
-    """Number of this process on its machine, which is the number of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", 0))
-
-
 @contextmanager
 def processes(device: torch.device) -> Iterator[None]:
     """Joins the processes that torchrun started, over NCCL on GPUs and Gloo on CPUs."""

@@ -58,19 +58,19 @@ def activation_maps(
     backbone, device = method.backbone, next(method.parameters()).device
     x = views(images.to(device), backbone, both=True)
     maps, predicted = method.maps(x).float().cpu(), method(x).argmax(1).tolist()
-    _draw_maps(images, maps, labels, predicted, legible(classes), title, path)
+    figure = _drawn_maps(images, maps, labels, predicted, legible(classes))
+    what = "class activation maps of images (left) and of their mirror images (right); red = evidence for a class"
+    figure.suptitle(f"{title}\n{what}", fontsize=9)
+    save(figure, path)
 
 
-def _draw_maps(
-    images: Tensor,
-    maps: Tensor,  # (2K, L, h, w) of the images, then of their mirror images
-    labels: list[int] | None,
-    predicted: list[int],  # of the 2K
-    classes: tuple[str, ...],
-    title: str,
-    path: Path,
-) -> None:
-    """All tiles in one picture: axes of its own for each of them take matplotlib ten times as long."""
+def _drawn_maps(
+    images: Tensor, maps: Tensor, labels: list[int] | None, predicted: list[int], classes: tuple[str, ...]
+) -> Figure:
+    """``maps`` (2K, L, h, w) and what is ``predicted`` (2K,): of K images, then of their mirror images.
+
+    All tiles are in one picture: axes of its own for each of them take matplotlib ten times as long.
+    """
     k, half = len(images), 1 + len(classes)
     (height, width), gap, margin = images.shape[1:3], images.shape[1] // 4, images.shape[2] // 16
     large = torch.nn.functional.interpolate(maps.float(), (height, width), mode="bilinear", align_corners=False)
@@ -103,9 +103,7 @@ def _draw_maps(
         for x, name in zip(xs[1:], classes, strict=True) if row == 0 else ():
             write(x + width / 2, y, name)
     figure.colorbar(scale, ax=axes, shrink=0.8, fraction=0.02).set_label("evidence for the class", fontsize=8)
-    what = "class activation maps of images (left) and of their mirror images (right); red = evidence for a class"
-    figure.suptitle(f"{title}\n{what}", fontsize=9)
-    save(figure, path)
+    return figure
 
 
 def legible(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -129,7 +127,7 @@ def _has(family: str, text: str) -> bool:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """As a PNG of few colours, whole or not at all."""
+    """As a PNG of few colours, which is a quarter of the size, whole or not at all."""
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=80, format="png")
     with Image.open(drawn) as picture, checkpoint.replacing(path) as file:

@@ -32,14 +32,10 @@ def create(config: Config, model: nn.Module, device: torch.device) -> torch.opti
         extra["fused"] = True
     if graph and options.optimizer in FUSED[:2]:
         extra["capturable"] = True
+    parameters = groups(model, options.weight_decay, decay_all=options.decay_all)
+    rate: Any = torch.tensor(config.learning_rate, device=device) if graph else config.learning_rate
     try:
-        return timm.optim.create_optimizer_v2(
-            groups(model, options.weight_decay, decay_all=options.decay_all),
-            options.optimizer,
-            lr=torch.tensor(config.learning_rate, device=device) if graph else config.learning_rate,  # type: ignore
-            weight_decay=options.weight_decay,
-            **extra,
-        )
+        return timm.optim.create_optimizer_v2(parameters, options.optimizer, rate, options.weight_decay, **extra)
     except Exception as error:  # a package that is missing, an option that the optimiser doesn't have
         raise UserError(f"optim.options: got {options.options} for {options.optimizer!r}: {error}") from error
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import checkpoint, distributed
-from .config import RESULTS, ROUNDING, Config, UserError, as_dict, differences, logger, restored
+from .config import RESULTS, ROUNDING, Config, UserError, as_dict, differences, expect, logger, restored
 from .state import State
 
 #: What a run writes into its folder.
@@ -70,30 +70,23 @@ class Run(AbstractContextManager):
         """Locks the folder; the state to resume from."""
         if distributed.rank():
             return None
-        path = self.folder / "last.pt"
-        if resume and not path.is_file():
-            expected = f"expected the checkpoint of an earlier run{self._offer_previous()}"
-            raise UserError(f"resume: got no file {path}, {expected}")
         self.lock = _lock(self.folder)
         try:
             found = [name for name in FILES if (self.folder / name).exists()]
-            if found and not resume and not overwrite:
-                raise UserError(
-                    f"name: got {self.config.name!r}, but {self.folder} has a run already ({', '.join(found)}): "
-                    "--resume continues it, --overwrite replaces it, or choose another --name"
-                )
-            return self._resumed(path) if resume else None
+            instead = f"another one, --resume or --overwrite: {self.folder} has a run already ({', '.join(found)})"
+            expect(resume or overwrite or not found, "name", self.config.name, instead)
+            return self._resumed() if resume else None
         except UserError:
             self.close()
             raise
 
-    def _resumed(self, path: Path) -> dict:
+    def _resumed(self) -> dict:
+        path = self.folder / "last.pt"
         try:
             saved = checkpoint.read(path)
         except UserError as error:
             raise UserError(f"resume: {error}{self._offer_previous()}") from None
-        if "optimizer" not in saved:
-            raise UserError(f"resume: {path}: holds weights only, as best.pt does; expected the whole state of a run")
+        expect("optimizer" in saved, "resume", str(path), "the whole state of a run, not weights only as in best.pt")
         check_config(path, saved, self.config)
         return saved
 

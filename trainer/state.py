@@ -12,15 +12,15 @@ from .methods import Method
 from .step import Step
 
 #: Attributes that a checkpoint holds as they are.
-PLAIN = ("epoch", "step", "names", "history", "best", "epoch_bound")
+PLAIN = ("epoch", "step", "history", "best", "epoch_bound")
 
 
 class State:
     """The method, its optimiser, the position, the losses of this epoch so far, the history and the best epoch.
 
-    ``sums`` (k,) are the losses, summed over images, by ``names``. ``bad`` is the first step of this epoch with a loss
-    that is not finite, -1 if there was none; it stays on the device until it is asked for. No random state is kept:
-    what a step draws follows from its position.
+    ``sums`` (k,) are the losses, summed over images, as the step names them. ``bad`` is the first step of this epoch
+    with a loss that is not finite, -1 if there was none; it stays on the device until it is asked for. No random
+    state is kept: what a step draws follows from its position.
     """
 
     def __init__(self, config: Config, method: Method, device: torch.device) -> None:
@@ -32,7 +32,6 @@ class State:
             self.parts["average"] = step.average.module
         #: Whether what a step does depends on how many epochs the run has.
         self.epoch_bound = config.optim.schedule == "cosine" or method.follows_progress
-        self.names: list[str] = []
         self.history: list[dict] = []
         self.best: dict[str, Any] = {}
         self.begin_epoch(0)
@@ -44,14 +43,13 @@ class State:
 
     def count(self, sums: Tensor) -> None:
         """A step is done, with these losses summed over its images; nothing here waits for the device."""
-        self.names = self.take.names
         self.sums = sums if self.sums is None else self.sums + sums
         self.bad = torch.where((self.bad < 0) & ~sums.isfinite().all(), self.step, self.bad)
         self.step += 1
 
     def means(self, images: int) -> dict[str, float]:
         """The losses of this epoch by name, over its ``images``; empty if it had no step."""
-        return {} if self.sums is None else dict(zip(self.names, (self.sums / images).tolist(), strict=True))
+        return {} if self.sums is None else dict(zip(self.take.names, (self.sums / images).tolist(), strict=True))
 
     def finish_epoch(self, row: dict, score: float) -> None:
         """``row`` is what the log says of the epoch, ``score`` what the best epoch has the most of."""
@@ -62,7 +60,8 @@ class State:
         self.begin_epoch(self.epoch + 1)
 
     def as_dict(self) -> dict:
-        plain = {key: getattr(self, key) for key in PLAIN} | {"taken": self.take.taken, "sums": self.sums}
+        plain = {key: getattr(self, key) for key in PLAIN}
+        plain |= {"taken": self.take.taken, "names": self.take.names, "sums": self.sums}
         return {"average": None, **{key: part.state_dict() for key, part in self.parts.items()}, **plain}
 
     def restore(self, saved: dict) -> None:
@@ -71,5 +70,5 @@ class State:
             part.load_state_dict(saved[key])
         for key in PLAIN:
             setattr(self, key, saved[key])
-        self.take.taken = saved["taken"]
+        self.take.taken, self.take.names = saved["taken"], saved["names"]
         self.sums = None if saved["sums"] is None else saved["sums"].to(self.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 
 from . import backbones, compute, data, distributed, loop, metrics, optim, weights
-from .config import Config, UserError, as_dict, logger, one_line, without_effect
+from .config import Config, UserError, as_dict, expect_package, logger, one_line, without_effect
 from .data import frozen
 from .methods import Method
 from .run import Run
@@ -33,8 +32,7 @@ class Result:
 
     def columns(self) -> dict[str, dict]:
         """Title -> scores of the last and of the best epoch on each split."""
-        last = self.history[-1]
-        splits = [name for name, value in last.items() if isinstance(value, dict)]
+        last, splits = self.history[-1], self.used.evaluated
         return {f"{name}, last": last[name] for name in splits} | {f"{name}, best": self.best[name] for name in splits}
 
     def table(self) -> str:
@@ -48,8 +46,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> R
     Raises:
         UserError: what the user can mend, by the name of its option. Stopped: a signal came; the state is saved.
     """
-    if config.output.tensorboard and not importlib.util.find_spec("tensorboard"):
-        raise UserError("output.tensorboard: got true, but the package tensorboard is not installed")
+    if config.output.tensorboard:
+        expect_package("output.tensorboard", "tensorboard")
     device = compute.device_of(config.compute)
     with distributed.processes(device), Run(config, resume=resume, overwrite=overwrite) as run:
         optim.fewest(config)

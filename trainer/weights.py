@@ -149,6 +149,8 @@ def read(path: Path) -> Weights:
     Raises:
         UserError: a file that can't be read without running its code, or that no recipe can use.
     """
+    command = f"python -m trainer convert-weights {path} {path.with_suffix('.safetensors')}"
+    expect(path.suffix.lower() != ".onnx", "backbone.weights", str(path), f"it converted: {command}")
     try:
         with path.open("rb") as file:
             start = file.read(len(LEGACY))
@@ -159,16 +161,13 @@ def read(path: Path) -> Weights:
                 arrays = _Arrays(file, encoding="latin1").load()
                 found = recognised(path, {name: torch.from_numpy(array) for name, array in arrays.items()})
                 return found._replace(recipe="vggface2_resnet50")  # the one such file
-            if path.suffix.lower() != ".onnx":
-                return _torch(path)
+            return _torch(path)
     except UserError:
         raise
     except OSError as error:
         raise UserError(f"backbone.weights: got {path}, which can't be read: {error.strerror}") from error
     except Exception as error:  # whatever a damaged or foreign file makes of its reader
         raise UserError(f"backbone.weights: got {path}: {_refusal(error)}") from error
-    command = f"python -m trainer convert-weights {path} {path.with_suffix('.safetensors')}"
-    raise UserError(f"backbone.weights: got {path}, expected it converted: {command}")
 
 
 def _safetensors(path: Path) -> Weights:
@@ -287,10 +286,7 @@ class _Arrays(pickle.Unpickler):
 def _refusal(error: Exception) -> str:
     """Why a file was not read."""
     if names := re.findall(r"nsupported (?:global: )?(?:GLOBAL )?([\w.]+\.\w+)", str(error)):
-        return (
-            f"a whole pickled program ({names[0]}), and reading it would run its code; where you trust it, save its "
-            "weights with torch.save(model.state_dict(), ...) and use that file"
-        )
+        return f"a pickled program ({names[0]}), whose code would run; torch.save its state_dict() where you trust it"
     return f"not a whole file of weights, as torch.save or safetensors write them ({one_line(error)})"
 
 

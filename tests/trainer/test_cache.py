@@ -309,7 +309,7 @@ def test_what_is_not_the_cache_s_is_not_deleted(load, tmp_path, capsys):
 
 def test_images_that_are_no_files_are_refused_by_the_command(capsys):
     assert main(["cache", "--data=synthetic"]) == 2
-    assert capsys.readouterr().err == "error: data: got synthetic, which has no files; expected a data set of files\n"
+    assert capsys.readouterr().err == "error: data: got 'synthetic', expected a data set of files\n"
 
 
 def test_predict_keeps_nothing(faces, tmp_path):

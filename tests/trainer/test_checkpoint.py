@@ -247,7 +247,9 @@ def test_a_missing_last_pt_is_named_and_previous_pt_offered(copy, capsys):
     (copy / "one/last.pt").unlink()
     assert runs.train(copy, "--name=one", "--epochs=2", "--resume") == 2
     error = capsys.readouterr().err
-    assert f"resume: got no file {copy}/one/last.pt" in error and "previous.pt is whole and stands in epoch 2" in error
+    assert (
+        f"resume: {copy}/one/last.pt: no such file" in error and "previous.pt is whole and stands in epoch 2" in error
+    )
 
 
 def test_only_whole_files_are_offered(copy, capsys):
@@ -260,7 +262,7 @@ def test_only_whole_files_are_offered(copy, capsys):
 def test_best_pt_is_no_state_to_resume_from(copy, capsys):
     (copy / "one/best.pt").rename(copy / "one/last.pt")
     assert runs.train(copy, "--name=one", "--epochs=2", "--resume") == 2
-    assert "last.pt: holds weights only, as best.pt does; expected the whole state" in capsys.readouterr().err
+    assert "last.pt', expected the whole state of a run, not weights only as in best.pt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["evaluate"], ["predict", "a.png"], ["cams", "a.png"]])

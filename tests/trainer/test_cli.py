@@ -13,8 +13,8 @@ from PIL import Image
 from support import child, runs
 
 from trainer import backbones, compute, presets
-from trainer.__main__ import flags, main, parse
-from trainer.config import PACKAGES, Checked, UserError, as_dict, found, from_dict
+from trainer.__main__ import main, parse
+from trainer.config import PACKAGES, Checked, UserError, as_dict, flags, found, from_dict
 from trainer.data import synthetic
 from trainer.methods import Task
 from trainer.methods.tables import TableMethod
@@ -80,7 +80,7 @@ def test_help_names_every_option_on_one_screen(command, capsys):
             named_by_file = flag.key in [f"{kind}.name" for kind in PACKAGES]  # which fill several lines
             assert ("one of " if named_by_file else flag.metadata["help"]) in line
             # In the short help it has the same line, or a place in the line of its group.
-            rest = shown.partition(f"\n  {flag.group}:")[2].partition(":")[0]
+            rest = shown.partition(f"\n  {flag.key.rpartition('.')[0]}:")[2].partition(":")[0]
             assert line in lines or flag.key.rpartition(".")[2] in rest
 
 
@@ -272,7 +272,7 @@ def test_an_option_of_another_method_or_data_set_is_named(capsys):
         ("--backbone=resnet17", "backbone: got 'resnet17', expected a model of timm"),
         (
             "--backbone=convnext_atto --backbone.options={}",
-            "backbone: got 'convnext_atto', whose class",
+            "backbone: got 'convnext_atto', expected a model with exact class activation maps, such as resnet18",
         ),
         ('--backbone.options={"drop_rate":0.1}', "backbone.options: got drop_rate, which has no effect"),
         (
@@ -282,11 +282,11 @@ def test_an_option_of_another_method_or_data_set_is_named(capsys):
         ("--compute.backend=cuda11", "compute.backend: got 'cuda11', expected one of "),
         ("--optim.optimizer=adan2", "optim.optimizer: got 'adan2', expected adam, adamw, sgd or another one of timm"),
         ('--optim.options={"momentums":1}', "optim.options: got {'momentums': 1} for 'adam'"),
-        ("--compute.cuda-graph", "compute.cuda_graph: got true on a CPU, expected a GPU"),
+        ("--compute.cuda-graph", "compute.cuda_graph: got True, expected a GPU: this run uses the CPU"),
         ("--batch-size=1", "batch_size: got 1, expected at least 2: the last map of 'resnet10t' is a single pixel"),
-        ("--resume", "resume: got no file "),
+        ("--resume", "resume: "),
         ("--resume --overwrite", "resume: got both --resume and --overwrite, expected one of them"),
-        ("--name=one", "name: got 'one', but "),
+        ("--name=one", "name: got 'one', expected another one, --resume or --overwrite: "),
     ],
 )
 def test_options_folder_backend_and_backbone_are_checked_first(options, message, root, capsys, monkeypatch):
@@ -317,7 +317,7 @@ def test_a_backend_of_the_environment_is_named_as_such_and_too_little_memory_is_
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(compute.rk, "rebalanced_head_loss", full)
+    monkeypatch.setattr(compute.rk, "attention_consistency", full)
     error = refusal(capsys, *flags)
     assert error == "batch_size: too large for the memory of the device: CUDA out of memory"
 
@@ -509,4 +509,4 @@ print(runs.main(["train"]))
 """
     done = child.run("-c", code, PYTHONPATH="tests", OMP_NUM_THREADS="1", cwd=child.ROOT)
     assert done.stdout.splitlines() == ["2"], done.stderr
-    assert done.stderr == "error: the command line needs the package jsonargparse >= 4.53: pip install jsonargparse\n"
+    assert done.stderr == "error: command: needs packages that are not installed: pip install jsonargparse\n"

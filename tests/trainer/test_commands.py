@@ -126,12 +126,15 @@ def test_other_classes_are_refused(top, tmp_path, capsys):
     for split in ("train", "val", "test"):
         (tmp_path / f"other/{split}/sad").rename(tmp_path / f"other/{split}/happy")
     assert call("evaluate", top / "runs/a", f"--path={tmp_path}/other") == 2
-    assert "data: got the classes ('fear', 'happiness', 'anger'), expected those of" in capsys.readouterr().err
+    assert (
+        "data: got ('fear', 'happiness', 'anger'), expected the checkpoint's classes ('fear', 'sadness', 'anger')"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_path_is_refused_where_the_data_has_none(finished, capsys):
     assert call("evaluate", finished, "--path=/faces") == 2
-    assert "path: got '/faces', which has no effect: the run's data is synthetic" in capsys.readouterr().err
+    assert "path: got '/faces', expected none: the run's data is synthetic" in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_is_missing_or_foreign_is_named(tmp_path, capsys):

@@ -109,7 +109,7 @@ def test_a_file_that_computes_something_else_is_not_kept(finished, tmp_path, cap
     out, fake.factor = tmp_path / "a.pt2", 1.001
     assert main(["export", str(finished), str(out)]) == 2
     assert (
-        "but its outputs differ from those of the run by up to 1.0e-03 of the largest, more than 0.0001; nothing is"
+        "but its outputs differ from those of the run by up to 1.0e-03 of the largest, over 0.0001; nothing is written"
         in capsys.readouterr().err
     )
     assert list(tmp_path.iterdir()) == []

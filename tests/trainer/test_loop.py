@@ -215,7 +215,7 @@ def test_a_batch_too_small_for_its_parts_is_refused(changes, message):
 def test_what_only_a_gpu_has_is_refused_on_a_cpu(capsys):
     for option in ("cuda_graph", "sync_batchnorm"):
         assert main(["train", "--preset", "demo", f"--compute.{option}", "--compute.device", "cpu"]) == 2
-        assert f"compute.{option}: got true on a CPU, expected a GPU" in capsys.readouterr().err
+        assert f"compute.{option}: got True, expected a GPU: this run uses the CPU" in capsys.readouterr().err
 
 
 TRAIN = [

@@ -58,16 +58,16 @@ def test_the_matrix_says_run_epoch_split_and_accuracies(figure):
 # cam.png
 
 
-def drawn_maps(figure, labels, predicted, classes=CLASSES, maps=None):
+def drawn_maps(labels, predicted, classes=CLASSES, maps=None):
     """The axes of the picture of two images whose right half is bright, and those of its colour bar."""
     images = torch.full((2, 32, 32, 1), GREY, dtype=torch.uint8)
     maps = torch.zeros(4, 3, 4, 4) if maps is None else maps
-    axes, bar = figure(figures._draw_maps, images, maps, labels, predicted, classes, "run a, epoch 7", "a.png").axes
+    axes, bar = figures._drawn_maps(images, maps, labels, predicted, classes).axes
     return axes, bar
 
 
-def test_a_wrong_prediction_is_red_and_a_right_one_green(figure):
-    axes, _ = drawn_maps(figure, [0, 1], [0, 2, 0, 1])
+def test_a_wrong_prediction_is_red_and_a_right_one_green():
+    axes, _ = drawn_maps([0, 1], [0, 2, 0, 1])
     found = [(t.get_text(), t.get_color()) for t in axes.texts if t.get_text().startswith("→")]
     assert found == [
         ("→ surprise", "tab:green"),
@@ -75,12 +75,12 @@ def test_a_wrong_prediction_is_red_and_a_right_one_green(figure):
         ("→ surprise", "tab:green"),
         ("→ fear", "tab:green"),
     ]
-    axes, _ = drawn_maps(figure, None, [0, 2, 0, 1])  # not known: neither
+    axes, _ = drawn_maps(None, [0, 2, 0, 1])  # not known: neither
     assert {t.get_color() for t in axes.texts} == {"black"} and not axes.patches
 
 
-def test_the_true_class_is_framed_in_its_row(figure):
-    axes, _ = drawn_maps(figure, [0, 2], [0, 2, 0, 2])
+def test_the_true_class_is_framed_in_its_row():
+    axes, _ = drawn_maps([0, 2], [0, 2, 0, 2])
     heads = {name: [t for t in axes.texts if t.get_text() == name and not t.get_rotation()] for name in CLASSES}
     for frame, name in zip(axes.patches, ["surprise", "happiness"] * 2, strict=True):
         centre = frame.get_x() + frame.get_width() / 2
@@ -92,12 +92,12 @@ def test_the_true_class_is_framed_in_its_row(figure):
     assert rows[0] < left["surprise"] < rows[1] < left["happiness"]
 
 
-def test_the_overlay_is_on_grey_red_is_evidence_and_all_tiles_share_a_scale(figure):
+def test_the_overlay_is_on_grey_red_is_evidence_and_all_tiles_share_a_scale():
     images = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
     images[..., 0] = 240  # a red image: none of its colour may be seen under a map
     maps = torch.zeros(2, 3, 4, 4)
     maps[0, 1], maps[1, 2] = 2.0, -1.0
-    axes, bar = figure(figures._draw_maps, images, maps, [0], [0, 0], CLASSES, "a", "a.png").axes
+    axes, bar = figures._drawn_maps(images, maps, [0], [0, 0], CLASSES).axes
     assert bar.get_ylim() == (-2, 2) and bar.get_ylabel() == "evidence for the class"
     picture = axes.images[0].get_array()
     tiles = [picture[-16, column * 34 + 16].astype(int) for column in range(8)]
@@ -108,12 +108,12 @@ def test_the_overlay_is_on_grey_red_is_evidence_and_all_tiles_share_a_scale(figu
     assert tiles[2][0] > tiles[2][2] + 30 and tiles[7][2] > tiles[7][0] + 30  # red for evidence, blue against
 
 
-def test_the_mirror_image_is_in_the_right_half_with_its_own_maps(figure):
+def test_the_mirror_image_is_in_the_right_half_with_its_own_maps():
     images = torch.zeros(1, 32, 32, 1, dtype=torch.uint8)
     images[:, :, 16:] = 200
     maps = torch.zeros(2, 3, 4, 4)
     maps[0, 0, :, 0], maps[1, 0, :, 3] = 1.0, 1.0
-    axes, _ = figure(figures._draw_maps, images, maps, [0], [0, 0], CLASSES, "a", "a.png").axes
+    axes, _ = figures._drawn_maps(images, maps, [0], [0, 0], CLASSES).axes
     picture = axes.images[0].get_array().astype(int)
     image, twin = picture[-16, 0:32], picture[-16, 4 * 34 : 4 * 34 + 32]
     assert image[:, 0].tolist() == twin[::-1, 0].tolist() and image[0, 0] == 0 and image[31, 0] == 200
@@ -126,9 +126,15 @@ def test_the_maps_and_predictions_drawn_are_those_of_the_method(figure, finished
 
     trained = commands.load(str(finished), "cpu")
     images, labels = data.prepare(trained.config).splits["test"].one_of_each()
-    seen = {}
-    monkeypatch.setattr(figures, "_draw_maps", lambda *a: seen.update(maps=a[1], labels=a[2], predicted=a[3]))
-    figures.activation_maps("a.png", trained.method, images, labels, trained.classes, "a")
+    seen, draw = {}, figures._drawn_maps
+
+    def drawn(images, maps, labels, predicted, classes):
+        seen.update(maps=maps, labels=labels, predicted=predicted)
+        return draw(images, maps, labels, predicted, classes)
+
+    monkeypatch.setattr(figures, "_drawn_maps", drawn)
+    picture = figure(figures.activation_maps, "a.png", trained.method, images, labels, trained.classes, "run a")
+    assert picture.get_suptitle().startswith("run a\nclass activation maps")
     with torch.no_grad():
         for i, at in enumerate((images, images.flip(2))):
             features = trained.method.backbone(at.permute(0, 3, 1, 2).float() / 127.5 - 1)
@@ -158,10 +164,8 @@ def test_letters_of_any_script_are_drawn_or_numbered():
 def test_no_box_is_drawn_in_place_of_a_letter(tmp_path):
     names = ("开心", "تعجب", "fear")
     figures.confusion_matrix(tmp_path / "a.png", torch.eye(3).long(), names, "a", "test")
-    figures._draw_maps(
-        torch.zeros(1, 32, 32, 1).byte(), torch.zeros(2, 3, 2, 2), [0], [0, 1], figures.legible(names), "a",
-        tmp_path / "b.png",
-    )  # fmt: skip
+    images, maps = torch.zeros(1, 32, 32, 1).byte(), torch.zeros(2, 3, 2, 2)
+    figures.save(figures._drawn_maps(images, maps, [0], [0, 1], figures.legible(names)), tmp_path / "b.png")
     for name in ("a.png", "b.png"):
         with Image.open(tmp_path / name) as picture:
             assert picture.format == "PNG" and min(picture.size) > 100

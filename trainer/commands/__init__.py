@@ -1,18 +1,28 @@
 """The commands, one file each, found by its file's name.
 
 A new command is one file: a frozen dataclass ``Options``, whose docstring's first line is its help, whose fields become
-its flags, and whose ``run`` does the work and returns the exit status.
+its flags, and whose ``run`` does the work.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from .. import backbones, checkpoint, compute, loop
-from ..config import Compute, Config, UserError, expect, restored
+from ..config import Checked, Compute, Config, UserError, expect, option, restored
 from ..methods import Method
+
+
+@dataclass(frozen=True)
+class OfCheckpoint(Checked):
+    """Base of the options of a command that uses a trained method."""
+
+    checkpoint: str = option("", "a run's folder, or its best.pt or last.pt", positional=True)
+    device: str = option("auto", choices=("auto", "cpu", "cuda"))
+    overwrite: bool = option(False, "replace what the command writes, if it exists")
 
 
 class Trained(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .. import data, presets
-from ..config import Config, UserError, option
+from ..config import Config, UserError, expect, option
 from ..data import cache
 
 
@@ -18,7 +18,7 @@ class Options:
     verify: bool = option(False, "check every image that the cache holds, of all data sets")
     delete: bool = option(False, "delete what the cache holds, of all data sets")
 
-    def run(self) -> int:
+    def run(self) -> None:
         output = self.config.output
         with cache.kept_in(output.cache) as directory:
             if not directory:
@@ -27,10 +27,8 @@ class Options:
             cache.verify(directory)
         elif self.delete:
             cache.delete(directory)
-        elif not hasattr(self.config.data, "path"):
-            raise UserError(f"data: got {self.config.data.name}, which has no files; expected a data set of files")
         else:
+            expect(hasattr(self.config.data, "path"), "data", self.config.data.name, "a data set of files")
             with cache.must_keep():
                 print(data.describe(data.prepare(self.config)))
         print(cache.listing(directory))
-        return 0

@@ -5,22 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .. import data
-from ..config import Checked, UserError, expect, option
-from . import load, new_file
+from ..config import UserError, expect, option
+from . import OfCheckpoint, load, new_file
 
 
 @dataclass(frozen=True)
-class Options(Checked):
+class Options(OfCheckpoint):
     """a picture of every class's activation map for images of a run's data (Fig. 4)"""
 
-    checkpoint: str = option("", "a run's folder, or its best.pt or last.pt", positional=True)
     out: str = option("cam.png", "the picture", positional=True)
     classes: list[str] = option((), "rows of the picture, such as '[fear, anger]'; every class if left out")
     split: str = option("", "of which split; the one that chose the best epoch if left out")
-    device: str = option("auto", choices=("auto", "cpu", "cuda"))
-    overwrite: bool = option(False, "replace the picture")
 
-    def run(self) -> int:
+    def run(self) -> None:
         from .. import figures
 
         out = new_file(self.out, self.overwrite)
@@ -35,4 +32,3 @@ class Options(Checked):
         title = f"{trained.about}, {name} images"
         figures.activation_maps(out, trained.method, images, labels, trained.classes, title)
         print(out)
-        return 0

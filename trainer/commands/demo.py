@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 
 from .. import metrics, presets
-from ..config import NOTHING, Checked, logger, option, select
+from ..config import NOTHING, Checked, from_dict, logger, option
 from ..train import train
 
 DEFAULT = presets.demo()
@@ -22,20 +20,16 @@ class Options(Checked):
     root: str = option("runs", "folder of the runs", changes=NOTHING)
     overwrite: bool = option(False, "replace the runs of an earlier demo", changes=NOTHING)
 
-    def run(self) -> int:
+    def run(self) -> None:
         if self.epochs < DEFAULT.epochs:
             logger.info("note: so few epochs show little: got %d of %d", self.epochs, DEFAULT.epochs)
         columns: dict[str, dict] = {}
-        pictures: list[Path] = []
-        output = dataclasses.replace(DEFAULT.output, root=self.root)
-        both = dataclasses.replace(DEFAULT, epochs=self.epochs, seed=self.seed, output=output)
-        for method in (select("method", "baseline")(), DEFAULT.method):
-            config = dataclasses.replace(both, method=method, name=f"demo-{method.name}")
+        both = {"epochs": self.epochs, "seed": self.seed, "output": {"root": self.root}}
+        for name in ("baseline", DEFAULT.method.name):
+            config = from_dict({**both, "method": {"name": name}, "name": f"demo-{name}"}, DEFAULT)
             result = train(config, overwrite=self.overwrite)
-            columns |= {f"{method.name}, {k.removeprefix('test, ')}": v for k, v in result.columns().items()}
-            pictures += [result.folder / "confusion.png", result.folder / "cam.png"]
+            columns |= {f"{name}, {k.removeprefix('test, ')}": v for k, v in result.columns().items()}
         print(metrics.table(result.used.classes, result.used.counts, columns))
         print("on test, which also chose the best epoch; images: of train")
         print("one run of each: a few points are within what the seed changes; `study synthetic` has intervals")
-        print("pictures:", *pictures, sep="\n  ")
-        return 0
+        print(f"pictures of each: {self.root}/demo-*/confusion.png and cam.png")

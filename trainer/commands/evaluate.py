@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass
 
 from .. import checkpoint, data, loop, metrics
-from ..config import Checked, UserError, option
-from . import load, new_file
+from ..config import UserError, expect, from_dict, option
+from . import OfCheckpoint, load, new_file
 
 
 @dataclass(frozen=True)
-class Options(Checked):
+class Options(OfCheckpoint):
     """accuracies of a checkpoint on the data of its run, or on another folder"""
 
-    checkpoint: str = option("", "a run's folder, or its best.pt or last.pt", positional=True)
     path: str = option("", "another folder in place of the run's --data.path")
     flip: bool = option(False, "average the logits of each image and its mirror image")
-    device: str = option("auto", choices=("auto", "cpu", "cuda"))
     out: str = option("", "also write the scores to this JSON file")
-    overwrite: bool = option(False, "replace that file")
 
-    def run(self) -> int:
+    def run(self) -> None:
         out = new_file(self.out, self.overwrite) if self.out else None
         trained = load(self.checkpoint, self.device)
-        config = trained.config
-        if self.path:
-            if not hasattr(config.data, "path"):
-                raise UserError(f"path: got {self.path!r}, which has no effect: the run's data is {config.data.name}")
-            config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=self.path))
-        sets = data.prepare(config)
-        if sets.classes != trained.classes:
-            raise UserError(f"data: got the classes {sets.classes}, expected those of the checkpoint {trained.classes}")
+        of, other = trained.config.data, {"data": {"path": self.path}} if self.path else {}
+        expect(not other or hasattr(of, "path"), "path", self.path, f"none: the run's data is {of.name}")
+        sets = data.prepare(from_dict(other, trained.config))
+        expect(sets.classes == trained.classes, "data", sets.classes, f"the checkpoint's classes {trained.classes}")
         columns, images = {}, {}
         for name, split in sets.evaluated.items():
             matrix = loop.evaluate(trained.method, split, len(sets.classes), flip=self.flip)
@@ -45,4 +37,3 @@ class Options(Checked):
         if out:
             content = {"checkpoint": trained.about, "classes": sets.classes, "images": images, "scores": columns}
             checkpoint.write(out, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        return 0

@@ -7,14 +7,13 @@ import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from .. import checkpoint, loop
-from ..config import UserError, expect, option
+from ..config import UserError, expect, expect_package, option
 from ..data.views import views
 from ..methods import Method
 from . import load, new_file
@@ -33,11 +32,11 @@ class Options:
     out: str = option("", f"the new file, which ends with {' or '.join(SUFFIXES)}", positional=True)
     overwrite: bool = option(False, "replace the file")
 
-    def run(self) -> int:
+    def run(self) -> None:
         out, suffix = new_file(self.out, self.overwrite), Path(self.out).suffix.lower()
         expect(suffix in SUFFIXES, "out", self.out, f"a name that ends with {' or '.join(SUFFIXES)}")
-        if suffix == ".onnx" and not all(find_spec(name) for name in ("onnxscript", "onnxruntime")):
-            raise UserError("out: an ONNX file needs the packages onnxscript and onnxruntime")
+        if suffix == ".onnx":
+            expect_package("out", "onnxscript", "onnxruntime")
         trained = load(self.checkpoint, "cpu")
         method = trained.method.to(memory_format=torch.contiguous_format).eval()
         backbone = method.backbone
@@ -51,12 +50,10 @@ class Options:
         worst = _difference(network, again, images)
         said = f"its outputs differ from those of the run by up to {worst:.1e} of the largest"
         if not worst <= TOLERANCE:
-            excess = f"more than {TOLERANCE:g}; nothing is written"
-            raise UserError(f"checkpoint: got {self.checkpoint}, but {said}, {excess}")
+            raise UserError(f"checkpoint: got {self.checkpoint}, but {said}, over {TOLERANCE:g}; nothing is written")
         with checkpoint.replacing(out) as file:
             file.write(content)
         print(f"{out}: {' and '.join(network.names)} of {trained.about}; {said}")
-        return 0
 
 
 class Network(nn.Module):
@@ -83,13 +80,16 @@ class Network(nn.Module):
         return method(x), method.maps(x)
 
 
+def _exported(network: Network, images: Tensor) -> torch.export.ExportedProgram:
+    """Of any number of images as large as these."""
+    return torch.export.export(network, (images,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
+
+
 def _program(network: Network, images: Tensor, about: dict) -> tuple[bytes, Run]:
     """The bytes of a .pt2 file with ``about`` inside as about.json, and what they do when they are read again."""
     file = io.BytesIO()
-    shapes = {"images": {0: torch.export.Dim("batch")}}
-    program = torch.export.export(network, (images,), dynamic_shapes=shapes)
     text = json.dumps(about, ensure_ascii=False, indent=1)
-    torch.export.save(program, file, extra_files={"about.json": text})
+    torch.export.save(_exported(network, images), file, extra_files={"about.json": text})
     file.seek(0)
     return file.getvalue(), torch.export.load(file).module()
 
@@ -98,11 +98,10 @@ def _onnx(network: Network, images: Tensor, about: dict) -> tuple[bytes, Run]:
     """The bytes of an ONNX file with ``about`` as its metadata, and what onnxruntime makes of them."""
     import onnxruntime
 
-    shapes = {"images": {0: torch.export.Dim("batch")}}
-    names: dict = {"input_names": ["images"], "output_names": network.names}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made = torch.onnx.export(network, (images,), dynamic_shapes=shapes, verbose=False, **names)
+        program = _exported(network, images)
+        made = torch.onnx.export(program, input_names=["images"], output_names=network.names, verbose=False)
     assert made is not None, "the exporter with dynamo returns it"
     texts = {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in about.items()}
     made.model.metadata_props.update(texts)

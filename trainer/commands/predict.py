@@ -9,24 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import checkpoint, loop
-from ..config import Checked, UserError, expect, option
+from ..config import UserError, expect, option
 from ..data import decode
-from . import load, new_file
+from . import OfCheckpoint, load, new_file
 
 
 @dataclass(frozen=True)
-class Options(Checked):
+class Options(OfCheckpoint):
     """classes of image files and folders, as text, CSV or JSON"""
 
-    checkpoint: str = option("", "a run's folder, or its best.pt or last.pt", positional=True)
     images: list[str] = option((), "image files, or folders that are searched for them", positional=True)
     out: str = option("", "a .csv or .json file; printed as CSV if left out")
     flip: bool = option(True, "average the logits of each image and its mirror image")
     maps: str = option("", "also draw every class's activation map into this new folder")
-    device: str = option("auto", choices=("auto", "cpu", "cuda"))
-    overwrite: bool = option(False, "replace the file and the folder's pictures")
 
-    def run(self) -> int:
+    def run(self) -> None:
         suffix = Path(self.out).suffix.lower()
         expect(suffix in (".csv", ".json") or not self.out, "out", self.out, "a name that ends with .csv or .json")
         out = new_file(self.out, self.overwrite) if self.out else None
@@ -52,7 +49,6 @@ class Options(Checked):
             for i, file in enumerate(files):
                 about = images[i : i + 1], None, trained.classes, trained.about
                 figures.activation_maps(folder / f"{i:05d}-{file.stem}.png", trained.method, *about)
-        return 0
 
 
 def _text(rows: list[tuple[str, str, list[float]]], classes: tuple[str, ...], kind: str) -> str:

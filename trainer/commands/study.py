@@ -25,7 +25,7 @@ class Options(Checked):
     processes: int = option(1, "that share the runs, each on a GPU if there are some", changes=NOTHING, low=1)
     table: bool = option(False, "only the table of the runs that are finished", changes=NOTHING)
 
-    def run(self) -> int:
+    def run(self) -> None:
         study = grid.read(self.study, data=self.data, weights=self.weights, options=self.options, seeds=self._seeds())
         folder = Path(self.root).expanduser() / study.name
         file = Path(self.results).expanduser() if self.results else folder / "results.jsonl"
@@ -38,11 +38,10 @@ class Options(Checked):
         found = table.of(study, results.read(file))
         if not found.lines:
             print(f"no run of {study.name} is finished")
-            return 0
+            return
         written = files.write(folder, found)
         print(table.text(found))
         print(f"{folder}: {', '.join(written)}; {file}")
-        return 0
 
     def _seeds(self) -> tuple[int, ...]:
         try:

@@ -18,9 +18,8 @@ class Options:
     resume: bool = option(False, "continue from ROOT/NAME/last.pt, as if never interrupted", changes=NOTHING)
     overwrite: bool = option(False, "replace the run that ROOT/NAME has", changes=NOTHING)
 
-    def run(self) -> int:
+    def run(self) -> None:
         logger.info("preset %s: %s", self.preset, title(presets.found()[self.preset]))
         result = train(self.config, resume=self.resume, overwrite=self.overwrite)
         if distributed.speaks():
             print(result.table())
-        return 0

