@@ -43,9 +43,11 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print("error:" if distributed.speaks() else f"rank {os.environ['RANK']}: error:", error, file=sys.stderr)
         return error.status
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise  # the latter is what PyTorch says of a CPU
         reason = str(error).splitlines()[0]
-        print(f"error: batch_size: too large for the memory of the device: {reason}", file=sys.stderr)
+        print(f"error: batch_size or image_size: too large for the memory: {reason}", file=sys.stderr)
         return UserError.status
     except Stopped as stopped:
         print(stopped, file=sys.stderr)

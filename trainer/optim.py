@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from . import distributed
-from .config import Config, UserError, expect
+from .config import Config, UserError, expect, one_line
 
 FUSED = ("adam", "adamw", "sgd", "momentum", "nesterov")  #: PyTorch's own, which have one kernel for all weights
 
@@ -37,7 +37,7 @@ def create(config: Config, model: nn.Module, device: torch.device) -> torch.opti
     try:
         return timm.optim.create_optimizer_v2(parameters, options.optimizer, rate, options.weight_decay, **extra)
     except Exception as error:  # a package that is missing, an option that the optimiser doesn't have
-        raise UserError(f"optim.options: got {options.options} for {options.optimizer!r}: {error}") from error
+        raise UserError(f"optim.options: got {options.options} for {options.optimizer!r}: {one_line(error)}") from error
 
 
 def groups(model: nn.Module, weight_decay: float, *, decay_all: bool) -> list[dict[str, Any]]:

@@ -306,20 +306,26 @@ def test_a_gpu_that_is_missing_is_named(monkeypatch):
         compute.device_of(options)
 
 
-def test_a_backend_of_the_environment_is_named_as_such_and_too_little_memory_is_no_backend(
-    tmp_path, capsys, monkeypatch
-):
-    flags = ["train", f"--output.root={tmp_path}", "--compute.device=cpu"]
-    with monkeypatch.context() as patch:
-        patch.setenv("REBALFER_BACKEND", "cuda11")
-        assert refusal(capsys, *flags).startswith("REBALFER_BACKEND: got 'cuda11', expected one of ")
+def test_a_backend_of_the_environment_is_named_as_such(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("REBALFER_BACKEND", "cuda11")
+    error = refusal(capsys, "train", f"--output.root={tmp_path}", "--compute.device=cpu")
+    assert error.startswith("REBALFER_BACKEND: got 'cuda11', expected one of ")
 
-    def full(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(compute.rk, "attention_consistency", full)
-    error = refusal(capsys, *flags)
-    assert error == "batch_size: too large for the memory of the device: CUDA out of memory"
+def test_too_little_memory_is_one_line(tmp_path, capsys, monkeypatch):
+    flags = ["train", f"--output.root={tmp_path}", "--compute.device=cpu", "--compute.backend=reference"]
+    said = "batch_size or image_size: too large for the memory: "
+    assert refusal(capsys, *flags, f"--image-size={10**7}").startswith(f"{said}[enforce fail at alloc_cpu.cpp")
+
+    def failing(*_, **__):
+        raise problem
+
+    monkeypatch.setattr(compute.rk, "attention_consistency", failing)
+    for problem in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError("Unable to allocate 7 PiB")):
+        assert refusal(capsys, *flags).startswith(f"{said}{problem}")
+    problem = RuntimeError("an error of the program")
+    with pytest.raises(RuntimeError, match="an error of the program"):  # which keeps its traceback
+        main(flags)
 
 
 def test_options_that_do_nothing_are_said(tmp_path, caplog):
