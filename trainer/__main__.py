@@ -206,7 +206,7 @@ def overview(commands: dict[str, type]) -> str:
 def help_text(command: str, default: Any, wanted: str) -> str:
     """The options of a command: the groups of ``FIRST`` and the names of the rest, or the one group that is wanted."""
     groups: dict[str, list[Flag]] = {}
-    for flag in flags(default):
+    for flag in sorted(flags(default), key=lambda flag: not flag.metadata.get("positional")):
         groups.setdefault(flag.key.rpartition(".")[0], []).append(flag)
     expect(wanted in ("", "all", *groups), "help", wanted, f"one of {', '.join(['all', *filter(None, groups)])}")
     places = "".join(f"{flag.key.upper()} " for flag in groups[""] if flag.metadata.get("positional"))

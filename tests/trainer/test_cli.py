@@ -84,6 +84,13 @@ def test_help_names_every_option_on_one_screen(command, capsys):
             assert line in lines or flag.key.rpartition(".")[2] in rest
 
 
+def test_help_has_what_stands_for_itself_first(capsys):
+    for command, names in (("predict", ["CHECKPOINT", "IMAGES"]), ("align", ["SOURCE", "OUT"])):
+        main([command, "--help"])
+        shown = capsys.readouterr().out.splitlines()
+        assert [line.split()[0] for line in shown[3:5]] == names and f"{command} {' '.join(names)} [" in shown[0]
+
+
 def test_help_has_the_groups_that_matter_first_and_names_the_others(capsys):
     main(["train", "--help"])
     lines = capsys.readouterr().out.splitlines()
@@ -212,7 +219,7 @@ def test_a_file_that_is_missing_or_no_file_is_named(tmp_path, capsys):
         ("--name=..", "name: got '..', expected the name of one folder"),
         ("--method=cbx", "method: got 'cbx', expected one of baseline, bbn, cb, "),
         ("--data=mnist", "data: got 'mnist', expected one of affectnet, "),
-        ("--preset=papre", "preset: got 'papre', expected one of paper, released, eac, cb, baseline, demo"),
+        ("--preset=papre", "preset: got 'papre', expected one of paper, released, eac, cb, baseline, adjusted, demo"),
         ("extra", "unrecognized arguments: extra"),
     ],
 )  # fmt: skip
