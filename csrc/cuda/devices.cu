@@ -44,26 +44,27 @@ int granted_cluster_bits(int device) {
 
 }  // namespace
 
-int prepare() {
+Granted prepare() {
   int device = 0;
   check(cudaGetDevice(&device), "current device");
   static std::mutex mutex;
-  static std::map<int, int> prepared;
+  static std::map<int, Granted> prepared;
   const std::lock_guard lock(mutex);
   if (const auto known = prepared.find(device); known != prepared.end()) return known->second;
   // Loading allocates, which a capture on this thread forbids unless it is relaxed.
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
   check(cudaThreadExchangeStreamCaptureMode(&mode), "stream capture mode");
-  int bits = 0;
+  Granted granted{};
   try {
     load(device);
-    bits = granted_cluster_bits(device);
+    granted = {granted_cluster_bits(device), attribute(cudaDevAttrMultiProcessorCount, device, "multiprocessors"),
+               attribute(cudaDevAttrComputeCapabilityMajor, device, "compute capability") >= 9};
   } catch (...) {
     cudaThreadExchangeStreamCaptureMode(&mode);
     throw;
   }
   check(cudaThreadExchangeStreamCaptureMode(&mode), "stream capture mode");
-  return prepared[device] = bits;
+  return prepared[device] = granted;
 }
 
 }  // namespace rebalfer::gpu

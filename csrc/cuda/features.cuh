@@ -9,7 +9,7 @@
 
 namespace rebalfer::gpu {
 
-constexpr int kStages = 4;
+constexpr int kMostStages = 4;  // of a ring, or half as many
 constexpr int kStepBytes = 64;
 
 // Where a warp is in its block, and a lane in its warp.
@@ -65,35 +65,43 @@ __device__ __forceinline__ uint4 gather(const Get& get) {
   return uint4{r[0], r[1], r[2], r[3]};
 }
 
+// Until the oldest of `stages` groups of this thread's copies has come.
+__device__ __forceinline__ void wait_for_oldest(int stages) {
+  if (stages == kMostStages) {
+    cp_async_wait<kMostStages - 1>();
+  } else {
+    cp_async_wait<kMostStages / 2 - 1>();
+  }
+}
+
 // channels_last: this lane's 16-byte pieces, `passes` times over. What a lane copies only it reads, so shared memory
 // serves as more registers and no barrier is needed. If all steps fit they are fetched once and stay.
 template <typename T, int kTiles>
 class LaneRing {
  public:
-  static __host__ __device__ int64_t bytes(int64_t) { return kWarps * kStages * kTiles * 32 * 16; }
+  static __host__ __device__ int64_t bytes(int64_t, int stages) { return int64_t(stages) * kWarps * kTiles * 32 * 16; }
 
   __device__ __forceinline__ LaneRing(const Geometry& g, const T* features, int64_t pair, const Channels& channels,
-                                      const Place& at, int HW, int passes, unsigned char* room, uint64_t*)
-      : pieces_(shared_address(room + (at.warp * kStages * kTiles * 32 + at.lane) * 16)),
+                                      const Place& at, int HW, int passes, int stages, unsigned char* room, uint64_t*)
+      : pieces_(shared_address(room + (at.warp * kTiles * 32 + at.lane) * 16)),
         source_(features + (at.view * g.N + pair) * int64_t(g.C) * HW + int64_t(at.group) * g.C),
-        begin_(channels.first + at.slice * (kStepBytes / int(sizeof(T))) + at.quarter * kSlots), next_(begin_), C_(g.C),
-        width_(channels.width), HW_(HW), group_(at.group), steps_(channels.steps),
-        total_(channels.steps <= kStages ? channels.steps : channels.steps * passes),
+        next_(channels.first + at.slice * (kStepBytes / int(sizeof(T))) + at.quarter * kSlots), C_(g.C),
+        width_(channels.width), HW_(HW), group_(at.group), steps_(channels.steps), stages_(stages),
+        total_(channels.steps <= stages ? channels.steps : channels.steps * passes),
         aligned_(g.C % kSlots == 0 && reinterpret_cast<uintptr_t>(features) % 16 == 0) {
     keep(total_);
     REBALFER_ROLLED
-    for (int s = 0; s < kStages; ++s) issue();
+    for (int s = 0; s < stages; ++s) issue();
   }
 
-  // The next step's pieces.
-  __device__ __forceinline__ void take(uint4 (&f)[kTiles]) {
-    cp_async_wait<kStages - 1>();
-    const SharedAddress from = piece(taken_++);
-#pragma unroll
-    for (int j = 0; j < kTiles; ++j) f[j] = load_shared_16B(from + 512 * j);
-  }
+  // Until the next step's features are there: of this lane's position in a tile of 8, and its channels.
+  __device__ __forceinline__ void wait() const { wait_for_oldest(stages_); }
+  __device__ __forceinline__ uint4 tile(int j) const { return load_shared_16B(piece(taken_) + 512 * j); }
   // What was taken may be overwritten.
-  __device__ __forceinline__ void release() { issue(); }
+  __device__ __forceinline__ void release() {
+    ++taken_;
+    issue();
+  }
   // The next pass begins.
   __device__ __forceinline__ void rewind() {
     if (total_ == steps_) taken_ = 0;
@@ -104,17 +112,16 @@ class LaneRing {
 
   SharedAddress pieces_;
   const T* const source_;  // the lane's first position
-  const int begin_;        // the lane's first channel
-  int next_;               // that it fetches next
+  int next_;               // the first of the lane's channels that it fetches next
   const int C_, width_, HW_, group_;
-  const unsigned steps_;
+  const unsigned steps_, stages_;
   unsigned total_;
   const bool aligned_;
   unsigned issued_ = 0, taken_ = 0;
 
   __device__ __forceinline__ bool inside(int tile) const { return 8 * tile + 8 <= HW_ || 8 * tile + group_ < HW_; }
   __device__ __forceinline__ SharedAddress piece(unsigned use) const {
-    return pieces_ + use % kStages * (kTiles * 512);
+    return pieces_ + (use & (stages_ - 1)) * (kWarps * kTiles * 512);
   }
 
   __device__ __forceinline__ void issue() {
@@ -133,7 +140,7 @@ class LaneRing {
                            }));
       }
       next_ += width_;
-      if (issued_ + 1 == steps_) next_ = begin_;
+      if (issued_ + 1 == steps_) next_ -= int(steps_) * width_;
     }
     cp_async_commit();
     ++issued_;
@@ -145,54 +152,54 @@ class LaneRing {
 template <typename T, int kTiles>
 class SlabRing {
  public:
-  static __host__ __device__ int64_t bytes(int64_t HW) { return kStages * kWarps * kStepBytes * HW; }
+  static __host__ __device__ int64_t bytes(int64_t HW, int stages) { return stages * kWarps * kStepBytes * HW; }
 
   __device__ __forceinline__ SlabRing(const Geometry& g, const T* features, int64_t pair, const Channels& channels,
-                                      const Place& at, int HW, int passes, unsigned char* room, uint64_t* full)
-      : stages_(reinterpret_cast<T*>(room)),
-        own_(stages_ + at.group +
+                                      const Place& at, int HW, int passes, int stages, unsigned char* room,
+                                      uint64_t* full)
+      : room_(reinterpret_cast<T*>(room)),
+        own_(room_ + at.group +
              (at.view * channels.width + at.slice * (kStepBytes / int(sizeof(T))) + at.quarter * kSlots) * HW),
-        full_(full), source_(features + pair * int64_t(g.C) * HW), to_twin_(g.N * g.C * HW), next_(channels.first),
-        channels_(channels), HW_(HW), views_(at.views), group_(at.group),
-        total_(channels.steps <= kStages ? channels.steps : channels.steps * passes) {
+        full_(full), source_(features + pair * int64_t(g.C) * HW), to_twin_(g.N * g.C * HW), channels_(channels),
+        HW_(HW), views_(at.views), group_(at.group), stages_(stages),
+        total_(channels.steps <= stages ? channels.steps : channels.steps * passes) {
     const bool aligned =
         reinterpret_cast<uintptr_t>(features) % 16 == 0 && int64_t(g.C) * HW * int64_t(sizeof(T)) % 16 == 0;
     how_ = !aligned ? kElements : REBALFER_HAS_BULK && g.C % channels.width == 0 ? kBulk : kVectors;
     if (how_ == kBulk) {
       if (threadIdx.x == 0) {
-        for (int s = 0; s < kStages; ++s) mbarrier_init(full_ + s, 1);
+        for (int s = 0; s < stages; ++s) mbarrier_init(full_ + s, 1);
         mbarrier_fence_init();
       }
       __syncthreads();
     }
     keep(total_);
     if (how_ == kBulk && threadIdx.x != 0) {  // that thread's next channels are not ours to know
-      issued_ = kStages;
+      issued_ = stages;
       return;
     }
     REBALFER_ROLLED
-    for (int s = 0; s < kStages; ++s) issue();
+    for (int s = 0; s < stages; ++s) issue();
   }
 
-  __device__ __forceinline__ void take(uint4 (&f)[kTiles]) {
-    if (taken_ < total_) {
-      if (how_ == kBulk) {
-        mbarrier_wait_parity(full_ + taken_ % kStages, taken_ / kStages % 2);
-      } else {
-        cp_async_wait<kStages - 1>();
-        __syncthreads();
-      }
+  __device__ __forceinline__ void wait() const {
+    if (taken_ >= total_) return;
+    if (how_ == kBulk) {
+      mbarrier_wait_parity(full_ + slot(taken_), (taken_ & stages_) != 0);
+    } else {
+      wait_for_oldest(stages_);
+      __syncthreads();
     }
-    const T* const row = own_ + taken_ % kStages * stage_elements();
-    ++taken_;
-#pragma unroll
-    for (int j = 0; j < kTiles; ++j)
-      f[j] = gather<T>([&](int i) {
-        const int channel = sizeof(T) == 4 ? i : 2 * pair_of_word<false>(i / 2) + i % 2;
-        return inside(j) ? row[channel * HW_ + 8 * j] : T{};
-      });
+  }
+  __device__ __forceinline__ uint4 tile(int j) const {
+    const T* const row = own_ + slot(taken_) * stage_elements();
+    return gather<T>([&](int i) {
+      const int channel = sizeof(T) == 4 ? i : 2 * pair_of_word<false>(i / 2) + i % 2;
+      return inside(j) ? row[channel * HW_ + 8 * j] : T{};
+    });
   }
   __device__ __forceinline__ void release() {
+    ++taken_;
     if (issued_ < total_) __syncthreads();
     issue();
   }
@@ -204,14 +211,14 @@ class SlabRing {
   static constexpr int kSlots = 16 / sizeof(T);
   enum How { kBulk, kVectors, kElements };  // copies: by the bulk copy engine, by cp.async, by element
 
-  T* const stages_;
+  T* const room_;
   const T* const own_;  // the lane's first position and channel of a stage
   uint64_t* const full_;
   const T* const source_;  // the first view of the pair
   const int64_t to_twin_;
-  int next_;  // channel
   const Channels channels_;
   const int HW_, views_, group_;
+  const unsigned stages_;  // a power of two
   unsigned total_;
   How how_;
   unsigned issued_ = 0, taken_ = 0;
@@ -219,15 +226,21 @@ class SlabRing {
   __device__ __forceinline__ bool inside(int tile) const { return 8 * tile + 8 <= HW_ || 8 * tile + group_ < HW_; }
   __device__ __forceinline__ int stage_elements() const { return kWarps * (kStepBytes / int(sizeof(T))) * HW_; }
 
-  __device__ __forceinline__ T* stage(unsigned use) const { return stages_ + use % kStages * stage_elements(); }
-  __device__ __forceinline__ int to_copy() const { return min(channels_.width, channels_.C - next_) * HW_; }
+  __device__ __forceinline__ unsigned slot(unsigned use) const { return use & (stages_ - 1); }
+  __device__ __forceinline__ T* stage(unsigned use) const { return room_ + slot(use) * stage_elements(); }
+  // The first channel of the next slab, of the first pass or the second.
+  __device__ __forceinline__ int next() const {
+    const int step = int(issued_) < channels_.steps ? int(issued_) : int(issued_) - channels_.steps;
+    return channels_.first + step * channels_.width;
+  }
+  __device__ __forceinline__ int to_copy() const { return min(channels_.width, channels_.C - next()) * HW_; }
 
   // By one thread.
   __device__ __forceinline__ void copy_bulk() const {
-    uint64_t* const barrier = full_ + issued_ % kStages;
+    uint64_t* const barrier = full_ + slot(issued_);
     const unsigned bytes = to_copy() * sizeof(T);
     T* const to = stage(issued_);
-    const T* const from = source_ + int64_t(next_) * HW_;
+    const T* const from = source_ + int64_t(next()) * HW_;
     mbarrier_arrive_expect_tx(barrier, views_ * bytes);
     bulk_copy_to_shared(to, from, bytes, barrier);
     if (views_ == 2) bulk_copy_to_shared(to + channels_.width * HW_, from + to_twin_, bytes, barrier);
@@ -237,7 +250,7 @@ class SlabRing {
   __device__ __forceinline__ void copy() const {
     const int here = to_copy(), room = channels_.width * HW_, vectors = how_ == kVectors ? here / kSlots : 0;
     T* to = stage(issued_);
-    const T* from = source_ + int64_t(next_) * HW_;
+    const T* from = source_ + int64_t(next()) * HW_;
     REBALFER_ROLLED
     for (int view = 0; view < views_; ++view, to += room, from += to_twin_) {
 #pragma unroll 4
@@ -255,8 +268,7 @@ class SlabRing {
       if (issued_ < total_) copy();
       cp_async_commit();
     }
-    next_ += channels_.width;
-    if (++issued_ == unsigned(channels_.steps)) next_ = channels_.first;
+    ++issued_;
   }
 };
 

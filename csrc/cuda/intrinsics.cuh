@@ -177,15 +177,26 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64_t* barrier, uns
 #endif
 }
 // Waits for the end of the phase of this parity: the first phase has parity 0, and before it ends a wait for 1 returns.
+// Then what was copied is there, and, if kPushed, what the cluster's other blocks pushed.
+template <bool kPushed = false>
 __device__ __forceinline__ void mbarrier_wait_parity(uint64_t* barrier, unsigned parity) {
   const uint32_t address = shared_address(barrier);
   unsigned done;
   do {
 #if REBALFER_HAS_BULK
-    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                 : "=r"(done)
-                 : "r"(address), "r"(parity)
-                 : "memory");
+    if constexpr (kPushed) {
+      asm volatile(
+          "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; "
+          "selp.u32 %0, 1, 0, p; }"
+          : "=r"(done)
+          : "r"(address), "r"(parity)
+          : "memory");
+    } else {
+      asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                   : "=r"(done)
+                   : "r"(address), "r"(parity)
+                   : "memory");
+    }
 #else
     asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
                  : "=r"(done)
@@ -219,24 +230,31 @@ __device__ __forceinline__ unsigned cluster_rank() {
   return 0;
 #endif
 }
-// All threads of all blocks of the cluster; orders their shared memory. A block must not exit while others read its
-// own.
-__device__ __forceinline__ void cluster_sync() {
+// Two halves of a barrier for all threads of all blocks of the cluster. They order no memory but mbarriers that were
+// initialised before (mbarrier_fence_init): what is told others goes through push_16B, so that nobody waits for the
+// stores to global memory that are under way.
+__device__ __forceinline__ void cluster_arrive() {
 #if REBALFER_HAS_BULK
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-#else
-  __syncthreads();
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
-// The same place in the shared memory of the cluster's block `rank`.
-template <typename T>
-__device__ __forceinline__ T* map_shared_rank(T* shared, unsigned rank) {
+__device__ __forceinline__ void cluster_wait() {
 #if REBALFER_HAS_BULK
-  uint64_t mapped;
-  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(mapped) : "l"(shared), "r"(rank));
-  return reinterpret_cast<T*>(mapped);
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+// Stores 16 bytes at the same place in the shared memory of the cluster's block `rank`, which must not have exited;
+// they count against the announced ones of its mbarrier at `barrier`.
+__device__ __forceinline__ void push_16B(void* shared, float4 v, unsigned rank, uint64_t* barrier) {
+#if REBALFER_HAS_BULK
+  asm volatile(
+      "{ .reg .b32 to, at; mapa.shared::cluster.u32 to, %0, %6; mapa.shared::cluster.u32 at, %5, %6;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [to], {%1,%2,%3,%4}, [at]; }" ::"r"(
+          shared_address(shared)),
+      "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(shared_address(barrier)), "r"(rank)
+      : "memory");
 #else
-  return shared;
+  __trap();
 #endif
 }
 
@@ -257,28 +275,50 @@ inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
+// Launches of kernels one after the other on a stream: what a kernel does before it waits overlaps with the end of the
+// one before it, if the one before it allows that (next_may_start) and its own launch asks for it (`early`, from sm_90
+// on; such a kernel calls wait_for_previous before it touches memory).
+__device__ __forceinline__ void wait_for_previous() {
+#if REBALFER_HAS_BULK
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void next_may_start() {
+#if REBALFER_HAS_BULK
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // The grid counts blocks, not clusters, and is a multiple of the cluster size along x.
 struct LaunchConfig {
-  cudaLaunchAttribute cluster;
+  cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};
 
-  LaunchConfig(dim3 grid, dim3 block, unsigned cluster_size, size_t dynamic_shared_bytes, cudaStream_t stream) {
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {cluster_size, 1, 1};
+  LaunchConfig(dim3 grid, dim3 block, unsigned cluster_size, size_t dynamic_shared_bytes, cudaStream_t stream,
+               bool early = false) {
     config.gridDim = grid;
     config.blockDim = block;
     config.dynamicSmemBytes = dynamic_shared_bytes;
     config.stream = stream;
-    config.attrs = &cluster;
-    config.numAttrs = cluster_size > 1;
+    config.attrs = attributes;
+    if (cluster_size > 1) {
+      auto& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim = {cluster_size, 1, 1};
+    }
+    if (early) {
+      auto& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attribute.val.programmaticStreamSerializationAllowed = 1;
+    }
   }
   LaunchConfig(const LaunchConfig&) = delete;
 };
 
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, unsigned cluster_size, size_t dynamic_shared_bytes,
-            cudaStream_t stream, Arguments&&... arguments) {
-  const LaunchConfig launch(grid, block, cluster_size, dynamic_shared_bytes, stream);
+            cudaStream_t stream, bool early, Arguments&&... arguments) {
+  const LaunchConfig launch(grid, block, cluster_size, dynamic_shared_bytes, stream, early);
   check(cudaLaunchKernelEx(&launch.config, kernel, Parameters(arguments)...), "kernel launch");
 }
 

@@ -537,6 +537,7 @@ template <typename T, bool kChannelsLast, int kBlocks, int kPositions>
 __global__ __launch_bounds__(kThreads, 6 - kBlocks) void backward_kernel(const __grid_constant__ BackwardParams p,
                                                                          unsigned of_pair, unsigned weight_blocks) {
   REBALFER_DYNAMIC_SHARED(unsigned char, memory);
+  wait_for_previous();
   using Gradient = FeatureGradient<T, kChannelsLast, kBlocks, kPositions>;
   if (blockIdx.x < weight_blocks) {
     parameter_gradients<T, 8 * kBlocks>(p, blockIdx.x, *reinterpret_cast<WeightShared*>(memory));
@@ -546,46 +547,26 @@ __global__ __launch_bounds__(kThreads, 6 - kBlocks) void backward_kernel(const _
   Gradient(p, pair, (block - pair * of_pair) * Gradient::block_channels(p.g.views), memory).run();
 }
 
-// use.operator()<FeatureGradient<...>>(kernel) of the kernel that serves these classes and positions.
-template <typename T, typename F>
-void with_backward_kernel(bool channels_last, int L, int HW, const F& use) {
-  const auto with = [&]<bool kChannelsLast, int kBlocks, int kPositions>() {
-    use.template operator()<FeatureGradient<T, kChannelsLast, kBlocks, kPositions>>(
-        backward_kernel<T, kChannelsLast, kBlocks, kPositions>);
-  };
-  const auto of_layout = [&]<bool kChannelsLast>() {
-    if (L > 8) return with.template operator()<kChannelsLast, 2, 0>();
-    if (HW == 49) return with.template operator()<kChannelsLast, 1, 49>();
-    with.template operator()<kChannelsLast, 1, 0>();
-  };
-  channels_last ? of_layout.template operator()<true>() : of_layout.template operator()<false>();
-}
-
 template <typename T>
 void visit_backward_kernels_as(const Visit& visit) {
-  for (const bool channels_last : {false, true}) {
-    for (const int L : {8, kMaxClasses}) {
-      for (const int HW : {49, kMaxPositions}) {
-        with_backward_kernel<T>(channels_last, L, HW, [&]<typename Gradient>(auto* kernel) {
-          visit(reinterpret_cast<const void*>(kernel), 0);
-        });
-      }
-    }
-  }
+  with_every_instance([&]<bool kChannelsLast, int kBlocks, int kPositions>(int) {
+    visit(reinterpret_cast<const void*>(backward_kernel<T, kChannelsLast, kBlocks, kPositions>), 0);
+  });
 }
 
 template <typename T>
 void launch_backward_as(const BackwardParams& p, cudaStream_t stream) {
   const int weight_blocks = p.d_weight ? (p.g.C + kWeightChannels - 1) / kWeightChannels : p.d_bias ? 1 : 0;
-  with_backward_kernel<T>(p.g.channels_last, p.g.L, p.g.H * p.g.W, [&]<typename Gradient>(auto* kernel) {
+  with_instance(p.g.channels_last, p.g.L, p.g.H * p.g.W, [&]<bool kChannelsLast, int kBlocks, int kPositions>() {
+    using Gradient = FeatureGradient<T, kChannelsLast, kBlocks, kPositions>;
     const int channels = Gradient::block_channels(p.g.views);
     const unsigned of_pair = unsigned((p.g.C + channels - 1) / channels);
     const int64_t feature_blocks = p.d_features ? p.g.N * of_pair : 0;
     if (weight_blocks + feature_blocks == 0) return;
     const int64_t bytes = std::max<int64_t>(weight_blocks ? sizeof(WeightShared) : 0,
                                             feature_blocks ? Gradient::shared_bytes(p.g.H * p.g.W) : 0);
-    launch(kernel, dim3(unsigned(weight_blocks + feature_blocks)), dim3(kThreads), 1u, size_t(bytes), stream, p,
-           of_pair, unsigned(weight_blocks));
+    launch(backward_kernel<T, kChannelsLast, kBlocks, kPositions>, dim3(unsigned(weight_blocks + feature_blocks)),
+           dim3(kThreads), 1u, size_t(bytes), stream, p.early, p, of_pair, unsigned(weight_blocks));
   });
 }
 

@@ -2,6 +2,8 @@
 // float32, and sums over lanes.
 #pragma once
 
+#include <utility>
+
 #include "intrinsics.cuh"
 #include "kernels.cuh"
 
@@ -202,6 +204,30 @@ __device__ __forceinline__ void block_means(int64_t N, double (*room)[n], float 
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) total += room[w][k];
     means[k] = float(total / double(N));
+  }
+}
+
+// use.operator()<kChannelsLast, kBlocks, kPositions>(): which instance of a kernel serves these classes and positions,
+// 8 kBlocks classes at most and H W = kPositions, or any if that is 0.
+template <typename F>
+void with_instance(bool channels_last, int L, int HW, const F& use) {
+  const auto of_layout = [&]<bool kChannelsLast>() {
+    if (L > 8) return use.template operator()<kChannelsLast, 2, 0>();
+    if (HW == 49) return use.template operator()<kChannelsLast, 1, 49>();
+    use.template operator()<kChannelsLast, 1, 0>();
+  };
+  channels_last ? of_layout.template operator()<true>() : of_layout.template operator()<false>();
+}
+
+// The same of every instance, with the most positions that it serves: use.operator()<...>(HW).
+template <typename F>
+void with_every_instance(const F& use) {
+  for (const bool channels_last : {false, true}) {
+    for (const auto& [L, HW] : {std::pair(8, 49), std::pair(8, kMaxPositions), std::pair(kMaxClasses, kMaxPositions)}) {
+      with_instance(channels_last, L, HW, [&]<bool kChannelsLast, int kBlocks, int kPositions>() {
+        use.template operator()<kChannelsLast, kBlocks, kPositions>(HW);
+      });
+    }
   }
 }
 

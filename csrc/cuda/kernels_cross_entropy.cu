@@ -62,13 +62,14 @@ dim3 row_blocks(int64_t M) { return dim3(unsigned((M + kThreads - 1) / kThreads)
 
 void launch_cross_entropy_forward(Storage storage, const CrossEntropyParams& p, cudaStream_t stream) {
   with_type(storage, [&]<typename T>() {
-    launch(cross_entropy_forward<T>, row_blocks(p.M), dim3(kThreads), 1u, (kWarps + 1) * sizeof(double), stream, p);
+    launch(cross_entropy_forward<T>, row_blocks(p.M), dim3(kThreads), 1u, (kWarps + 1) * sizeof(double), stream, false,
+           p);
   });
 }
 
 void launch_cross_entropy_backward(Storage storage, const CrossEntropyParams& p, cudaStream_t stream) {
   with_type(storage, [&]<typename T>() {
-    launch(cross_entropy_backward<T>, row_blocks(p.M), dim3(kThreads), 1u, size_t(0), stream, p);
+    launch(cross_entropy_backward<T>, row_blocks(p.M), dim3(kThreads), 1u, size_t(0), stream, false, p);
   });
 }
 

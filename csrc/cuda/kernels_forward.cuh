@@ -23,7 +23,7 @@
 namespace rebalfer::gpu {
 
 struct ForwardShared {  // the fixed part of a block's shared memory
-  uint64_t full[kStages];
+  uint64_t full[kMostStages], gathered;
   double room[kWarps][3];
   float bias[kMaxClasses], map_weights[kMaxClasses], target[kMaxClasses];
   float z[2][kMaxClasses], sums[kWarps];
@@ -39,12 +39,23 @@ struct Forward {
   static constexpr int kClasses = 8 * kBlocks;
   static constexpr int kMap = kClasses * kPitch;  // floats of one view's maps in shared memory
   static constexpr bool kTensorCore = sizeof(T) == 2;
+  // Blocks that a multiprocessor is to hold.
+  static constexpr bool kMany = kPositions && (kTensorCore || kChannelsLast);
+  static constexpr int kResident = kBlocks == 2 ? 2 : kMany ? 4 : 3;
   using Map = float[kClasses][kPitch];
   using Source = std::conditional_t<kChannelsLast, LaneRing<T, kTiles>, SlabRing<T, kTiles>>;
 
   static __host__ __device__ int64_t maps_offset() { return (sizeof(ForwardShared) + 127) / 128 * 128; }
   static __host__ __device__ int64_t ring_offset() { return maps_offset() + kWarps * kMap * sizeof(float); }
-  static __host__ __device__ int64_t shared_bytes(int64_t HW) { return ring_offset() + Source::bytes(HW); }
+  // Where the blocks of the cluster push their maps: the ring, whose features have been used then, or behind it where
+  // they are needed once more.
+  static __host__ __device__ int64_t inbox_offset(int64_t HW, int stages, bool with_cam_grad) {
+    return ring_offset() + (with_cam_grad ? (Source::bytes(HW, stages) + 127) / 128 * 128 : 0);
+  }
+  static int64_t shared_bytes(int64_t HW, int stages, int cluster_bits, bool with_cam_grad) {
+    const int64_t inbox = cluster_bits ? int64_t(sizeof(float[2][kMap])) << cluster_bits : 0;
+    return std::max(ring_offset() + Source::bytes(HW, stages), inbox_offset(HW, stages, with_cam_grad) + inbox);
+  }
 
   const ForwardParams& p;
   const Weights<T> weights;
@@ -84,7 +95,7 @@ struct Forward {
   }
 
   // A lane's share of the maps: of mma, D's fragments; else positions group + 8 j, all classes, of its own channels.
-  using Sums = std::conditional_t<kTensorCore, float[kBlocks][kTiles][2][4], float[kTiles][kClasses]>;
+  using Sums = std::conditional_t<kTensorCore, float[kBlocks][kTiles][4], float[kTiles][kClasses]>;
 
   // A lane's share of the weight: of mma, a row of A for each 8 classes; else all classes. Its bits only, so that
   // nobody waits for them before the features are there.
@@ -98,48 +109,72 @@ struct Forward {
     return w;
   }
 
-  __device__ __forceinline__ void accumulate(Sums& acc, const uint4 (&f)[kTiles], const Rows& w, bool floats) const {
-    if constexpr (kTensorCore) {
-      // A of mma for channels 0-3 of each lane and for channels 4-7.
-      const auto multiply = [&](int b, const uint32_t (&a0)[4], const uint32_t (&a1)[4]) {
+  // A of mma, 8 classes each, for channels 0-3 of each lane and for channels 4-7.
+  struct Fragments {
+    uint32_t a[kBlocks][2][4];
+  };
+  __device__ __forceinline__ Fragments fragments(const Rows& w, bool floats) const {
+    Fragments f;
 #pragma unroll
-        for (int j = 0; j < kTiles; ++j) {
-          mma_m16n8k16<T>(acc[b][j][0], a0, {f[j].x, f[j].y});
-          mma_m16n8k16<T>(acc[b][j][1], a1, {f[j].z, f[j].w});
-        }
-      };
+    for (int b = 0; b < kBlocks; ++b) {
+      const auto word = [&](int i) { return word_of(w.of[b].of[i / 4], i % 4); };
+      const auto pair = [](int i) { return pair_of_word<kChannelsLast>(i); };
 #pragma unroll
-      for (int b = 0; b < kBlocks; ++b) {
-        const auto word = [&](int i) { return word_of(w.of[b].of[i / 4], i % 4); };
-        const auto pair = [](int i) { return pair_of_word<kChannelsLast>(i); };
+      for (int half = 0; half < 2; ++half) {
+        uint32_t (&a)[4] = f.a[b][half];
         if (floats) {  // high parts in rows 0-7, low parts in rows 8-15
-          uint32_t a[2][4];
 #pragma unroll
-          for (int i = 0; i < 4; ++i)
-            split2<T>(__uint_as_float(word(2 * pair(i))), __uint_as_float(word(2 * pair(i) + 1)), a[i / 2][2 * (i % 2)],
-                      a[i / 2][2 * (i % 2) + 1]);
-          multiply(b, a[0], a[1]);
-        } else {
-          // The first two words' channels in rows 0-7, the others' in rows 8-15, half of whose sums nobody wants: no
-          // zeros to be made, and of NCHW the registers are those that were loaded.
-          const uint32_t a[4] = {word(pair(0)), word(pair(2)), word(pair(1)), word(pair(3))};
-          multiply(b, a, a);
+          for (int k = 0; k < 2; ++k) {
+            const int i = 2 * pair(2 * half + k);
+            split2<T>(__uint_as_float(word(i)), __uint_as_float(word(i + 1)), a[2 * k], a[2 * k + 1]);
+          }
+        } else {  // nobody wants rows 8-15, which are the other channels': no zeros need be made
+#pragma unroll
+          for (int k = 0; k < 2; ++k) a[2 * k] = word(pair(2 * half + k)), a[2 * k + 1] = word(pair(2 - 2 * half + k));
+        }
+      }
+    }
+    return f;
+  }
+
+  // A step's share of the maps and of the means over positions.
+  // `w` becomes the next step's, whose loads are under way meanwhile.
+  template <typename Pool>
+  __device__ __forceinline__ void accumulate(Sums& acc, Pool& pool, const Source& source, Rows& w,
+                                             WeightCursor<T>& cursor) const {
+    if constexpr (kTensorCore) {
+      const Fragments by = fragments(w, cursor.floats);
+      cursor.advance();
+      w = rows(cursor);
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        const uint4 f = source.tile(j);
+        const uint32_t halves[2][2] = {{f.x, f.y}, {f.z, f.w}};
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          mma_m16n8k16<T>(pool.sums[half], pool.identity, halves[half]);
+#pragma unroll
+          for (int b = 0; b < kBlocks; ++b) mma_m16n8k16<T>(acc[b][j], by.a[b][half], halves[half]);
         }
       }
     } else {
 #pragma unroll
-      for (int l = 0; l < kClasses; ++l) {
-        if (l >= L) break;
-        float of_class[kSlots];
-        unpack<T>(w.of[l].of[0], of_class);
+      for (int j = 0; j < kTiles; ++j) {
+        float x[kSlots];
+        unpack<T>(source.tile(j), x);
 #pragma unroll
-        for (int j = 0; j < kTiles; ++j) {
-          float x[kSlots];
-          unpack<T>(f[j], x);
+        for (int i = 0; i < kSlots; ++i) pool.sums[0][i] += x[i];
+#pragma unroll
+        for (int l = 0; l < kClasses; ++l) {
+          if (l >= L) break;
+          float of_class[kSlots];
+          unpack<T>(w.of[l].of[0], of_class);
 #pragma unroll
           for (int i = 0; i < kSlots; ++i) acc[j][l] = fmaf(of_class[i], x[i], acc[j][l]);
         }
       }
+      cursor.advance();
+      w = rows(cursor);
     }
   }
 
@@ -148,6 +183,7 @@ struct Forward {
     // A of mma, with a one in each row and column. Which column of a row is chosen so that each of a lane's registers
     // is another function of the lane: the compiler would not keep constants, but make them anew at every step.
     uint32_t identity[4];
+    float sums[2][4] = {};  // of mma, D's fragments; else of each channel
     float* to;
     int c;
     bool writes;
@@ -171,31 +207,17 @@ struct Forward {
       to = f.p.pooled + (f.at.view * f.p.g.N + f.pair) * f.p.g.C + c;
     }
 
-    // The next channels.
-    __device__ __forceinline__ void operator()(const uint4 (&f)[kTiles], const Forward& of) {
-      float sums[4] = {};
-      if constexpr (kTensorCore) {
-        float d[2][4] = {};
+    // Of the channels whose sums were added up; then come the next.
+    __device__ __forceinline__ void write(const Forward& of) {
+      float own[4];
 #pragma unroll
-        for (int j = 0; j < kTiles; ++j) {
-          mma_m16n8k16<T>(d[0], identity, {f[j].x, f[j].y});
-          mma_m16n8k16<T>(d[1], identity, {f[j].z, f[j].w});
-        }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums[i] = d[i / 2][2 * (i % 2)] + d[i / 2][2 * (i % 2) + 1];
-        sum_and_spread<2, 1, 4>(sums, of.at.lane);
-      } else {
-#pragma unroll
-        for (int j = 0; j < kTiles; ++j) {
-          float x[kSlots];
-          unpack<T>(f[j], x);
-#pragma unroll
-          for (int i = 0; i < kSlots; ++i) sums[i] += x[i];
-        }
-        sum_and_spread<16, 4, kSlots>(sums, of.at.lane);
-      }
-      if (writes && c < of.p.g.C) *to = sums[0] * (1.0f / float(of.HW));
+      for (int i = 0; i < 4; ++i)
+        own[i] = kTensorCore ? sums[i / 2][2 * (i % 2)] + sums[i / 2][2 * (i % 2) + 1] : sums[0][i];
+      kTensorCore ? sum_and_spread<2, 1, 4>(own, of.at.lane) : sum_and_spread<16, 4, 4>(own, of.at.lane);
+      if (writes && c < of.p.g.C) *to = own[0] * (1.0f / float(of.HW));
       to += of.channels.width, c += of.channels.width;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sums[i / 4][i % 4] = 0;
     }
   };
 
@@ -213,9 +235,9 @@ struct Forward {
       };
       constexpr float scale = 1.0f / kLowScale<T>;
       if (floats) {
-        give([](const auto& d, int i) { return fmaf(d[0][2 + i] + d[1][2 + i], scale, d[0][i] + d[1][i]); });
+        give([](const auto& d, int i) { return fmaf(d[2 + i], scale, d[i]); });
       } else {
-        give([](const auto& d, int i) { return d[0][i] + d[1][2 + i]; });
+        give([](const auto& d, int i) { return d[i]; });
       }
     } else {
 #pragma unroll
@@ -228,46 +250,62 @@ struct Forward {
     }
   }
 
-  // to[e] = the sum of from(k)[e] over k < n, in this order; all loads of a thread are under way before it adds.
-  template <int n, typename From>
-  __device__ __forceinline__ void sum_maps(float4* to, const From& from) const {
-    constexpr int kVectors = 2 * kMap / 4;
+  static constexpr int kVectors = 2 * kMap / 4, kRounds = (kVectors + kThreads - 1) / kThreads;
+
+  // use(e, sum) for the elements of both views' maps, 4 floats each, that are this thread's, and their sums.
+  using OwnSums = float4[kRounds];
+  template <typename Use>
+  __device__ __forceinline__ void for_own_vectors(OwnSums& sums, const Use& use) const {
 #pragma unroll
-    for (int k = 0; k < (kVectors + kThreads - 1) / kThreads; ++k) {
-      const int e = threadIdx.x + k * kThreads;
-      if (e >= (views == 2 ? kVectors : kVectors / 2)) continue;
-      float4 x[n];
+    for (int k = 0; k < kRounds; ++k)
+      if (const int e = threadIdx.x + k * kThreads; e < (views == 2 ? kVectors : kVectors / 2)) use(e, sums[k]);
+  }
+  // The sum of from[i stride + e] over i < n, in this order.
+  template <int n>
+  static __device__ __forceinline__ float4 sum_of(const float4* from, int stride, int e) {
+    float4 x[n];
 #pragma unroll
-      for (int i = 0; i < n; ++i) x[i] = from(i)[e];
+    for (int i = 0; i < n; ++i) x[i] = from[i * stride + e];
 #pragma unroll
-      for (int i = 1; i < n; ++i) x[0].x += x[i].x, x[0].y += x[i].y, x[0].z += x[i].z, x[0].w += x[i].w;
-      to[e] = x[0];
-    }
+    for (int i = 1; i < n; ++i) x[0].x += x[i].x, x[0].y += x[i].y, x[0].z += x[i].z, x[0].w += x[i].w;
+    return x[0];
   }
 
   // Sums the maps of a view over its warps and the blocks of the cluster, for the blocks that need them.
   __device__ __forceinline__ void combine() const {
-    float4 *const own = reinterpret_cast<float4*>(maps), *const whole = reinterpret_cast<float4*>(total);
-    float4* const of_block = p.cluster_bits ? own : whole;
+    const float4* const own = reinterpret_cast<const float4*>(maps);
+    float4* const whole = reinterpret_cast<float4*>(total);
+    if (p.cluster_bits && threadIdx.x == 0) {
+      mbarrier_init(&shared.gathered, 1);
+      mbarrier_fence_init();
+      mbarrier_arrive_expect_tx(&shared.gathered, views * sizeof(float[kMap]) * ((1u << p.cluster_bits) - 1));
+    }
     __syncthreads();
-    if (views == 2) {
-      sum_maps<kWarps / 2>(of_block, [&](int s) { return own + s * (2 * kMap / 4); });
-    } else {
-      sum_maps<kWarps>(of_block, [&](int s) { return own + s * (kMap / 4); });
+    if (p.cluster_bits) cluster_arrive();  // the inbox is free
+    OwnSums sums;
+    for_own_vectors(sums, [&](int e, float4& sum) {
+      sum = views == 2 ? sum_of<kWarps / 2>(own, kVectors, e) : sum_of<kWarps>(own, kVectors / 2, e);
+    });
+    if (p.cluster_bits) {
+      // Of each of the cluster's blocks, both views.
+      float4* const inbox =
+          reinterpret_cast<float4*>(reinterpret_cast<unsigned char*>(&shared) + inbox_offset(HW, p.stages, p.cam_grad));
+      cluster_wait();
+      const int receivers = p.cam_grad ? 1 << p.cluster_bits : 1;
+      REBALFER_ROLLED
+      for (int r = 0; r < receivers; ++r)
+        for_own_vectors(sums, [&](int e, const float4& sum) {
+          float4* const to = inbox + rank * kVectors + e;
+          r == rank ? void(*to = sum) : push_16B(to, sum, r, &shared.gathered);
+        });
+      if (rank >= receivers) return;
+      mbarrier_wait_parity<true>(&shared.gathered, 0);
+      for_own_vectors(sums, [&](int e, float4& sum) {
+        sum = p.cluster_bits == 1 ? sum_of<2>(inbox, kVectors, e) : sum_of<4>(inbox, kVectors, e);
+      });
     }
-    if (p.cluster_bits == 0) return __syncthreads();
-    cluster_sync();
-    if (rank == 0 || p.cam_grad) {
-      const auto of_rank = [&](int r) { return map_shared_rank(own, r); };
-      if (p.cluster_bits == 1) {
-        sum_maps<2>(whole, of_rank);
-      } else if (p.cluster_bits == 2) {
-        sum_maps<4>(whole, of_rank);
-      } else {
-        sum_maps<8>(whole, of_rank);
-      }
-    }
-    cluster_sync();  // no block leaves before its maps are read
+    for_own_vectors(sums, [&](int e, const float4& sum) { whole[e] = sum; });
+    __syncthreads();
   }
 
   // The logits, and the maps where they are wanted. Positions outside are zero, so 8 lanes add up whole rows.
@@ -431,20 +469,18 @@ struct Forward {
   __device__ __forceinline__ void run(unsigned char* memory) const {
     const bool forward = !p.d_maps;
     Source source(p.g, static_cast<const T*>(p.features), pair, channels, at, HW,
-                  int(forward) + (p.cam_grad != nullptr), memory + ring_offset(), shared.full);
+                  int(forward) + (p.cam_grad != nullptr), p.stages, memory + ring_offset(), shared.full);
     if (rank == 0 || p.cam_grad) prepare();
     if (forward) {
       Sums acc = {};
       WeightCursor<T> cursor(weights, kTensorCore ? at.group : 0, lane_channel(), channels.width);
       Pool pool(*this);
+      Rows w = rows(cursor);
       REBALFER_ROLLED
       for (int step = 0; step < channels.steps; ++step) {
-        const Rows w = rows(cursor);
-        uint4 f[kTiles];
-        source.take(f);
-        pool(f, *this);
-        accumulate(acc, f, w, cursor.floats);
-        cursor.advance();
+        source.wait();
+        accumulate(acc, pool, source, w, cursor);
+        pool.write(*this);
         source.release();
       }
       store(acc, cursor.floats);
@@ -457,8 +493,10 @@ struct Forward {
     differentiate();
     REBALFER_ROLLED
     for (int step = 0, c = lane_channel(); step < channels.steps; ++step, c += channels.width) {
+      source.wait();
       uint4 f[kTiles];
-      source.take(f);
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) f[j] = source.tile(j);
       correlate(total[at.view], f, c);
       source.release();
     }
@@ -466,44 +504,32 @@ struct Forward {
 };
 
 template <typename T, bool kChannelsLast, int kBlocks, int kPositions>
-__global__ __launch_bounds__(kThreads, 4 - kBlocks) void forward_kernel(const __grid_constant__ ForwardParams p) {
+__global__ __launch_bounds__(kThreads, Forward<T, kChannelsLast, kBlocks, kPositions>::kResident) void forward_kernel(
+    const __grid_constant__ ForwardParams p) {
   REBALFER_DYNAMIC_SHARED(unsigned char, memory);
+  wait_for_previous();
+  next_may_start();
   Forward<T, kChannelsLast, kBlocks, kPositions>(p, memory).run(memory);
-}
-
-// use(kernel, bytes of shared memory) of the kernel that serves these classes and positions.
-template <typename T, typename F>
-void with_forward_kernel(bool channels_last, int L, int HW, const F& use) {
-  const auto with = [&]<bool kChannelsLast, int kBlocks, int kPositions>() {
-    use(forward_kernel<T, kChannelsLast, kBlocks, kPositions>,
-        size_t(Forward<T, kChannelsLast, kBlocks, kPositions>::shared_bytes(HW)));
-  };
-  const auto of_layout = [&]<bool kChannelsLast>() {
-    if (L > 8) return with.template operator()<kChannelsLast, 2, 0>();
-    if (HW == 49) return with.template operator()<kChannelsLast, 1, 49>();
-    with.template operator()<kChannelsLast, 1, 0>();
-  };
-  channels_last ? of_layout.template operator()<true>() : of_layout.template operator()<false>();
 }
 
 template <typename T>
 void launch_forward_as(const ForwardParams& p, cudaStream_t stream) {
-  with_forward_kernel<T>(p.g.channels_last, p.g.L, p.g.H * p.g.W, [&](auto* kernel, size_t bytes) {
-    launch(kernel, dim3(unsigned(p.g.N << p.cluster_bits)), dim3(kThreads), 1u << p.cluster_bits, bytes, stream, p);
+  const int HW = p.g.H * p.g.W;
+  with_instance(p.g.channels_last, p.g.L, HW, [&]<bool kChannelsLast, int kBlocks, int kPositions>() {
+    const int64_t bytes =
+        Forward<T, kChannelsLast, kBlocks, kPositions>::shared_bytes(HW, p.stages, p.cluster_bits, p.cam_grad);
+    launch(forward_kernel<T, kChannelsLast, kBlocks, kPositions>, dim3(unsigned(p.g.N << p.cluster_bits)),
+           dim3(kThreads), 1u << p.cluster_bits, size_t(bytes), stream, p.early, p);
   });
 }
 
 template <typename T>
 void visit_forward_kernels_as(const Visit& visit) {
-  for (const bool channels_last : {false, true}) {
-    for (const int L : {8, kMaxClasses}) {
-      for (const int HW : {49, kMaxPositions}) {
-        with_forward_kernel<T>(channels_last, L, HW, [&](auto* kernel, size_t bytes) {
-          visit(reinterpret_cast<const void*>(kernel), bytes);
-        });
-      }
-    }
-  }
+  with_every_instance([&]<bool kChannelsLast, int kBlocks, int kPositions>(int HW) {
+    using Instance = Forward<T, kChannelsLast, kBlocks, kPositions>;
+    visit(reinterpret_cast<const void*>(forward_kernel<T, kChannelsLast, kBlocks, kPositions>),
+          size_t(Instance::shared_bytes(HW, kMostStages, kMaxClusterBits, true)));
+  });
 }
 
 }  // namespace rebalfer::gpu

@@ -44,13 +44,23 @@ class Device {
     return static_cast<cudaStream_t>(stream);
   }
   int32_t index() const { return index_; }
-  int granted_cluster_bits() const { return granted_; }
+  const Granted& granted() const { return granted_; }
 
  private:
   int32_t index_;
   torch::stable::accelerator::DeviceGuard guard_;
-  int granted_;
+  Granted granted_;
 };
+
+// How the forward's blocks share the features.
+void share(ForwardParams& params, Storage storage, const Device& device) {
+  const Geometry& g = params.g;
+  const Granted& granted = device.granted();
+  params.cluster_bits =
+      cluster_bits(g.C, int64_t(g.H) * g.W, storage == Storage::f32 ? 4 : 2, g.channels_last, granted.cluster_bits);
+  params.stages = ring_stages(g.N << params.cluster_bits, granted.multiprocessors);
+  params.early = granted.early;
+}
 
 Tensor output(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype, bool wanted = true) {
   if (!wanted) shape = {0};
@@ -133,7 +143,7 @@ HeadForwardOutputs head_forward(const HeadForwardArguments& a) {
   params.consistency_weight = float(a.options.consistency_weight);
   params.p = a.options.p;
   params.both_views = a.options.both_views;
-  params.cluster_bits = cluster_bits(C, H * W, storage == Storage::f32 ? 4 : 2, device.granted_cluster_bits());
+  share(params, storage, device);
   params.loss = data(out.loss), params.classification = data(out.classification);
   params.consistency = data(out.consistency), params.logits = data(out.logits), params.maps = data(out.maps);
   params.residual = data(out.residual), params.pooled = data(out.pooled), params.cam_grad = data(out.cam_grad);
@@ -157,6 +167,7 @@ HeadGradients head_backward(const HeadBackwardArguments& a) {
                           output(a.weight, {L, C}, weight_dtype, a.need.weight),
                           output(a.weight, {L}, weight_dtype, a.need.bias)};
   BackwardParams params{};
+  params.early = device.granted().early;
   params.g = geometry(N, C, H, W, L, 2, a.channels_last, a.options.twin);
   params.d_loss = upstream(a.d_loss), params.d_classification = upstream(a.d_classification);
   params.d_consistency = upstream(a.d_consistency), params.d_logits = data(a.d_logits);
@@ -177,12 +188,11 @@ HeadGradients head_backward(const HeadBackwardArguments& a) {
 // What both launches over single views start from.
 ForwardParams single_views(const Tensor& features, const Tensor& weight, const Device& device) {
   const int64_t C = features.size(1), H = features.size(2), W = features.size(3);
-  const bool is_float = features.scalar_type() == ScalarType::Float;
   ForwardParams params{};
   params.g = geometry(features.size(0), C, H, W, weight.size(0), 1, is_channels_last(features), {});
   params.features = data<void>(features);
   params.weight = parameter(weight);
-  params.cluster_bits = cluster_bits(C, H * W, is_float ? 4 : 2, device.granted_cluster_bits());
+  share(params, storage_of(features.scalar_type()), device);
   return params;
 }
 
@@ -209,6 +219,7 @@ std::tuple<Tensor, Tensor> cam_backward(Tensor d_maps, Tensor features, Tensor w
     launch_forward(storage_of(dtype), params, device.stream());
   }
   BackwardParams params{};
+  params.early = device.granted().early;
   params.g = geometry(M, C, H, W, L, 1, channels_last, {});
   params.weight = parameter(weight);
   params.d_maps = data(d_maps);

@@ -332,7 +332,7 @@ template <int N>
 void cp_async_wait() {
   auto& groups = emulator::machine().current->groups;
   for (; groups.size() > N; groups.pop_front()) {
-    for (const auto& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+    for (const auto& copy : groups.front()) copy.land();
   }
 }
 
@@ -357,7 +357,8 @@ inline void mbarrier_arrive_expect_tx(uint64_t* barrier, unsigned bytes) {
   --known.pending;
   known.settle();
 }
-inline void mbarrier_wait_parity(uint64_t* barrier, unsigned parity) {
+template <bool kPushed = false>
+void mbarrier_wait_parity(uint64_t* barrier, unsigned parity) {
   struct Wait {
     emulator::MBarrier* barrier;
     unsigned parity;
@@ -381,22 +382,44 @@ inline void bulk_copy_to_shared(void* shared, const void* global, unsigned bytes
 }
 
 inline unsigned cluster_rank() { return emulator::machine().current->block->rank; }
-inline void cluster_sync() { emulator::machine().pass(emulator::machine().cluster_gate, "cluster_sync"); }
-template <typename T>
-T* map_shared_rank(T* shared, unsigned rank) {
+inline void cluster_arrive() {
   auto& m = emulator::machine();
-  if (rank >= m.cluster_size) m.fail("map_shared_rank: rank %u of %u", rank, m.cluster_size);
-  m.require_shared(shared, sizeof(T), "map_shared_rank");
-  const size_t offset = size_t(reinterpret_cast<const unsigned char*>(shared) - m.current->block->shared);
-  return reinterpret_cast<T*>(m.blocks[rank].shared + offset);
+  if (m.current->between_arrive_and_wait) m.fail("cluster_arrive twice before cluster_wait");
+  m.current->between_arrive_and_wait = true;
+  m.current->cluster_generation = m.arrive(m.cluster_gate);
 }
+inline void cluster_wait() {
+  auto& m = emulator::machine();
+  if (!m.current->between_arrive_and_wait) m.fail("cluster_wait without cluster_arrive");
+  m.current->between_arrive_and_wait = false;
+  m.leave(m.cluster_gate, m.current->cluster_generation, "cluster_wait");
+}
+inline void push_16B(void* shared, float4 v, unsigned rank, uint64_t* barrier) {
+  auto& m = emulator::machine();
+  if (!REBALFER_HAS_BULK) m.fail("push_16B before sm_90");
+  if (rank >= m.cluster_size) m.fail("push_16B: rank %u of %u", rank, m.cluster_size);
+  m.require_aligned(shared, 16, "push_16B");
+  m.require_shared(shared, 16, "push_16B");
+  emulator::Block &own = *m.current->block, &other = m.blocks[rank];
+  if (other.gate.alive == 0) m.fail("push_16B to block %u of the cluster, which has exited", rank);
+  const auto there = [&](void* p) { return other.shared + (static_cast<unsigned char*>(p) - own.shared); };
+  auto& known = m.mbarrier(other, reinterpret_cast<uint64_t*>(there(barrier)), "push_16B");
+  if (!known.fenced) m.fail("push_16B: mbarrier_fence_init is missing");
+  emulator::Copy copy{there(shared), nullptr, 16};
+  std::memcpy(copy.held, &v, 16);
+  emulator::poison(copy.to, 16);
+  known.copies.push_back(copy);
+}
+
+inline void wait_for_previous() {}
+inline void next_may_start() {}
 
 inline unsigned ticket_increment(unsigned* global) { return atomicAdd(global, 1); }
 inline void ticket_reset(unsigned* global) { *global = 0; }
 
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, unsigned cluster_size, size_t dynamic_shared_bytes,
-            cudaStream_t, Arguments&&... arguments) {
+            cudaStream_t, bool, Arguments&&... arguments) {
   if (!REBALFER_HAS_BULK && cluster_size > 1) throw std::runtime_error("kernel launch: clusters before sm_90");
   auto& recorded = emulator::machine().recorded;
   recorded.kernel = emulator::symbol(reinterpret_cast<const void*>(kernel));

@@ -15,8 +15,14 @@ Geometry geometry(int64_t N, int64_t C, int64_t H, int64_t W, int64_t L, int64_t
 
 extern "C" {
 
-const char* get_cluster_blocks(int64_t C, int64_t HW, int64_t element_bytes, int64_t granted, int64_t* blocks) {
-  *blocks = 1 << cluster_bits(C, HW, element_bytes, int(granted));
+const char* get_cluster_blocks(int64_t C, int64_t HW, int64_t element_bytes, int64_t channels_last, int64_t granted,
+                               int64_t* blocks) {
+  *blocks = 1 << cluster_bits(C, HW, element_bytes, channels_last != 0, int(granted));
+  return nullptr;
+}
+
+const char* get_ring_stages(int64_t blocks, int64_t multiprocessors, int64_t* stages) {
+  *stages = ring_stages(blocks, int(multiprocessors));
   return nullptr;
 }
 
@@ -33,9 +39,9 @@ const char* run_forward(int64_t storage, int64_t N, int64_t C, int64_t H, int64_
                         int64_t channels_last, const int64_t* twin, const void* features, const void* weight,
                         int64_t weight_is_float, const void* bias, const int64_t* labels, const float* soft,
                         const float* table, const float* map_weights, float consistency_weight, int64_t p,
-                        int64_t both_views, int64_t cluster, float* loss, float* classification, float* consistency,
-                        float* per_sample, unsigned* ticket, float* logits, float* maps, float* residual, float* pooled,
-                        float* cam_grad, const float* d_maps) {
+                        int64_t both_views, int64_t cluster, int64_t stages, float* loss, float* classification,
+                        float* consistency, float* per_sample, unsigned* ticket, float* logits, float* maps,
+                        float* residual, float* pooled, float* cam_grad, const float* d_maps) {
   return attempt([&] {
     const ForwardParams params{geometry(N, C, H, W, L, views, channels_last, twin),
                                features,
@@ -46,7 +52,9 @@ const char* run_forward(int64_t storage, int64_t N, int64_t C, int64_t H, int64_
                                consistency_weight,
                                int(p),
                                both_views != 0,
+                               true,
                                std::countr_zero(uint64_t(cluster)),
+                               int(stages),
                                loss,
                                classification,
                                consistency,
@@ -88,6 +96,7 @@ const char* run_backward(int64_t storage, int64_t N, int64_t C, int64_t H, int64
                                 share,
                                 int(p),
                                 both_views != 0,
+                                true,
                                 d_features,
                                 d_weight,
                                 d_bias};

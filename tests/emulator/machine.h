@@ -4,7 +4,7 @@
 //     as far as it can; the order of all this can be reversed, and a result that changes with it lacks a barrier;
 //   - shared memory holds NaN when a block begins, behind its end is a canary, and it is NaN again after its block;
 //   - asynchronous copies arrive as late as the hardware may let them: what they will overwrite is NaN from the moment
-//     they are issued; cp.async lands in its wait, a bulk copy when every thread waits for something;
+//     they are issued; cp.async lands in its wait, a bulk copy or a push when every thread waits for something;
 //   - a wait that can never end, a copy nobody waits for and a misaligned address are errors, thrown by launch().
 #pragma once
 
@@ -51,8 +51,11 @@ struct Recorded {
 
 struct Copy {
   void* to;
-  const void* from;
+  const void* from;  // null: `held`
   size_t bytes;
+  unsigned char held[16] = {};
+
+  void land() const { std::memcpy(to, from ? from : held, bytes); }
 };
 
 // A pending copy's destination holds nothing: NaN as float, bfloat16 and half.
@@ -117,6 +120,8 @@ struct Thread {
   void* ready_argument;
   const char* waits_for;
   MBarrier* waits_at;
+  uint64_t cluster_generation;  // that it has arrived in
+  bool between_arrive_and_wait;
   std::vector<Copy> open_group;
   std::deque<std::vector<Copy>> groups;
 };
@@ -174,13 +179,19 @@ class Machine {
     self->ready = nullptr;
   }
 
-  void pass(Gate& gate, const char* name) {
+  void pass(Gate& gate, const char* name) { leave(gate, arrive(gate), name); }
+  // Returns the generation to leave.
+  uint64_t arrive(Gate& gate) {
+    const uint64_t generation = gate.generation;
+    ++gate.arrived;
+    gate.settle();
+    return generation;
+  }
+  void leave(Gate& gate, uint64_t generation, const char* name) {
     struct Seen {
       Gate* gate;
       uint64_t generation;
-    } seen{&gate, gate.generation};
-    ++gate.arrived;
-    gate.settle();
+    } seen{&gate, generation};
     wait([](void* p) { return static_cast<Seen*>(p)->gate->generation != static_cast<Seen*>(p)->generation; }, &seen,
          name);
   }
@@ -214,11 +225,14 @@ class Machine {
   }
 
   MBarrier& mbarrier(const uint64_t* place, const char* operation) {
+    return mbarrier(*current->block, place, operation);
+  }
+  MBarrier& mbarrier(Block& block, const uint64_t* place, const char* operation) {
     MBarrier* found = nullptr;
-    for (MBarrier& m : current->block->mbarriers) {
+    for (MBarrier& m : block.mbarriers) {
       if (m.place == place) found = &m;
     }
-    if (!found || *place != kMBarrierMark) fail("%s on what is no initialised mbarrier of this block", operation);
+    if (!found || *place != kMBarrierMark) fail("%s on what is no initialised mbarrier of the block", operation);
     return *found;
   }
 
@@ -275,6 +289,7 @@ class Machine {
     Thread& self = *m.current;
     const bool copies = std::any_of(self.groups.begin(), self.groups.end(), [](const auto& g) { return !g.empty(); });
     if (!self.open_group.empty() || copies) m.fail("exits while a cp.async of its is under way");
+    if (self.between_arrive_and_wait) m.fail("exits between cluster_arrive and cluster_wait");
     self.finished = true;
     self.warp->alive &= ~(1u << self.lane);
     --self.block->gate.alive;
@@ -309,6 +324,7 @@ class Machine {
       thread.warp->alive |= 1u << thread.lane;
       thread.finished = false;
       thread.ready = nullptr;
+      thread.between_arrive_and_wait = false;
       thread.open_group.clear();
       thread.groups.clear();
       start_fiber(thread.context, *thread.stack, thread_main);
@@ -317,7 +333,7 @@ class Machine {
 
   void end(Block& b) {
     for (const MBarrier& m : b.mbarriers) {
-      if (!m.copies.empty()) fail("the block ends while a bulk copy into it is under way");
+      if (!m.copies.empty()) fail("the block ends while a copy into it is under way");
     }
     for (size_t i = 0; i < kCanary; ++i) {
       if (b.shared[shared_bytes + i] != 0xca)
@@ -370,7 +386,7 @@ class Machine {
       MBarrier* m = t.finished || !t.ready ? nullptr : t.waits_at;
       if (!m || m->pending || m->copies.empty()) continue;
       for (const Copy& c : m->copies) {
-        std::memcpy(c.to, c.from, c.bytes);
+        c.land();
         m->bytes -= int64_t(c.bytes);
       }
       m->copies.clear();

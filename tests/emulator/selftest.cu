@@ -101,15 +101,28 @@ __global__ void ring(const float* in, float* sums, float* total, unsigned* ticke
   }
 }
 
-// Block r of a cluster gives r + 1 and takes the next block's.
-__global__ void cluster(float* out, unsigned size, bool leaves_early) {
-  REBALFER_DYNAMIC_SHARED(float, mine);
-  if (threadIdx.x == 0) *mine = float(cluster_rank() + 1);
-  cluster_sync();
-  if (leaves_early && cluster_rank() == 1) return;
-  __syncthreads();
-  if (threadIdx.x == 0) out[blockIdx.x] = *map_shared_rank(mine, (cluster_rank() + 1) % size);
-  if (!leaves_early) cluster_sync();
+// Block r of a cluster gives its neighbour r + 1 and keeps what it is given.
+__global__ void cluster(float* out, unsigned size, int64_t fault) {
+  struct Shared {
+    float4 inbox;
+    uint64_t full;
+  };
+  REBALFER_DYNAMIC_SHARED(Shared, shared);
+  const unsigned rank = cluster_rank();
+  if (threadIdx.x == 0) {
+    mbarrier_init(&shared->full, 1);
+    if (fault != 1) mbarrier_fence_init();
+    mbarrier_arrive_expect_tx(&shared->full, sizeof shared->inbox);
+  }
+  if (fault != 2) __syncthreads();
+  if (fault != 2) cluster_arrive();
+  if (fault == 3 && rank == 1) return;
+  if (fault != 2) cluster_wait();
+  const float x = float(rank + 1);
+  if (threadIdx.x == 0) push_16B(&shared->inbox, float4{x, x, x, x}, (rank + 1) % size, &shared->full);
+  if (fault == 4) return;
+  mbarrier_wait_parity(&shared->full, fault == 5);
+  if (threadIdx.x == 1) out[blockIdx.x] = shared->inbox.w;
 }
 
 // Reverses 16-byte vectors through shared memory, a group of copies each half.
@@ -147,39 +160,38 @@ extern "C" {
 
 const char* run_multiply(int64_t half, int64_t depth, const void* a, const void* b, float* d) {
   const auto run = [&]<typename T>() {
-    launch(depth == 16 ? multiply<T, 16> : multiply<T, 8>, 1, 32, 1, 0, nullptr, static_cast<const T*>(a),
+    launch(depth == 16 ? multiply<T, 16> : multiply<T, 8>, 1, 32, 1, 0, nullptr, false, static_cast<const T*>(a),
            static_cast<const T*>(b), d);
   };
   return attempt([&] { half ? run.template operator()<Half>() : run.template operator()<BFloat16>(); });
 }
 const char* run_shuffles(const float* in, float* out) {
-  return attempt([&] { launch(shuffles, 1, 32, 1, 0, nullptr, in, out); });
+  return attempt([&] { launch(shuffles, 1, 32, 1, 0, nullptr, false, in, out); });
 }
 const char* run_convert(int64_t half, const float* in, void* out, float* back, int64_t count) {
   return attempt([&] {
     if (half)
-      launch(convert<Half>, 1, 64, 1, 0, nullptr, in, static_cast<Half*>(out), back, count);
+      launch(convert<Half>, 1, 64, 1, 0, nullptr, false, in, static_cast<Half*>(out), back, count);
     else
-      launch(convert<BFloat16>, 1, 64, 1, 0, nullptr, in, static_cast<BFloat16*>(out), back, count);
+      launch(convert<BFloat16>, 1, 64, 1, 0, nullptr, false, in, static_cast<BFloat16*>(out), back, count);
   });
 }
 const char* run_ring(const float* in, float* sums, float* total, unsigned* ticket, int64_t blocks, int64_t slabs,
                      int64_t fault) {
   const size_t shared = kStages * (kSlab * 4 + 16) + 16;
   return attempt(
-      [&] { launch(ring, unsigned(blocks), 128, 1, shared, nullptr, in, sums, total, ticket, slabs, fault); });
+      [&] { launch(ring, unsigned(blocks), 128, 1, shared, nullptr, false, in, sums, total, ticket, slabs, fault); });
 }
-const char* run_cluster(float* out, int64_t blocks, int64_t size, int64_t leaves_early) {
-  return attempt([&] {
-    launch(cluster, unsigned(blocks), 64, unsigned(size), 4, nullptr, out, unsigned(size), leaves_early != 0);
-  });
+const char* run_cluster(float* out, int64_t blocks, int64_t size, int64_t fault) {
+  return attempt(
+      [&] { launch(cluster, unsigned(blocks), 64, unsigned(size), 32, nullptr, false, out, unsigned(size), fault); });
 }
 const char* run_staged(const void* in, void* out, int64_t fault) {
   const auto* from = static_cast<const uint4*>(in);
-  return attempt([&] { launch(staged, 1, 96, 1, 2 * 96 * 16, nullptr, from, static_cast<uint4*>(out), fault); });
+  return attempt([&] { launch(staged, 1, 96, 1, 2 * 96 * 16, nullptr, false, from, static_cast<uint4*>(out), fault); });
 }
 const char* run_odd(const char* in, unsigned* out, int64_t fault) {
-  return attempt([&] { launch(odd, 1, 32, 1, 128, nullptr, in, out, fault); });
+  return attempt([&] { launch(odd, 1, 32, 1, 128, nullptr, false, in, out, fault); });
 }
 
 }  // extern "C"

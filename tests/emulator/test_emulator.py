@@ -100,14 +100,30 @@ def test_faults_of_the_ring_that_show_in_the_result(run, fault):
 def test_cluster(run, order, size):
     out = np.full(16, np.nan, np.float32)
     counters = run("run_cluster", out, 16, size, 0, order=order)
-    assert [counters[x] for x in ("blocks", "threads", "cluster", "shared_bytes")] == [16, 64, size, 4]
-    assert np.array_equal(out, (np.arange(16) + 1) % size + 1)
+    assert [counters[x] for x in ("blocks", "threads", "cluster", "shared_bytes")] == [16, 64, size, 32]
+    assert np.array_equal(out, (np.arange(16) - 1) % size + 1)
 
 
-def test_shared_memory_of_a_block_that_left_is_gone(run):
-    out = np.full(2, np.nan, np.float32)
-    run("run_cluster", out, 2, 2, 1, order="reverse")
-    assert np.isnan(out[0])
+@pytest.mark.parametrize(
+    "fault, error",
+    [
+        (1, "push_16B: mbarrier_fence_init is missing"),
+        (2, "push_16B on what is no initialised mbarrier of the block"),
+        (3, "exits between cluster_arrive and cluster_wait"),
+        (4, "the block ends while a copy into it is under way|push_16B to block . of the cluster, which has exited"),
+    ],
+    ids=["no fence", "no barrier", "no wait", "early exit"],
+)
+def test_faults_of_a_cluster_that_are_errors(run, fault, error):
+    with pytest.raises(RuntimeError, match=error):
+        run("run_cluster", np.zeros(2, np.float32), 2, 2, fault)
+
+
+def test_what_was_pushed_is_not_there_before_the_wait(run):
+    out = np.zeros(1, np.float32)
+    with pytest.raises(RuntimeError, match="the block ends while a copy into it is under way"):
+        run("run_cluster", out, 1, 1, 5)
+    assert np.isnan(out).all()
 
 
 def staged(run, order="forward", fault=0):

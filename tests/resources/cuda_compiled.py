@@ -42,26 +42,33 @@ TYPES = {torch.float32: "float", torch.bfloat16: "BFloat16", torch.float16: "Hal
 INTRODUCTION = """\
 # How the CUDA kernels work, and what they use
 
-The present kernels are not yet run on a GPU. An H200 has run earlier ones, which took more than twice as long as the
-identity op. So instructions are counted: `python -m bench budget` shows how many bytes
-of features each warp instruction of a kernel moves. At 7 x 7 positions and 7 classes, for bfloat16, it should be 8.
+These kernels are not yet run on a GPU as they are; an H200 has run the ones before them, and timed variants on the way
+([what a GPU has run](../bench/results/gpu/README.md)). Instructions are counted too: `python -m bench budget` shows
+how many bytes of features each warp instruction of a kernel moves. At 7 x 7 positions and 7 classes, for bfloat16, it
+should be 8.
 
-**Forward**, one launch (`csrc/cuda/kernels_forward.cuh`, `features.cuh`). A cluster of 1 to 8 blocks serves a pair
+**Forward**, one launch (`csrc/cuda/kernels_forward.cuh`, `features.cuh`). A cluster of 1, 2 or 4 blocks serves a pair
 of views, each block some of the channels; a warp has one view and 64 bytes of channels at a time, 32 channels of 16
 bits. Lane 4 g + q holds, of the positions g, g + 8, ..., the channels 8 q to 8 q + 7: 16 bytes.
 
 - *Maps.* These 16 bytes are two B operands of `mma.m16n8k16` (16 channels x 8 positions each), if the weight's
   channels are renumbered alike. A is the weight, 8 classes: a float32 weight as high parts in rows 0-7 and low
-  parts in rows 8-15; a 16-bit one as it is loaded, channels 0-3 of each lane in rows 0-7 and 4-7 in rows 8-15. Each
-  half of the rows is right for one of the two B operands, so there are two accumulators, half of each used.
+  parts in rows 8-15; of a 16-bit one, channels 0-3 of each lane for the first B operand and 4-7 for the second, and
+  nobody wants rows 8-15.
 - *Means over positions.* A second mma with a permuted identity as A adds up the tiles of 8 positions in float32; what
   is left is a sum of 8 numbers a channel. No 16-bit feature is converted. A feature that is not finite makes the means
   of the 16 channels of its mma NaN, and so their gradients of the weight.
-- *channels_last.* A lane copies by `cp.async` what it will read itself, 4 steps ahead: no barrier.
+- *channels_last.* A lane copies by `cp.async` what it will read itself: no barrier.
 - *NCHW.* 49 positions of 2 bytes are 98 bytes, so a channel is not aligned, but slabs of channels are contiguous:
-  the bulk copy engine brings them, 4 steps ahead. A lane gathers 2 bytes at a time and packs two channels into a
+  the bulk copy engine brings them. A lane gathers 2 bytes at a time and packs two channels into a
   word. H W = 49 is known when this is compiled, so each address is an offset.
-- *The end.* The maps are summed over warps, then over the cluster, in fixed order. 8 lanes sum a row of the maps, a
+- *The weight* of a step is loaded from the L2 cache while the step before it is computed.
+- *Rings.* Features come 4 steps ahead where the launch has at most 3 blocks for each multiprocessor, so that all
+  that a block reads is under way at once; else 2 steps ahead, which leaves shared memory for more blocks.
+- *The end.* The maps are summed over warps. Each block pushes its sum into the shared memory of the cluster's first
+  block (`st.async`, which an mbarrier counts), whose ring is free by then, and leaves; so nobody waits for stores to
+  global memory that are still under way, as a barrier of the cluster that orders memory does. The first block adds
+  them in fixed order. 8 lanes sum a row of the maps, a
   lane is a class in the cross-entropy, and what it needs (bias, target row, the twin's index) was loaded meanwhile.
 - *float32.* The same roads with FMAs.
 
@@ -80,6 +87,8 @@ that write the features' gradients, 128 channels of a pair (of 16-bit features).
   dz in registers. Every such block walks over all samples: 8 channels a block make enough blocks that the features'
   gradients end last.
 - *float32.* The same with FMAs.
+- *Its start* overlaps with the end of the forward, where that is the kernel before it on the stream (programmatic
+  dependent launch); it waits for the forward before it touches memory.
 
 What is left issues mostly integers: addresses, bounds, and what a block does once (E, of 128 channels for each). Where
 H W is not known when the kernel is compiled, NCHW moves a third fewer bytes for each instruction, and its stores to
@@ -126,9 +135,9 @@ def demangled(symbols: list[str]) -> list[str]:
 
 @functools.cache
 def launches() -> dict[str, dict[str, tuple[int, int]]]:
-    """Kernel of the head -> architecture -> threads and dynamic shared memory of its launch at C = 512, 7 x 7.
+    """Kernel of the head -> architecture -> threads and dynamic shared memory of a launch at C = 512, 7 x 7.
 
-    As the emulator is asked for it, with L = 7 for instances of one block of 8 classes and L = 16 for two.
+    As the emulator is asked for it for many pairs; L = 7 for instances of one block of 8 classes L = 16 for two.
     """
     found: dict[str, dict[str, tuple[int, int]]] = {}
     for dtype, layout, (blocks, classes) in itertools.product(TYPES, kernels.LAYOUTS, ((1, 7), (2, 16))):
@@ -136,9 +145,9 @@ def launches() -> dict[str, dict[str, tuple[int, int]]]:
         instance = f"<{TYPES[dtype]}, {str(case.channels_last).lower()}, {blocks}"
         for architecture in SHARED:
             cluster = torch.zeros(1, dtype=torch.int64)
-            granted = 0 if architecture == "sm_80" else 3
-            kernels.library()("get_cluster_blocks", 512, 49, dtype.itemsize, granted, cluster)
-            saved, forward = kernels.forward(case, cluster=int(cluster))
+            granted = 0 if architecture == "sm_80" else 2
+            kernels.library()("get_cluster_blocks", 512, 49, dtype.itemsize, case.channels_last, granted, cluster)
+            saved, forward = kernels.forward(case, cluster=int(cluster), stages=2)
             _, backward = kernels.backward(case, saved, kernels.upstreams(case, True))
             for way, counters in (("forward", forward), ("backward", backward)):
                 launch = counters["threads"], counters["shared_bytes"]

@@ -117,14 +117,16 @@ class Head:
         self.case = kernels.Case(n, p.channels, p.side, p.side, p.classes, getattr(torch, p.dtype), p.layout)
         cluster = torch.zeros(1, dtype=torch.int64)
         hw, size = p.side**2, self.case.dtype.itemsize
-        kernels.library(False)("get_cluster_blocks", p.channels, hw, size, 3, cluster)
-        self.cluster = int(cluster)
+        kernels.library(False)("get_cluster_blocks", p.channels, hw, size, self.case.channels_last, 2, cluster)
+        self.cluster, self.stages = int(cluster), 2  # as in a launch of many pairs
         self.saved: dict[str, Tensor] = {}
 
     def forward(self, *, whole: bool = False) -> tuple[str, Run]:
         """Of the first pair, which is not the one that ends the launch; or the whole launch."""
         with kernels.library(False).only_recording():
-            self.saved, _ = kernels.forward(self.case, cluster=self.cluster, maps=False, detach=self.detach)
+            self.saved, _ = kernels.forward(
+                self.case, cluster=self.cluster, stages=self.stages, maps=False, detach=self.detach
+            )
         return self._run(self.case.features, *self.saved.values(), blocks=None if whole else (0, self.cluster))
 
     def backward(self, *, whole: bool = False) -> tuple[str, Run]:

@@ -39,6 +39,7 @@ GOLDEN = Path(__file__).with_suffix(".json")
 
 #: N and C of what is timed: bench/model.py compares them with what GPUs have measured.
 SIZES = ((32, 512), (64, 512), (512, 512), (4096, 512), (512, 2048))
+MULTIPROCESSORS = 132  # of an H100 and an H200
 #: Waits that a chain names; the cycles of the others are those of the next that it names.
 TRIPS = (
     "global memory", "L2 cache", "atomic", "shared memory", "distributed shared memory", "bulk copy",
@@ -66,13 +67,15 @@ class Batch(budgets.Head):
     def __init__(self, problem: budgets.Problem, n: int):
         super().__init__(problem, 1)
         self.n, c, g = n, self.case, torch.Generator().manual_seed(1)
+        stages = torch.zeros(1, dtype=torch.int64)
+        kernels.library(False)("get_ring_stages", n * self.cluster, MULTIPROCESSORS, stages)
         features = c.features
         c.n, c.labels = n, torch.randint(0, c.classes, (n,), generator=g)
         c.features = torch.empty(2 * n, *(s for s in features.permute(0, 2, 3, 1).shape[1:]), dtype=c.dtype)
         c.features = c.features.permute(0, 3, 1, 2) if c.channels_last else c.features.view(2 * n, *features.shape[1:])
         c.features[0], c.features[n] = features
         with kernels.library(False).only_recording():
-            self.saved, _ = kernels.forward(c, cluster=self.cluster, maps=False)
+            self.saved, _ = kernels.forward(c, cluster=self.cluster, stages=int(stages), maps=False)
         self.forward_launch = self._launch(c.features, *self.saved.values())
         for t in (*self.saved.values(), *kernels.scratch):  # what the other pairs would have left there
             if t.is_floating_point():

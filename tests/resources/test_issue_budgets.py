@@ -65,7 +65,9 @@ def test_the_emulator_of_the_source_counts_the_same(dtype, layout, detach):
     head = budgets.Head(problem, detach=detach)
     kernel, run = head.forward(whole=True)
     head.check_forward()
-    saved, counters = budgets.kernels.forward(head.case, cluster=head.cluster, maps=False, detach=detach)
+    saved, counters = budgets.kernels.forward(
+        head.case, cluster=head.cluster, stages=head.stages, maps=False, detach=detach
+    )
     for name in saved:
         torch.testing.assert_close(head.saved[name], saved[name], rtol=1e-5, atol=1e-6, equal_nan=True)
     agree(kernel, run, counters)

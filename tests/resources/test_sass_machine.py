@@ -60,6 +60,37 @@ def test_lanes_that_part_issue_both_sides_and_meet_again():
     assert counts[10].tolist() == [1, 32, 0, 4, 0, 128, 0]
 
 
+def test_lanes_of_a_branch_add_up_what_they_add_to_memory():
+    """As the compiler does for an atomic addition of the same number by several lanes."""
+    code = program(
+        "S2R R0, SR_TID.X",
+        "LDC.64 R2, c[0x0][0x210]",
+        "IMAD.WIDE.U32 R4, R0, 0x10, R2",
+        "LDC.64 R8, c[0x0][0x218]",
+        "ISETP.LT.AND P2, PT, R0, 0x3, PT",
+        "BSSY B0, @0x110",
+        "P2 @ BRA @0x110",
+        "VOTEU.ANY UR6, UPT, PT",
+        "FLO.U32 R14, UR6",
+        "POPC R15, UR6",
+        "S2R R16, SR_LTMASK",
+        "ISETP.EQ.U32.AND P0, PT, R14, R0, PT",
+        "P0 @ ATOMG.E.ADD.STRONG.GPU PT, R15, desc[UR4][R8.64], R15",
+        "STG.E desc[UR4][R4.64], R14",
+        "STG.E desc[UR4][R4.64+0x4], R15",
+        "STG.E desc[UR4][R4.64+0x8], R16",
+        "LDG.E R17, desc[UR4][R8.64]",
+        "BSYNC B0",
+        "EXIT",
+    )
+    out, counter = torch.full((32, 4), -1, dtype=torch.int32), torch.tensor([5], dtype=torch.int32)
+    run(code, out, counter, parameters=address(out) + address(counter))
+    assert counter.item() == 5 + 29
+    assert out[:3].eq(-1).all() and out[3:, 0].eq(31).all()
+    assert out[3:31, 1].eq(29).all() and out[31, 1] == 5
+    assert out[3:, 2].tolist() == [(1 << lane) - 1 for lane in range(3, 32)]
+
+
 def test_a_barrier_waits_for_all_warps_and_an_exited_warp_is_not_waited_for():
     code = program(
         "S2R R0, SR_TID.X",

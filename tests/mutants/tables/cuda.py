@@ -13,8 +13,8 @@ MUTANTS = [
     Mutant(
         "CUDA: a float32 weight meets 16-bit features rounded",
         "csrc/cuda/kernels_forward.cuh",
-        "fmaf(d[0][2 + i] + d[1][2 + i], scale, d[0][i] + d[1][i])",
-        "fmaf(d[0][2 + i] + d[1][2 + i], 0 * scale, d[0][i] + d[1][i])",
+        "fmaf(d[2 + i], scale, d[i])",
+        "fmaf(d[2 + i], 0 * scale, d[i])",
         "emulator/test_cuda_kernels.py::test_misaligned_bases_and_a_float32_weight",
     ),
     Mutant(
@@ -32,10 +32,10 @@ MUTANTS = [
         "emulator/test_cuda_kernels.py::test_options",
     ),
     Mutant(
-        "CUDA: channels 4-7 of a 16-bit weight in the rows of 0-3",
+        "CUDA: channels 4-7 meet the 16-bit weight of channels 0-3",
         "csrc/cuda/kernels_forward.cuh",
-        "return d[0][i] + d[1][2 + i];",
-        "return d[0][i] + d[1][i];",
+        "a[2 * k] = word(pair(2 * half + k))",
+        "a[2 * k] = word(pair(k))",
         "emulator/test_cuda_kernels.py::test_options",
     ),
     Mutant(
@@ -48,8 +48,8 @@ MUTANTS = [
     Mutant(
         "CUDA: the sum of a channel in place of its mean",
         "csrc/cuda/kernels_forward.cuh",
-        "*to = sums[0] * (1.0f / float(of.HW));",
-        "*to = sums[0];",
+        "*to = own[0] * (1.0f / float(of.HW));",
+        "*to = own[0];",
         "emulator/test_cuda_kernels.py::test_options",
     ),
     Mutant(
@@ -69,8 +69,8 @@ MUTANTS = [
     Mutant(
         "CUDA: of four blocks' maps two are summed",
         "csrc/cuda/kernels_forward.cuh",
-        "sum_maps<4>(whole, of_rank);",
-        "sum_maps<2>(whole, of_rank);",
+        ": sum_of<4>(inbox, kVectors, e)",
+        ": sum_of<2>(inbox, kVectors, e)",
         "emulator/test_cuda_kernels.py::test_every_cluster_size_and_slabs_that_come_twice",
     ),
     Mutant(
@@ -104,7 +104,7 @@ MUTANTS = [
     Mutant(
         "CUDA: a stage's second slab is not waited for",
         "csrc/cuda/features.cuh",
-        "taken_ / kStages % 2",
+        "(taken_ & stages_) != 0",
         "0",
         "emulator/test_cuda_kernels.py::test_every_cluster_size_and_slabs_that_come_twice",
     ),
@@ -116,10 +116,38 @@ MUTANTS = [
         "emulator/test_cuda_kernels.py::test_every_cluster_size_and_slabs_that_come_twice",
     ),
     Mutant(
+        "CUDA: a ring of two stages is waited for one group late",
+        "csrc/cuda/features.cuh",
+        "cp_async_wait<kMostStages / 2 - 1>();",
+        "cp_async_wait<kMostStages / 2>();",
+        "emulator/test_cuda_kernels.py::test_options",
+    ),
+    Mutant(
+        "CUDA: every step has the first one's weight",
+        "csrc/cuda/kernels_forward.cuh",
+        "      cursor.advance();\n      w = rows(cursor);\n#pragma unroll",
+        "      w = rows(cursor);\n#pragma unroll",
+        "emulator/test_cuda_kernels.py::test_options",
+    ),
+    Mutant(
+        "CUDA: maps are pushed before the ring that they overwrite has been read",
+        "csrc/cuda/kernels_forward.cuh",
+        "      cluster_wait();\n",
+        "",
+        "emulator/test_cuda_kernels.py::test_every_cluster_size_and_slabs_that_come_twice",
+    ),
+    Mutant(
+        "CUDA: with the CAM's weight gradient only the first block gets the maps",
+        "csrc/cuda/kernels_forward.cuh",
+        "const int receivers = p.cam_grad ? 1 << p.cluster_bits : 1;",
+        "const int receivers = 1;",
+        "emulator/test_cuda_kernels.py::test_every_cluster_size_and_slabs_that_come_twice",
+    ),
+    Mutant(
         "CUDA: cp.async is waited for one group late",
         "csrc/cuda/features.cuh",
-        "    cp_async_wait<kStages - 1>();\n    const SharedAddress from",
-        "    cp_async_wait<kStages>();\n    const SharedAddress from",
+        "cp_async_wait<kMostStages - 1>();",
+        "cp_async_wait<kMostStages>();",
         "emulator/test_cuda_kernels.py::test_options",
     ),
     Mutant(

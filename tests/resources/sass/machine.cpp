@@ -80,6 +80,7 @@ enum Op : int {
   LDGDEPBAR,
   DEPBAR,
   UBLKCP,
+  STAS,
   SYNCS,
   LDSM,
   STSM,
@@ -101,27 +102,29 @@ enum Op : int {
   FENCE,
   UCGABAR_ARV,
   UCGABAR_WAIT,
+  PREEXIT,
+  ACQBULK,
   POPC,
+  FLO,
   REDUX,
   HGMMA,
   WARPGROUP,
 };
 const std::unordered_map<std::string, int> kOps = {
 #define OP(x) {#x, x}
-    OP(IADD3),        OP(UIADD3), OP(IMAD),   OP(UIMAD),     OP(VIADD),     OP(LEA),       OP(ULEA),
-    OP(LOP3),         OP(ULOP3),  OP(PLOP3),  OP(UPLOP3),    OP(SHF),       OP(USHF),      OP(PRMT),
-    OP(UPRMT),        OP(SEL),    OP(USEL),   OP(FSEL),      OP(ISETP),     OP(UISETP),    OP(FSETP),
-    OP(DSETP),        OP(VIMNMX), OP(IMNMX),  OP(VIADDMNMX), OP(FMNMX),     OP(IABS),      OP(FADD),
-    OP(FMUL),         OP(FFMA),   OP(DADD),   OP(DMUL),      OP(DFMA),      OP(HADD2),     OP(HFMA2),
-    OP(HMMA),         OP(F2FP),   OP(F2F),    OP(I2F),       OP(I2FP),      OP(F2I),       OP(MUFU),
-    OP(FCHK),         OP(R2UR),   OP(S2R),    OP(S2UR),      OP(CS2R),      OP(MOV),       OP(UMOV),
-    OP(LDC),          OP(ULDC),   OP(SGXT),   OP(USGXT),     OP(R2P),       OP(P2R),       OP(UP2UR),
-    OP(ELECT),        OP(VOTE),   OP(VOTEU),  OP(SHFL),      OP(LDG),       OP(STG),       OP(LDS),
-    OP(STS),          OP(LD),     OP(ST),     OP(ATOMG),     OP(LDGSTS),    OP(LDGDEPBAR), OP(DEPBAR),
-    OP(UBLKCP),       OP(SYNCS),  OP(LDSM),   OP(STSM),      OP(BRA),       OP(EXIT),      OP(BSSY),
-    OP(BSYNC),        OP(BREAK),  OP(CALL),   OP(RET),       OP(WARPSYNC),  OP(NOP),       OP(YIELD),
-    OP(BAR),          OP(MEMBAR), OP(ERRBAR), OP(CGAERRBAR), OP(CCTL),      OP(FENCE),     OP(UCGABAR_ARV),
-    OP(UCGABAR_WAIT), OP(POPC),   OP(REDUX),  OP(HGMMA),     OP(WARPGROUP),
+    OP(IADD3),     OP(UIADD3), OP(IMAD),     OP(UIMAD),       OP(VIADD),        OP(LEA),     OP(ULEA),    OP(LOP3),
+    OP(ULOP3),     OP(PLOP3),  OP(UPLOP3),   OP(SHF),         OP(USHF),         OP(PRMT),    OP(UPRMT),   OP(SEL),
+    OP(USEL),      OP(FSEL),   OP(ISETP),    OP(UISETP),      OP(FSETP),        OP(DSETP),   OP(VIMNMX),  OP(IMNMX),
+    OP(VIADDMNMX), OP(FMNMX),  OP(IABS),     OP(FADD),        OP(FMUL),         OP(FFMA),    OP(DADD),    OP(DMUL),
+    OP(DFMA),      OP(HADD2),  OP(HFMA2),    OP(HMMA),        OP(F2FP),         OP(F2F),     OP(I2F),     OP(I2FP),
+    OP(F2I),       OP(MUFU),   OP(FCHK),     OP(R2UR),        OP(S2R),          OP(S2UR),    OP(CS2R),    OP(MOV),
+    OP(UMOV),      OP(LDC),    OP(ULDC),     OP(SGXT),        OP(USGXT),        OP(R2P),     OP(P2R),     OP(UP2UR),
+    OP(ELECT),     OP(VOTE),   OP(VOTEU),    OP(SHFL),        OP(LDG),          OP(STG),     OP(LDS),     OP(STS),
+    OP(LD),        OP(ST),     OP(ATOMG),    OP(LDGSTS),      OP(LDGDEPBAR),    OP(DEPBAR),  OP(UBLKCP),  OP(STAS),
+    OP(SYNCS),     OP(LDSM),   OP(STSM),     OP(BRA),         OP(EXIT),         OP(BSSY),    OP(BSYNC),   OP(BREAK),
+    OP(CALL),      OP(RET),    OP(WARPSYNC), OP(NOP),         OP(YIELD),        OP(BAR),     OP(MEMBAR),  OP(ERRBAR),
+    OP(CGAERRBAR), OP(CCTL),   OP(FENCE),    OP(UCGABAR_ARV), OP(UCGABAR_WAIT), OP(PREEXIT), OP(ACQBULK), OP(POPC),
+    OP(FLO),       OP(REDUX),  OP(HGMMA),    OP(WARPGROUP),
 #undef OP
 };
 
@@ -475,15 +478,39 @@ void Machine::bulk_copy() {
   Count& count = counts[size_t(place_)];
   count.read += bytes, count.sectors += (bytes + 31) / 32;
   count.cold += range(from, bytes).cold ? bytes : 0;
-  auto& mbarriers = blocks_.at(barrier >> 24).mbarriers;
-  if (!mbarriers.contains(barrier & 0xffffff)) fail("no mbarrier");
-  MBarrier& m = mbarriers[barrier & 0xffffff];
+  MBarrier& m = mbarrier_at(barrier);
   const bool cold = range(from, bytes).cold && !warm_.contains(from / 32);
   for (uint64_t s = from / 32; s < (from + bytes) / 32; ++s) warm_.insert(s);
   const int64_t ready = issue_ + latencies_.bulk + (cold ? latencies_.dram : latencies_.l2);
-  m.arrival.raise({ready, link(Wait::kBulk, ready)});
   m.bytes -= bytes;
-  if (m.pending == 0 && m.bytes == 0) m.finished.push_back(m.arrival), m.arrival = {}, ++m.phase, m.pending = m.count;
+  m.settle({ready, link(Wait::kBulk, ready)});
+}
+
+// STAS [R pair of the destination and of its mbarrier], R: a store to a block of the cluster, which its mbarrier
+// counts.
+void Machine::push() {
+  const int bytes = access_bytes(*i_);
+  std::vector<std::pair<uint32_t, int>> accesses;
+  for (int lane = 0; lane < 32; ++lane) {
+    if (!(active_ >> lane & 1)) continue;
+    const uint64_t both = address(i_->operands.at(0), lane);
+    uint32_t words[4] = {};
+    for (int k = 0; k < bytes / 4; ++k) words[k] = word(i_->operands.at(1), lane, k);
+    std::memcpy(shared(uint32_t(both), bytes), words, size_t(bytes));
+    accesses.push_back({uint32_t(both), bytes});
+    MBarrier& m = mbarrier_at(uint32_t(both >> 32));
+    m.bytes -= bytes;
+    const int64_t ready = issue_ + latencies_.distributed;
+    m.settle({ready, link(Wait::kDistributed, ready)});
+  }
+  note_shared(accesses);
+  operands_read();
+}
+
+MBarrier& Machine::mbarrier_at(uint32_t address) {
+  auto& mbarriers = blocks_.at(address >> 24).mbarriers;
+  if (!mbarriers.contains(address & 0xffffff)) fail("no mbarrier");
+  return mbarriers[address & 0xffffff];
 }
 
 void Machine::mbarrier() {
@@ -491,15 +518,13 @@ void Machine::mbarrier() {
   const int lane = std::countr_zero(active_);
   const uint32_t at = place(lane), rank = at >> 24;
   if (rank >= blocks_.size()) fail("mbarrier of block " + std::to_string(rank));
-  auto& mbarriers = blocks_[rank].mbarriers;
   if (i_->has("EXCH")) {
     const uint32_t count = 0x100000 - (w_->ur[i_->operands.at(2).index] >> 1);
     if (count == 0 || count > 1024) fail("mbarrier of " + std::to_string(count));
-    mbarriers[at & 0xffffff] = MBarrier{count, count, 0, 0, {}, {}};
+    blocks_[rank].mbarriers[at & 0xffffff] = MBarrier{count, count, 0, 0, {}, {}};
     return;
   }
-  if (!mbarriers.contains(at & 0xffffff)) fail("no mbarrier");
-  MBarrier& m = mbarriers[at & 0xffffff];
+  MBarrier& m = mbarrier_at(at);
   if (i_->has("ARRIVE") && i_->has("TRANS64") && i_->modifiers.size() == 2) {
     for (int l = 0; l < 32; ++l) {
       if (!(active_ >> l & 1)) continue;
@@ -507,8 +532,7 @@ void Machine::mbarrier() {
       if (!m.pending) fail("more arrivals than the mbarrier's");
       --m.pending;
     }
-    m.arrival.raise({issue_ + latencies_.shared, w_->current});
-    if (m.pending == 0 && m.bytes == 0) m.finished.push_back(m.arrival), m.arrival = {}, ++m.phase, m.pending = m.count;
+    m.settle({issue_ + latencies_.shared, w_->current});
     return;
   }
   if (!i_->has("PHASECHK") || !i_->has("TRANS64")) unknown();
@@ -529,8 +553,9 @@ void Machine::atomic() {
     if (!(active_ >> lane & 1)) continue;
     const uint64_t a = address(i_->operands.at(2), lane);
     uint32_t* at = reinterpret_cast<uint32_t*>(global(a, 4));
-    set(i_->operands.at(1), lane, *at);
-    *at += integer(i_->operands.at(3), lane);
+    const uint32_t before = *at;
+    *at += integer(i_->operands.at(3), lane);  // which may be in the register of the result
+    set(i_->operands.at(1), lane, before);
     accesses.push_back({a, 4});
   }
   note_global(accesses, true);
@@ -794,6 +819,11 @@ void Machine::uniform_or_lanes() {
         set_single(o[0], lane, predicate(o.at(3), lane) ? std::fmin(a, b) : std::fmax(a, b));
         break;
       }
+      case POPC: set(o[0], lane, uint32_t(std::popcount(in(1)))); break;
+      case FLO:  // the place of the highest one
+        if (i.modifiers.size() != 1 || !i.has("U32")) unknown();
+        set(o[0], lane, in(1) ? 31 - uint32_t(std::countl_zero(in(1))) : ~0u);
+        break;
       case IABS: set(o[0], lane, int32_t(in(1)) < 0 ? 0 - in(1) : in(1)); break;
       case FADD: {
         const float a = ftz(real(1)), b = ftz(real(2));
@@ -1096,6 +1126,7 @@ void Machine::execute() {
     case LDSM: return matrix_load();
     case STSM: return matrix_store();
     case LDGSTS: return copy_async();
+    case STAS: return push();
     case ATOMG: return atomic();
     case LDC: {
       const int bytes = i.has("64") ? 8 : i.has("U8") ? 1 : i.has("U16") ? 2 : 4;
@@ -1127,6 +1158,8 @@ void Machine::execute() {
           set(o[0], lane, w_->block->index);
         else if (name == "SR_LANEID")
           set(o[0], lane, uint32_t(lane));
+        else if (name == "SR_LTMASK")
+          set(o[0], lane, (1u << lane) - 1);
         else if (name == "SR_CgaCtaId")
           set(o[0], lane, w_->block->rank);
         else if (name == "SR_SWINHI")
@@ -1361,6 +1394,8 @@ void Machine::step(Warp& w, size_t group) {
       case YIELD:
       case ERRBAR:
       case CGAERRBAR:
+      case PREEXIT:  // which kernel overlaps with which is not ours
+      case ACQBULK:
       case FENCE: ++g.place; break;
       case ELECT: {
         const int lane = active_ ? std::countr_zero(active_) : 0;

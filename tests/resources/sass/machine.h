@@ -95,6 +95,12 @@ struct MBarrier {
   uint32_t phase = 0;
   Moment arrival;                // the latest of this phase
   std::vector<Moment> finished;  // of each phase
+
+  // What comes at that moment has arrived; ends the phase if all has.
+  void settle(const Moment& moment) {
+    arrival.raise(moment);
+    if (pending == 0 && bytes == 0) finished.push_back(arrival), arrival = {}, ++phase, pending = count;
+  }
 };
 
 struct Block;
@@ -219,8 +225,10 @@ class Machine {
   void store(bool is_shared, bool is_generic);
   void copy_async();
   void bulk_copy();
+  void push();
   void matrix_load();
   void matrix_store();
+  MBarrier& mbarrier_at(uint32_t address);
   void mbarrier();
   void atomic();
   int64_t note_shared(const std::vector<std::pair<uint32_t, int>>& accesses);
