@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise  # the latter is what PyTorch says of a CPU
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         print(f"error: batch_size or image_size: too large for the memory: {reason}", file=sys.stderr)
         return UserError.status
     except Stopped as stopped:

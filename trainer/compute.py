@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 
 import torch
@@ -34,10 +35,10 @@ def described(device: torch.device) -> str:
 
 
 def try_backend(compute: Compute, device: torch.device) -> None:
-    """Runs the head once, which compiles kernels on their first use.
+    """Runs the consistency once, which builds the native kernels where they are not built.
 
     Raises:
-        UserError: a backend that is unknown or can't serve the device.
+        UserError: a backend that is unknown or can't serve the device, an instruction set that the CPU lacks.
     """
     text = "compiling the kernels for this machine, which takes about a minute and happens once"
     notice = threading.Timer(2.0, logger.info, (text,))
@@ -47,9 +48,8 @@ def try_backend(compute: Compute, device: torch.device) -> None:
         features, weight = torch.zeros(2, 8, 2, 2, device=device), torch.zeros(2, 8, device=device)
         rk.attention_consistency(features, weight, weight[:, 0], backend=compute.backend)
     except (ValueError, RuntimeError) as error:
-        group = {"backend": "compute.", "REBALFER_BACKEND": ""}.get(str(error).partition(":")[0])
-        if group is None:
-            raise  # no verdict on the backend, such as too little memory
-        raise UserError(f"{group}{error}") from error
+        if not (verdict := re.search(r"(backend|REBALFER_\w+): .*", str(error))):
+            raise  # such as too little memory
+        raise UserError(f"{'compute.' * (verdict[1] == 'backend')}{verdict[0]}") from error
     finally:
         notice.cancel()

@@ -43,6 +43,10 @@ def option(default: Any, text: str = "", *, changes: str = RESULTS, **metadata: 
     return field(default=default, metadata=metadata)
 
 
+#: Types of options whose values must be of them; a number may be whole, and what may be missing is anything.
+KINDS = {bool: "true or false", int: "a whole number", str: "text", dict: "values by name"}
+
+
 class Checked:
     """Base of options: a value of another type, beyond the limits of its field or not among its choices is refused."""
 
@@ -58,8 +62,8 @@ class Checked:
                 expect_number(name, value, **{k: v for k, v in f.metadata.items() if k in ("low", "high", "above")})
             if choices := f.metadata.get("choices"):
                 expect(value in choices, name, value, " or ".join(choices))
-            if (kind := type(f.default)) in (bool, int):
-                expect(type(value) is kind, name, value, "true or false" if kind is bool else "a whole number")
+            kind = dict if f.type == "dict" else type(f.default)
+            expect(kind not in KINDS or type(value) is kind, name, value, KINDS.get(kind, ""))
 
 
 class Named(Checked):
@@ -294,7 +298,7 @@ def from_dict(saved: Mapping, default: Any) -> Any:
         current = getattr(default, name)
         if dataclasses.is_dataclass(current):
             expect(isinstance(value, Mapping), name, value, "options by name")
-            if isinstance(current, Named) and (chosen := value.get("name", current.name)) != current.name:
+            if isinstance(current, Named) and spelt(chosen := value.get("name", current.name)) != current.name:
                 current = select(name, chosen)()
             values[name] = from_dict(value, current)
     return dataclasses.replace(default, **values)

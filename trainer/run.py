@@ -70,6 +70,7 @@ class Run(AbstractContextManager):
         """Locks the folder; the state to resume from."""
         if distributed.rank():
             return None
+        expect(not resume or self.folder.is_dir(), "resume", str(self.folder), "the folder of a run")
         self.lock = _lock(self.folder)
         try:
             found = [name for name in FILES if (self.folder / name).exists()]

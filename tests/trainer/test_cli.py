@@ -291,7 +291,7 @@ def test_an_option_of_another_method_or_data_set_is_named(capsys):
         ('--optim.options={"momentums":1}', "optim.options: got {'momentums': 1} for 'adam'"),
         ("--compute.cuda-graph", "compute.cuda_graph: got True, expected a GPU: this run uses the CPU"),
         ("--batch-size=1", "batch_size: got 1, expected at least 2: the last map of 'resnet10t' is a single pixel"),
-        ("--resume", "resume: "),
+        ("--resume", "resume: got "),
         ("--resume --overwrite", "resume: got both --resume and --overwrite, expected one of them"),
         ("--name=one", "name: got 'one', expected another one, --resume or --overwrite: "),
     ],
@@ -328,8 +328,15 @@ def test_too_little_memory_is_one_line(tmp_path, capsys, monkeypatch):
         raise problem
 
     monkeypatch.setattr(compute.rk, "attention_consistency", failing)
-    for problem in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError("Unable to allocate 7 PiB")):
-        assert refusal(capsys, *flags).startswith(f"{said}{problem}")
+    for problem in (
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError("Unable to allocate 7 PiB"),
+        MemoryError(),
+    ):
+        assert refusal(capsys, *flags).startswith(f"{said}{str(problem) or 'MemoryError'}")
+    for text in ("REBALFER_CPU_ISA: got 'foo', expected one of this CPU's: avx2", "backend: 'cuda' cannot serve"):
+        problem = RuntimeError(f"operator(), csrc/cpu/ops.cpp:70, {text}")
+        assert refusal(capsys, *flags).endswith(text)
     problem = RuntimeError("an error of the program")
     with pytest.raises(RuntimeError, match="an error of the program"):  # which keeps its traceback
         main(flags)

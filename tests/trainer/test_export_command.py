@@ -46,6 +46,7 @@ def onnx(path):
     """The outputs of an ONNX file for an input, and what the file says of itself."""
     runtime = pytest.importorskip("onnxruntime", reason="running an ONNX model needs onnxruntime")
     session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape[0] == "batch"
     return (
         lambda x: [torch.from_numpy(y) for y in session.run(None, {"images": np.ascontiguousarray(x)})],
         {

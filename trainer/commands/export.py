@@ -20,6 +20,7 @@ from . import load, new_file
 
 SUFFIXES = (".onnx", ".pt2")
 TOLERANCE = 1e-4  #: largest difference from the run's outputs, relative to the largest of them
+SHAPES = {"images": {0: torch.export.Dim("batch")}}
 #: uint8 RGB (N, h, w, 3) to logits (N, L) and, where the method has them, maps (N, L, H, W).
 Run = Callable[[Tensor], tuple[Tensor, ...]]
 
@@ -82,7 +83,7 @@ class Network(nn.Module):
 
 def _exported(network: Network, images: Tensor) -> torch.export.ExportedProgram:
     """Of any number of images as large as these."""
-    return torch.export.export(network, (images,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
+    return torch.export.export(network, (images,), dynamic_shapes=SHAPES)
 
 
 def _program(network: Network, images: Tensor, about: dict) -> tuple[bytes, Run]:
@@ -101,7 +102,8 @@ def _onnx(network: Network, images: Tensor, about: dict) -> tuple[bytes, Run]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = _exported(network, images)
-        made = torch.onnx.export(program, input_names=["images"], output_names=network.names, verbose=False)
+        names = {"input_names": ["images"], "output_names": network.names}
+        made = torch.onnx.export(program, dynamic_shapes=SHAPES, verbose=False, **names)
     assert made is not None, "the exporter with dynamo returns it"
     texts = {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in about.items()}
     made.model.metadata_props.update(texts)
