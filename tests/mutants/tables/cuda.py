@@ -127,7 +127,7 @@ MUTANTS = [
         "csrc/cuda/kernels_forward.cuh",
         "      cursor.advance();\n      w = rows(cursor);\n#pragma unroll",
         "      w = rows(cursor);\n#pragma unroll",
-        "emulator/test_cuda_kernels.py::test_options",
+        "emulator/test_cuda_kernels.py::test_every_cluster_size_and_slabs_that_come_twice",
     ),
     Mutant(
         "CUDA: maps are pushed before the ring that they overwrite has been read",
