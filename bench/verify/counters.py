@@ -1,6 +1,8 @@
 """A forward and a backward of the benchmark's sizes under Nsight Compute: what each kernel moved and waited for.
 
-ncu … python -m bench.verify.counters cuda      with the arguments of :func:`profiled`
+    ncu … python -m bench.verify.counters cuda
+
+with the arguments of :func:`profiled`.
 """
 
 from __future__ import annotations

@@ -7,6 +7,9 @@ import pytest
 from bench import model
 from bench.__main__ import main
 
+FITTED = (
+    "a800626"  # what the model's constants were fitted to; of later kernels it leaves out more of what they wait for
+)
 PART = {"blocks": 5, "instructions": 400, "wavefronts": 0, "cycles": 1000}
 
 
@@ -66,13 +69,14 @@ def test_a_commit_that_was_measured_knows_which_of_tritons_kernels_are_others_no
     assert model.triton_changed_since("another") == model.triton_changed_since(None) == []
 
 
-def test_measured_kernels_are_modelled_within_the_bounds_that_the_page_names():
+def test_the_kernels_that_the_model_was_fitted_to_are_within_two_fifths_and_later_ones_within_half():
     """But for those whose time is little more than that of a launch."""
     launches = model.counted()["launches"]
     rows = [row for row in model.measured() if row.us > model.SHORT_US]
     assert sum("triton" in row.launch for row in rows) >= 12 and len(rows) >= 28
     for row in rows:
-        assert 0.5 < model.predict(launches[row.commit][row.launch], model.H200).us / row.us < 1.4, row
+        least = 1 / 1.4 if row.commit == FITTED else 0.5
+        assert least < model.predict(launches[row.commit][row.launch], model.H200).us / row.us < 1.4, row
 
 
 def test_blocks_that_share_a_multiprocessor_wait_for_each_other():
