@@ -9,7 +9,6 @@
 
 namespace rebalfer::gpu {
 
-constexpr int kMostStages = 4;  // of a ring, or half as many
 constexpr int kStepBytes = 64;
 
 // Where a warp is in its block, and a lane in its warp.

@@ -36,7 +36,10 @@ inline int cluster_bits(int64_t C, int64_t HW, int64_t element_bytes, bool chann
 
 // Stages of the rings through which a block fetches: few blocks have more on their way each, of many blocks more are to
 // find room on a multiprocessor.
-inline int ring_stages(int64_t blocks, int multiprocessors) { return blocks <= 3 * int64_t(multiprocessors) ? 4 : 2; }
+constexpr int kMostStages = 4;
+inline int ring_stages(int64_t blocks, int multiprocessors) {
+  return blocks <= 3 * int64_t(multiprocessors) ? kMostStages : kMostStages / 2;
+}
 
 enum class Storage { f32, bf16, f16 };
 
@@ -65,7 +68,7 @@ struct ForwardParams {
   bool both_views;
   bool early;        // Granted::early
   int cluster_bits;  // 2^cluster_bits blocks of one pair, at most kMaxClusterBits
-  int stages;        // ring_stages
+  int stages;        // ring_stages: kMostStages or half as many
 
   float *loss, *classification, *consistency;  // (N,), or () with per_sample and ticket
   float* per_sample;                           // (2, N) scratch: classification and consistency

@@ -293,6 +293,7 @@ void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[2], uint32_t b) {
 
 inline void store_16B_streaming(void* global, uint4 v) {
   auto& m = emulator::machine();
+  m.require_waited("store_16B_streaming");
   m.require_aligned(global, 16, "store_16B_streaming");
   m.counters.streamed_stores += 16;
   *static_cast<uint4*>(global) = v;
@@ -316,6 +317,7 @@ void keep(V&) {}
 inline void cp_async_16B(SharedAddress shared, const void* global, bool wanted = true) {
   static const uint4 zeros{};
   auto& m = emulator::machine();
+  m.require_waited("cp_async_16B");
   m.require_aligned(shared, 16, "cp_async_16B");
   m.require_aligned(global, 16, "cp_async_16B");
   m.require_shared(shared, 16, "cp_async_16B");
@@ -370,6 +372,7 @@ void mbarrier_wait_parity(uint64_t* barrier, unsigned parity) {
 inline void bulk_copy_to_shared(void* shared, const void* global, unsigned bytes, uint64_t* barrier) {
   auto& m = emulator::machine();
   if (!REBALFER_HAS_BULK) m.fail("bulk_copy_to_shared before sm_90");
+  m.require_waited("bulk_copy_to_shared");
   auto& known = m.mbarrier(barrier, "bulk_copy_to_shared");
   if (!known.fenced) m.fail("bulk_copy_to_shared: mbarrier_fence_init is missing");
   if (bytes == 0 || bytes % 16) m.fail("bulk_copy_to_shared: %u bytes are no multiple of 16", bytes);
@@ -411,7 +414,7 @@ inline void push_16B(void* shared, float4 v, unsigned rank, uint64_t* barrier) {
   known.copies.push_back(copy);
 }
 
-inline void wait_for_previous() {}
+inline void wait_for_previous() { emulator::machine().current->may_touch_memory = true; }
 inline void next_may_start() {}
 
 inline unsigned ticket_increment(unsigned* global) { return atomicAdd(global, 1); }
@@ -419,8 +422,9 @@ inline void ticket_reset(unsigned* global) { *global = 0; }
 
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, unsigned cluster_size, size_t dynamic_shared_bytes,
-            cudaStream_t, bool, Arguments&&... arguments) {
+            cudaStream_t, bool early, Arguments&&... arguments) {
   if (!REBALFER_HAS_BULK && cluster_size > 1) throw std::runtime_error("kernel launch: clusters before sm_90");
+  emulator::machine().early = early;
   auto& recorded = emulator::machine().recorded;
   recorded.kernel = emulator::symbol(reinterpret_cast<const void*>(kernel));
   recorded.parameters.clear();

@@ -5,6 +5,7 @@
 //   - shared memory holds NaN when a block begins, behind its end is a canary, and it is NaN again after its block;
 //   - asynchronous copies arrive as late as the hardware may let them: what they will overwrite is NaN from the moment
 //     they are issued; cp.async lands in its wait, a bulk copy or a push when every thread waits for something;
+//   - a launch that may start early must wait for the kernel before it, ahead of what it copies or streams;
 //   - a wait that can never end, a copy nobody waits for and a misaligned address are errors, thrown by launch().
 #pragma once
 
@@ -122,6 +123,7 @@ struct Thread {
   MBarrier* waits_at;
   uint64_t cluster_generation;  // that it has arrived in
   bool between_arrive_and_wait;
+  bool may_touch_memory;  // it need not wait for the kernel before this one, or has
   std::vector<Copy> open_group;
   std::deque<std::vector<Copy>> groups;
 };
@@ -142,6 +144,7 @@ class Machine {
   Counters counters{};
   Recorded recorded;
   bool only_record = false;
+  bool early = false;  // the launch may start before the kernel before it has ended
   Thread* current = nullptr;
   dim3 grid, block_shape;
   unsigned cluster_size = 1;
@@ -247,6 +250,10 @@ class Machine {
     }
   }
 
+  void require_waited(const char* operation) {
+    if (!current->may_touch_memory) fail("%s before wait_for_previous, in a launch that may start early", operation);
+  }
+
   void require_aligned(const void* p, size_t alignment, const char* operation) {
     if (reinterpret_cast<uintptr_t>(p) % alignment)
       fail("%s: address %p is no multiple of %zu", operation, p, alignment);
@@ -289,6 +296,7 @@ class Machine {
     Thread& self = *m.current;
     const bool copies = std::any_of(self.groups.begin(), self.groups.end(), [](const auto& g) { return !g.empty(); });
     if (!self.open_group.empty() || copies) m.fail("exits while a cp.async of its is under way");
+    m.require_waited("the end of the kernel");
     if (self.between_arrive_and_wait) m.fail("exits between cluster_arrive and cluster_wait");
     self.finished = true;
     self.warp->alive &= ~(1u << self.lane);
@@ -325,6 +333,7 @@ class Machine {
       thread.finished = false;
       thread.ready = nullptr;
       thread.between_arrive_and_wait = false;
+      thread.may_touch_memory = !early;
       thread.open_group.clear();
       thread.groups.clear();
       start_fiber(thread.context, *thread.stack, thread_main);

@@ -143,6 +143,8 @@ __global__ void staged(const uint4* in, uint4* out, int64_t fault) {
 
 __global__ void odd(const char* in, unsigned* out, int64_t fault) {
   REBALFER_DYNAMIC_SHARED(unsigned, shared);
+  if (fault == 8) store_16B_streaming(out + 4 * threadIdx.x, uint4{});  // early
+  if (fault != 9) wait_for_previous();
   if (fault == 0) out[threadIdx.x] = *reinterpret_cast<const unsigned*>(in + 16 * threadIdx.x + 4);
   if (fault == 1) store_16B_streaming(out + threadIdx.x + 1, uint4{});  // misaligned
   if (fault == 2) store_16B_streaming(out + 4 * threadIdx.x, uint4{});  // past the end: by ASan
@@ -191,7 +193,7 @@ const char* run_staged(const void* in, void* out, int64_t fault) {
   return attempt([&] { launch(staged, 1, 96, 1, 2 * 96 * 16, nullptr, false, from, static_cast<uint4*>(out), fault); });
 }
 const char* run_odd(const char* in, unsigned* out, int64_t fault) {
-  return attempt([&] { launch(odd, 1, 32, 1, 128, nullptr, false, in, out, fault); });
+  return attempt([&] { launch(odd, 1, 32, 1, 128, nullptr, fault == 0 || fault > 7, in, out, fault); });
 }
 
 }  // extern "C"

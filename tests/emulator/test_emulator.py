@@ -156,6 +156,8 @@ def test_a_copy_that_nobody_waits_for(run):
         (4, "deadlock: .* waits for __syncwarp|lanes .* have exited"),
         (5, "lanes of one warp meet in __shfl_sync .* and __ballot_sync"),
         (6, "mbarrier_wait_parity on what is no initialised mbarrier"),
+        (8, "store_16B_streaming before wait_for_previous, in a launch that may start early"),
+        (9, "the end of the kernel before wait_for_previous"),
         (7, "cp_async_16B: 16 bytes at offset 128 are not within the block's 128 bytes"),
     ],
 )

@@ -60,16 +60,16 @@ bits. Lane 4 g + q holds, of the positions g, g + 8, ..., the channels 8 q to 8 
   of the 16 channels of its mma NaN, and so their gradients of the weight.
 - *channels_last.* A lane copies by `cp.async` what it will read itself: no barrier.
 - *NCHW.* 49 positions of 2 bytes are 98 bytes, so a channel is not aligned, but slabs of channels are contiguous:
-  the bulk copy engine brings them. A lane gathers 2 bytes at a time and packs two channels into a
-  word. H W = 49 is known when this is compiled, so each address is an offset.
+  the bulk copy engine brings them. A lane gathers 2 bytes at a time and packs two channels into a word. H W = 49 is
+  known when this is compiled, so each address is an offset.
 - *The weight* of a step is loaded from the L2 cache while the step before it is computed.
 - *Rings.* Features come 4 steps ahead where the launch has at most 3 blocks for each multiprocessor, so that all
   that a block reads is under way at once; else 2 steps ahead, which leaves shared memory for more blocks.
 - *The end.* The maps are summed over warps. Each block pushes its sum into the shared memory of the cluster's first
   block (`st.async`, which an mbarrier counts), whose ring is free by then, and leaves; so nobody waits for stores to
   global memory that are still under way, as a barrier of the cluster that orders memory does. The first block adds
-  them in fixed order. 8 lanes sum a row of the maps, a
-  lane is a class in the cross-entropy, and what it needs (bias, target row, the twin's index) was loaded meanwhile.
+  them in fixed order. 8 lanes sum a row of the maps, a lane is a class in the cross-entropy, and what it needs (bias,
+  target row, the twin's index) was loaded meanwhile.
 - *float32.* The same roads with FMAs.
 
 **Backward**, one launch (`kernels_backward.cuh`): blocks of the weight's gradient first, 8 channels each, then blocks

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 
 import cuda_compiled
 import issue_budgets as budgets
@@ -54,6 +55,16 @@ def test_the_features_are_read_once_and_their_gradient_is_written_once():
 def test_the_kinds_add_up():
     for name, figures in measured().items():
         assert sum(figures["kinds"].values()) == figures["instructions"], name
+
+
+def test_a_kernel_that_may_start_early_waits_before_it_touches_memory():
+    memory = re.compile(r"(LDG|LDGSTS|LD|STG|ST|UBLKCP|ATOMG|RED)\b")
+    early = {name: code for name, code in budgets.listings().items() if re.search("(for|back)ward_kernel", name)}
+    assert len(early) == 36
+    for name, code in early.items():
+        texts = [instruction.text for instruction in code]
+        assert texts.index("ACQBULK") < next(i for i, text in enumerate(texts) if memory.match(text)), name
+        assert texts.count("PREEXIT") == ("forward_kernel" in name), name  # lets the backward start
 
 
 @pytest.mark.parametrize("detach", [True, False])
