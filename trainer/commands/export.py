@@ -102,8 +102,9 @@ def _onnx(network: Network, images: Tensor, about: dict) -> tuple[bytes, Run]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = _exported(network, images)
-        names = {"input_names": ["images"], "output_names": network.names}
-        made = torch.onnx.export(program, dynamic_shapes=SHAPES, verbose=False, **names)
+        made = torch.onnx.export(
+            program, input_names=["images"], output_names=network.names, dynamic_shapes=SHAPES, verbose=False
+        )
     assert made is not None, "the exporter with dynamo returns it"
     texts = {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in about.items()}
     made.model.metadata_props.update(texts)
