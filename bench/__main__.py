@@ -63,16 +63,17 @@ def main(arguments: list[str] | None = None) -> int:
     op.add_argument("--seconds", type=float, default=20.0, help="of timing for each case")
     op.add_argument("--memory", choices=memory.RULES, default="fresh", help="of a CPU; see python -m bench --help")
     op.add_argument("--limit", type=float, default=3600.0, help="seconds in all; later cases are left out")
-    op.add_argument(
-        "--allow-load",
-        action="store_true",
-        help="measure beside other programs; the report uses only undisturbed results",
-    )
     step = commands.add_parser("step", help="time a whole training step")
     methods = commands.add_parser("methods", help="time a training step of every method of the trainer")
     for command in (step, methods):
         command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
         command.add_argument("--seconds", type=float, default=60.0, help="of timing in all")
+    for command in (op, step, methods):
+        command.add_argument(
+            "--allow-load",
+            action="store_true",
+            help="measure a CPU beside other programs; the report uses only undisturbed results",
+        )
     faults = commands.add_parser("memory", help="which kind of memory a training loop on this CPU sees")
     faults.add_argument("--count", action="store_true", help="only count, in this process, with malloc as it is")
     for command in (step, methods, faults):
@@ -137,12 +138,12 @@ def _op(options: argparse.Namespace) -> int:
     if kind == "cpu":
         _settle(options.memory)
 
-    from . import goals, op
+    from . import goals, measure, op
     from .cases import REHEARSED
 
     cases = REHEARSED if options.rehearse else _cases(options.device, options.cases, options.set)
     if kind == "cpu" and not options.allow_load:
-        _refuse_load(op.FOREIGN_LIMIT)
+        _refuse_load(measure.FOREIGN_LIMIT)
     rules = options.memory if kind == "cpu" else None
     clock, out = _clock(kind), options.out
     result, path = op.run(
@@ -159,26 +160,30 @@ def _step(options: argparse.Namespace) -> int:
 
     result, path = step.run(**_training(options))
     print(path)
-    return int(bool(result["rejected"] or result["errors"]))
+    disturbed = result["kind"] == "cpu" and not result["quiet"]
+    return int(bool(result["rejected"] or result["errors"] or disturbed))
 
 
 def _methods(options: argparse.Namespace) -> int:
     from . import methods
 
-    print(methods.run(**_training(options))[1])
-    return 0
+    result, path = methods.run(**_training(options))
+    print(path)
+    return int(result["kind"] == "cpu" and not result["quiet"])
 
 
 def _training(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of what times training steps."""
     import torch
 
-    from . import step
+    from . import measure, step
 
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() and not options.rehearse else "cpu"
     kind = "rehearsal" if options.rehearse else device
+    if kind == "cpu" and not options.allow_load:
+        _refuse_load(measure.FOREIGN_LIMIT)
     config = step.measured(options.backbone, options.image_size, options.batch_size, options.amp, device)
     return {
         "config": step.REHEARSAL if options.rehearse else config,

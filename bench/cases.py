@@ -82,6 +82,11 @@ class Case(NamedTuple):
         return "large and wide" if self.C >= 2048 else "large"
 
     @property
+    def gradient_bytes(self) -> int:
+        """Of the features, or of the views that are made."""
+        return 2 * self.N * self.C * self.side**2 * self.dtype.itemsize
+
+    @property
     def floor_bytes(self) -> int:
         """What any formulation must move: its large inputs read once, what is as large written once.
 

@@ -7,6 +7,7 @@ by which the identity op of the same case and phase got slower: that is the mach
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,7 +75,7 @@ class Comparison(NamedTuple):
     conditions: list[str]  #: machine, settings and commit
     appeared: list[Key]
     disappeared: list[Key]
-    refused: dict[Key, str]  #: of those that disappeared, why, where the new result says so
+    refused: dict[Key, str]  #: of those that disappeared from a case that is still to be measured, why
     changes: list[Change]  #: of what is in both
 
     @property
@@ -87,7 +88,7 @@ class Comparison(NamedTuple):
 
     @property
     def failed(self) -> bool:
-        """Ours is slower, or its result is now wrong; what others write may become slower without our doing."""
+        """Ours is slower, or gone from a case that was to be measured; others may get slower without our doing."""
         worse = {change.contender for change in self.slower} | {contender for _, contender in self.refused}
         return not worse.isdisjoint(("ours", *BACKENDS))
 
@@ -105,6 +106,7 @@ class Comparison(NamedTuple):
 def compare(before: Result, after: Result) -> Comparison:
     """Two results of ``python -m bench op``, or two of ``step``."""
     old, new = rows(before), rows(after)
+    why = _missing(after, old)
     return Comparison(
         conditions=[
             f"{key}: {before.get(key)} -> {after.get(key)}"
@@ -113,13 +115,18 @@ def compare(before: Result, after: Result) -> Comparison:
         ],
         appeared=[key for key in new if key not in old],
         disappeared=[key for key in old if key not in new],
-        refused={
-            key: reason_of(refusal)
-            for refusal in after.get("rejected", [])
-            if (key := (refusal.get("case", _step(after)), refusal["contender"])) in old
-        },
+        refused={key: why[key] for key in old if key not in new and key in why},
         changes=[change for key in old if key in new for change in _changes(key, old, new)],
     )
+
+
+def _missing(result: Result, wanted: Iterable[Key]) -> dict[Key, str]:
+    """Why those of ``wanted`` have no row in the result: their case was left out, failed, or was measured without."""
+    cases = {row.get("case", _step(result)): "was not measured" for row in result["rows"]}
+    cases |= {case: "no time was left" for case in result.get("left_out", [])}
+    cases |= {error["case"]: error["error"] for error in result.get("errors", []) if "case" in error}
+    refused = {(r.get("case", _step(result)), r["contender"]): reason_of(r) for r in result.get("rejected", [])}
+    return {key: refused.get(key) or cases[key[0]] for key in wanted if key in refused or key[0] in cases}
 
 
 def rows(result: Result) -> dict[Key, dict[str, list[float]]]:

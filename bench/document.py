@@ -101,14 +101,26 @@ def _as_html(block: Block, pictures: dict[str, bytes]) -> str:
 
 
 def _table(table: Table) -> str:
+    columns = list(zip(*table.lines, strict=True)) or [()] * len(table.header)
+    words = [i == 0 and any(" " in cell for cell in column) or any(_worded(cell) for cell in column)
+             for i, column in enumerate(columns)]  # fmt: skip
+
     def row(tag: str, cells: list[str]) -> str:
-        words = f'<{tag} class="words">' if " " in cells[0] else f"<{tag}>"  # only words are broken into lines
-        first, *others = [f"{inline(cell)}</{tag}>" for cell in cells]
-        return "<tr>" + words + first + "".join(f"<{tag}>{other}" for other in others) + "</tr>"
+        starts = [f'<{tag} class="words">' if of_words else f"<{tag}>" for of_words in words]
+        return "<tr>" + "".join(f"{a}{inline(b)}</{tag}>" for a, b in zip(starts, cells, strict=True)) + "</tr>"
 
     head, rows = row("th", table.header), "\n".join(row("td", line) for line in table.lines)
     whole = f'<div class="wide"><table><thead>{head}</thead><tbody>\n{rows}\n</tbody></table></div>'
     return f"<details><summary>{inline(table.folded)}</summary>{whole}</details>" if table.folded else whole
+
+
+def _worded(cell: str) -> bool:
+    """Whether it is words, which stand on the left and may be broken into lines, and no number with its unit.
+
+    >>> [_worded(cell) for cell in ("AMD EPYC, fresh memory", "at most 1.5×", "2.58× (1 of 4 cases)", "met")]
+    [True, False, False, False]
+    """
+    return " " in cell and not any(character.isdigit() for character in cell.partition(",")[0])
 
 
 def inline(text: str) -> str:
@@ -145,7 +157,7 @@ STYLE = """\
 :root { --ink: #1d232b; --soft: #5b6673; --line: #dfe4ea; --wash: #f5f7f9; --ours: #c2410c; }
 * { box-sizing: border-box; }
 body { margin: 0; background: #fff; color: var(--ink); font: 16px/1.6 system-ui, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 2rem 1.25rem 4rem; overflow-wrap: break-word; }
+main { max-width: 1360px; margin: 0 auto; padding: 2rem 1.25rem 4rem; overflow-wrap: break-word; }
 h1 { font-size: 2.1rem; line-height: 1.2; margin: 0 0 1rem; }
 h2 { font-size: 1.45rem; margin: 3rem 0 .75rem; padding-top: 1.25rem; border-top: 1px solid var(--line); }
 h3 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
@@ -164,7 +176,7 @@ table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant
 th, td { padding: .45rem .75rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { background: var(--wash); font-weight: 600; }
 th:first-child, td:first-child { text-align: left; }
-.words { white-space: normal; min-width: 11rem; }
+th.words, td.words { text-align: left; white-space: normal; min-width: 11rem; }
 td strong { color: #b91c1c; }
 tr:last-child td { border-bottom: 0; }
 tbody tr:hover { background: var(--wash); }

@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from .cases import Case
+
 Rows = dict[str, dict[str, Any]]  #: one case's rows, by contender
 Figures = Callable[[dict[str, Any]], dict[str, float | None]]  #: result -> case -> figure, None where it is missing
 
@@ -71,17 +73,26 @@ def by_case(result: dict[str, Any]) -> dict[str, Rows]:
 def of(dtype: str, figure: Callable[[Rows], float | None], group: str | None = None) -> Figures:
     """A figure of every case of a dtype but that of the fixed cost, or of those whose group begins with ``group``.
 
-    A case of other maps, classes or operations than usual has a name that does not end with its dtype.
+    None of those that were left out or failed. A case of other maps, classes or operations than usual has a name that
+    does not end with its dtype.
     """
 
     def belongs(to: str) -> bool:
         return to != "fixed cost" if group is None else to.startswith(group)
 
     def figures(result: dict[str, Any]) -> dict[str, float | None]:
-        cases = {case: rows for case, rows in by_case(result).items() if case.endswith(dtype)}
-        return {case: figure(r) for case, r in cases.items() if belongs(next(iter(r.values())).get("group", ""))}
+        failed = [error["case"] for error in result.get("errors", []) if error["case"] != "copy"]
+        cases = {**dict.fromkeys([*result.get("left_out", []), *failed], {}), **by_case(result)}
+        return {
+            case: figure(rows) for case, rows in cases.items() if case.endswith(dtype) and belongs(_group(case, rows))
+        }
 
     return figures
+
+
+def _group(case: str, rows: Rows) -> str:
+    """As it was when it was measured."""
+    return next(iter(rows.values())).get("group", "") if rows else Case.named(case).group
 
 
 def geometric_mean(figures: Figures) -> Figures:

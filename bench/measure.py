@@ -25,6 +25,8 @@ from .clocks import Clock, Mark
 from .results import reason
 
 WARM_UP, MINIMUM = 3, 5  # rounds
+#: Cores that others may keep busy before a time is no longer worth reporting.
+FOREIGN_LIMIT = 0.1
 
 T = TypeVar("T")
 
@@ -161,6 +163,11 @@ class LoadMeter:
 
     def __init__(self) -> None:
         self._start = self._read()
+
+    def verdict(self) -> dict[str, Any]:
+        """What a result says of it."""
+        foreign = self.foreign_cores()
+        return {"foreign_cores": [foreign], "quiet": foreign <= FOREIGN_LIMIT}
 
     def foreign_cores(self) -> float:
         seconds, busy, own = (b - a for a, b in zip(self._start, self._read(), strict=True))

@@ -18,12 +18,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # PyTorch is imported only after what must be set before
     from trainer.config import Config
 
+    from .cases import Case
+
 RULES = {
     "fresh": {"MALLOC_MMAP_THRESHOLD_": str(128 * 2**10)},
     "reused": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)},
 }
 LEFT_ALONE = "none"  #: of malloc's rules: what a training loop has
 WARM_UP, STEPS = 2, 3
+#: A larger tensor's pages are given back at once, whatever was freed before: glibc on 64 bits (mallopt(3)).
+NEVER_REUSED = 32 * 2**20  # bytes
 
 
 def variables(rules: str) -> dict[str, str]:
@@ -35,6 +39,16 @@ def variables(rules: str) -> dict[str, str]:
     """
     others = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
     return {**others, **RULES.get(rules, {})}
+
+
+def of(case: Case, seen: str) -> str:
+    """The kind of memory that a training loop has for a case, if it sees ``seen`` where glibc has the choice.
+
+    >>> from bench.cases import Case
+    >>> [of(Case.named(f"N{n}-C2048-nchw-float32"), "reused") for n in (32, 64)]  # gradients of 24 and 49 MiB
+    ['reused', 'fresh']
+    """
+    return "fresh" if case.gradient_bytes >= NEVER_REUSED else seen
 
 
 def closer(faults: dict[str, int]) -> str:

@@ -14,7 +14,7 @@ from trainer.step import Step
 
 from . import results
 from .clocks import Clock, Mark
-from .measure import interleave, quartiles
+from .measure import LoadMeter, interleave, quartiles
 from .step import Training
 
 REFERENCE = "baseline"
@@ -32,6 +32,7 @@ def run(
     result = {**results.environment(kind), "config": as_dict(config), "rows": rows}
     steps = {name: Steps(config, name, torch.device(device)) for name in found("methods")}
     runs = {name: functools.partial(clock.intervals_ms, step) for name, step in steps.items()}
+    meter = LoadMeter()
     ms = {name: [sample[0] for sample in samples] for name, samples in interleave(runs, seconds).items()}
     for name, samples in ms.items():
         ratios = [a / b for a, b in zip(samples, ms[REFERENCE], strict=True)]
@@ -43,6 +44,7 @@ def run(
         }
         rows.append(row)
         print(f"{name:<18} {row['ms'][1]:9.2f} ms a step, {row['ratio'][1]:5.2f} times {REFERENCE}", flush=True)
+    result |= meter.verdict()
     path = directory / results.file_name(f"methods-{config.backbone.name}", result)
     return result, results.write(result, path)
 

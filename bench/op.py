@@ -28,10 +28,8 @@ from . import baselines, goals, measure, proof, results, sm_clock
 from .baselines import Formulation
 from .cases import Case, Problem, problem, rotated
 from .clocks import Clock
-from .measure import LoadMeter, Rotation
+from .measure import FOREIGN_LIMIT, LoadMeter, Rotation
 
-#: Cores that others may keep busy before a time is no longer worth reporting.
-FOREIGN_LIMIT = 0.1
 #: Of timing the fixed cost of a call, for each case of a CPU.
 FIXED_SECONDS = 1.0
 #: Calls captured in one graph, at least.

@@ -8,25 +8,19 @@ from typing import Any, NamedTuple
 
 from rebalfer_kernels.backend import BACKENDS
 
-from . import budget, goals, model, pictures, results
+from . import budget, goals, memory, model, pictures, results, texts
 from .cases import Case
-from .document import Block, Code, Figures, Heading, Picture, Table
+from .document import Block, Figures, Heading, Picture, Table
 
 Result = dict[str, Any]
 
+AUTHORS = "as the authors"  #: a step as their programs take it
+TRAINED = "a training loop's"  #: in place of the kind of memory, which differs with the size
+
 CONTENDERS = ("identity", goals.PLAIN, goals.BEST, goals.RELEASED)
+PHASES = ("forward", "backward", "both")
 #: Which have a column only where they were measured.
 MORE_CONTENDERS = ("plain eager, max-autotune", "best eager, max-autotune", "gradient in forward", "torch-cam")
-#: A contender as a sentence names it.
-SPOKEN = {
-    goals.PLAIN: "plain PyTorch under `torch.compile`",
-    goals.BEST: "the best PyTorch formulation under `torch.compile`",
-    goals.RELEASED: "the formulation released with the papers",
-}
-MEMORY = {
-    "fresh": "Fresh memory: every large tensor gets pages from the system and gives them back",
-    "reused": "Reused memory: nothing is given back, so that pages are rarely touched for the first time",
-}
 
 
 class Found(NamedTuple):
@@ -59,8 +53,20 @@ class Found(NamedTuple):
 
     @property
     def headline(self) -> list[Result]:
-        """What a reader should see first: on a CPU only the kind of memory that a training loop sees, if known."""
-        return [r for r in self.operators if r["kind"] != "cpu" or self.seen in (None, r["memory"])]
+        """What a reader should see first: on a CPU, each case with the memory that a training loop has, if known."""
+        if self.seen is None:
+            return self.operators
+        merged = [
+            as_trained(self.cpus, capability, self.seen) for capability in {c["capability"]: 0 for c in self.cpus}
+        ]
+        return [*self.gpus, *merged]
+
+
+def as_trained(cpus: Sequence[Result], capability: str, seen: str) -> Result:
+    """The results of one instruction set as one: the rows whose memory a training loop has that sees ``seen``."""
+    own = sorted((c for c in cpus if c["capability"] == capability), key=lambda c: c["memory"] == seen)
+    rows = [row for cpu in own for row in cpu["rows"] if cpu["memory"] == memory.of(Case.named(row["case"]), seen)]
+    return {**own[-1], "rows": rows, "memory": TRAINED}
 
 
 def found() -> Found:
@@ -83,6 +89,12 @@ def _modelled() -> list[tuple[model.Measured, float]]:
     return [(row, model.predict(known[row.commit][row.launch], model.H200).us) for row in measured]
 
 
+def _last_commit(modelled: list[tuple[model.Measured, float]]) -> list[tuple[str, float, float]]:
+    """Launch, measured and modelled µs of the kernels that were measured last."""
+    last = modelled[-1][0].commit if modelled else ""
+    return [(row.launch, row.us, said) for row, said in modelled if row.commit == last]
+
+
 def drawn(found: Found) -> dict[str, Any]:
     """The figures that there are numbers for, by the names of their files."""
     figures = {
@@ -90,60 +102,47 @@ def drawn(found: Found) -> dict[str, Any]:
         "roofline.png": pictures.roofline(found.operators),
         "scaling.png": pictures.scaling([*found.more, *found.headline]),
         "memory.png": pictures.memory(found.ordered),
-        "model.png": pictures.model([(row.launch, row.us, said) for row, said in found.modelled]),
+        "model.png": pictures.model(_last_commit(found.modelled)),
         "step.png": pictures.step(found.steps),
     }
     return {name: figure for name, figure in figures.items() if figure}
-
-
-CAPTIONS = {
-    "speed-ups.png": "Time of forward and backward over ours, the red line: longer bars are slower. The identity op "
-    "computes nothing: a formulation that is faster than it has better memory accesses, not less to do.",
-    "roofline.png": "How near each formulation comes to a copy: the bytes that any of them must move, over its time. "
-    "Small sizes are bound by the fixed cost of a call, large ones by memory.",
-    "scaling.png": "How the time grows with the number of images, channels and classes: flat where the fixed cost of a "
-    "call decides, proportional where memory does.",
-    "memory.png": "What each formulation holds beyond its inputs, over the gradient that every one of them must write; "
-    "and the bytes that its operators read and write, over the least possible.",
-    "model.png": "Time of each kernel on a GPU, and by the model that is fed by counts of its machine code.",
-    "step.png": "The trainer's step taken apart, the head in red.",
-}
 
 
 def blocks(found: Found, shown: Container[str]) -> list[Block]:
     """The whole document, with those pictures that are ``shown``."""
 
     def picture(name: str) -> list[Block]:
-        return [Picture(name, CAPTIONS[name])] if name in shown else []
+        return [Picture(name, texts.CAPTIONS[name])] if name in shown else []
 
     return [
         Heading(1, "Benchmark"),
-        *INTRODUCTION,
+        *texts.INTRODUCTION,
         *_in_short(found),
         *picture("speed-ups.png"),
         Heading(2, "Goals"),
         *_goals(found),
         Heading(2, "From overhead to bandwidth"),
         *picture("roofline.png"),
-        *(picture("scaling.png") or [NO_CURVES]),
+        *picture("scaling.png"),
+        *([] if pictures.every_axis([*found.more, *found.headline]) else [texts.NO_CURVES]),
         Heading(2, "Memory and bytes"),
         *picture("memory.png"),
         *_regime(found),
         Heading(2, "On a CPU"),
-        *([CPU] if found.cpus else [NO_CPU]),
+        *([texts.ON_A_CPU, texts.EVERY_FIGURE] if found.cpus else [texts.NO_CPU]),
         *_each(_cpu_section, found.ordered),
         Heading(2, "On a GPU"),
-        *([GPU] if found.gpus else [NO_GPU]),
+        *([texts.ON_A_GPU] if found.gpus else [texts.NO_GPU]),
         *_each(_gpu_section, found.gpus),
-        *([Heading(2, "Other sizes and operations"), MORE] if found.more else []),
+        *([Heading(2, "Other sizes and operations"), texts.MORE] if found.more else []),
         *_each(_more_section, found.more),
         *_model(found.modelled, picture("model.png")),
         Heading(2, "A whole training step"),
-        *([STEP, *picture("step.png"), *_steps(found.steps)] if found.steps else [NO_STEP]),
+        *([texts.STEP, *picture("step.png"), *_steps(found.steps)] if found.steps else [texts.NO_STEP]),
         *_each(_method_section, found.methods),
         *_studies(found.studies),
         Heading(2, "Repeat it"),
-        *REPEAT,
+        *texts.REPEAT,
     ]
 
 
@@ -151,21 +150,14 @@ def _each(section: Callable[[Result], list[Block]], found: Sequence[Result]) -> 
     return [block for result in found for block in section(result)]
 
 
-INTRODUCTION: tuple[Block, ...] = (
-    "A network is trained on images and their mirror images so that its class activation maps agree, with more weight "
-    "on rare classes. All that this costs happens in the classification head, on the last features of the network. "
-    "This library computes that head, forward and backward, reading the features once and writing their gradient once. "
-    "Here it is compared with the same loss written in PyTorch.",
-    "Generated by `python -m bench report` from the files in `bench/results`; edits are overwritten.",
-)
-
-
 def _in_short(found: Found) -> list[Block]:
     boxes = []
     for result in found.headline:
         dtype = goals.judged_dtype(result)
-        for name, spoken in SPOKEN.items():
-            boxes.append((speed(result, name), f"as fast as {spoken} ({pictures.where(result)}, {dtype})"))
+        for name, spoken in texts.SPOKEN.items():
+            how = "" if result["kind"] == "cpu" else f", in CUDA graphs, {_measured(result, name)}"
+            boxes.append((speed(result, name), f"as fast as {spoken} ({pictures.where(result)}, {dtype}{how})"))
+    boxes += _whole_steps(found.steps)
     judged = _all_goals(found)
     met = sum(goal["met"] for _, goal in judged)
     boxes.append((f"{met} of {len(judged)}", "goals are met, by the table below"))
@@ -178,9 +170,53 @@ def _in_short(found: Found) -> list[Block]:
         "means under `torch.compile`, **released** is the formulation of the programs published with the papers, and "
         "the **identity op** sums the features and writes a constant gradient: the same reads and writes, no "
         "computation.",
-        "Every contender's loss and gradients were first shown to equal float64: one that is wrong has no row. Times "
-        "are medians of interleaved rounds, forward and backward with a fresh gradient.",
+        "Every contender's loss and gradients were first shown to equal float64 within the rounding of the dtype: one "
+        "that is wrong has no row. Times are medians of interleaved rounds, forward and backward with a fresh "
+        "gradient.",
     ]
+
+
+def _measured(result: Result, contender: str) -> str:
+    """Of how many cases a range of speed-ups is.
+
+    >>> rows = [{"case": f"N{n}-C64-nchw-bfloat16", "contender": n, "both": [1, 1, 1]} for n in ("ours", "released")]
+    >>> _measured({"kind": "cuda", "rows": rows, "left_out": ["N9-C64-nchw-bfloat16"]}, "released")
+    '0 of 3 cases'
+    """
+    figures = goals.of(goals.judged_dtype(result), goals.speed_up(contender))(result).values()
+    return f"{sum(figure is not None for figure in figures)} of {len(figures)} cases"
+
+
+def _whole_steps(steps: Sequence[Result]) -> list[tuple[str, str]]:
+    """How much faster a whole step is, and of what the head is how much."""
+    boxes = []
+    for kind in dict.fromkeys(step["kind"] for step in steps):
+        own = [step for step in steps if step["kind"] == kind]
+        ratios: dict[bool, list[float]] = {True: [], False: []}
+        for step in own:
+            ours = next(row["ms"][1] for row in step["rows"] if row["contender"] == "ours")
+            for row in step["rows"]:
+                if row["contender"] != "ours":
+                    ratios[row["contender"] == AUTHORS].append(row["ms"][1] / ours)
+        shares = [100 * step["parts_ms"]["head"] / sum(step["parts_ms"].values()) for step in own]
+        where = f"({', '.join(step['config']['backbone']['name'] for step in own)}, {pictures.where(own[0])})"
+        head = f"; the head is {_range(shares, '{:.1f}')} % of it"
+        if ratios[False]:
+            other = f"as fast as a whole training step with other heads {where}{head}"
+            boxes.append((_range(ratios[False], "{:.2f}") + "×", other))
+        if ratios[True]:
+            other = f"as fast as a whole training step as the authors take it {where}"
+            boxes.append((_range(ratios[True], "{:.2f}") + "×", other))
+    return boxes
+
+
+def _range(figures: Sequence[float], style: str) -> str:
+    """
+    >>> _range([1.013, 1.004, 1.02], "{:.2f}"), _range([1.0], "{:.1f}")
+    ('1.00–1.02', '1.0')
+    """
+    low, high = style.format(min(figures)), style.format(max(figures))
+    return low if low == high else f"{low}–{high}"
 
 
 def speed(result: Result, contender: str) -> str:
@@ -231,18 +267,18 @@ def _budget() -> list[dict[str, Any]]:
 
 
 def _goals(found: Found) -> list[Block]:
-    judged = [(goal["goal"], where, *_verdict(goal)) for where, goal in _all_goals(found)]
-    verdicts = [verdict.strip("*") for *_, verdict in judged]
+    judged = [(goal["goal"], *_verdict(goal), where) for where, goal in _all_goals(found)]
+    verdicts = [verdict.strip("*") for _, verdict, *_ in judged]
     total = ", ".join(f"{verdicts.count(v)} {v}" for v in ("met", "not met", "open") if v in verdicts)
     return [
         f"Judged by the worst case: {total}. A goal is open where nothing was measured, or only some of its cases and "
         "all of these meet it.",
-        Table(["goal", "where", "bound", "worst case", "verdict"], [list(line) for line in judged]),
+        Table(["goal", "verdict", "worst case", "bound", "where"], [list(line) for line in judged]),
     ]
 
 
 def _verdict(goal: dict[str, Any]) -> tuple[str, str, str]:
-    """Of a judged goal: its bound, the worst figure with the cases that it is of, and the verdict."""
+    """Of a judged goal: the verdict, the worst figure with the cases that it is of, and its bound."""
     known = [figure for figure in goal["cases"].values() if figure is not None]
     bound, figure, verdict = f"{goal['sense']} {goal['bound']:g}{goal['unit']}", "-", "open"
     if known:
@@ -252,11 +288,11 @@ def _verdict(goal: dict[str, Any]) -> tuple[str, str, str]:
         verdict = "**not met**" if beyond else "open"
         if len(known) < len(goal["cases"]):
             figure += f" ({len(known)} of {len(goal['cases'])} cases)"
-    return bound, figure, "met" if goal["met"] else verdict
+    return "met" if goal["met"] else verdict, figure, bound
 
 
 def _regime(found: Found) -> list[Block]:
-    text = [MEMORY_ON_A_CPU]
+    text = [texts.MEMORY_ON_A_CPU]
     for regime in found.regimes:
         config, faults = regime["config"], regime["faults"]
         text.append(
@@ -268,67 +304,12 @@ def _regime(found: Found) -> list[Block]:
     return list(text)
 
 
-MEMORY_ON_A_CPU = (
-    "A large tensor may get pages that the system has just cleared, or pages that an earlier tensor has given back. "
-    "The first costs more than the loss itself, for every contender alike: each page must be cleared and mapped before "
-    "it is written. Left to itself, glibc begins with the first and changes to the second as tensors are freed, but "
-    "never for tensors of 32 MiB and more (mallopt(3)), so the benchmark fixes malloc's rules in one of two ways and "
-    "shows both, the one that a training loop sees first."
-)
-NO_CURVES = (
-    "How the time grows with N, C and L is not measured yet in enough sizes: `python -m bench op --set curves` does it."
-)
-CPU = (
-    'Milliseconds, call by call; the time relative to ours is in brackets; "-" is a contender that was refused or '
-    "could not be timed. A virtual machine that hands idle memory back to its host makes fresh pages, huge ones above "
-    "all, expensive after a pause of a second: rows with slow neighbours show it. The goal on bfloat16 is judged by "
-    "ours in both dtypes taking turns."
-)
-NO_CPU = "No result is committed yet; `python -m bench op` measures."
-GPU = (
-    "Microseconds per call of a CUDA graph that holds 20 calls or more, over inputs and gradients rotated beyond three "
-    'times the L2 cache. "Ours" is the backend that the library chooses.'
-)
-NO_GPU = (
-    "The kernels, tests and benchmarks for GPUs are not yet run on a GPU. `python -m bench gpu-check PART --out DIR` "
-    "runs them in three parts of at most 9 minutes: `right` (every operation, the tests, the doctor), `fast` (this "
-    "table, the duration of each kernel, better tiles) and `deep` (sanitizers, the profiler's counters, a training "
-    "step)."
-)
-MORE = (
-    "Milliseconds on a CPU, microseconds on a GPU. **undetached** is the loss with the gradient of the weight through "
-    "the maps, **consistency** that part of the loss by itself, **maps** the class activation maps without a gradient, "
-    "**cross_entropy** that of rows of logits, **views** both views of a batch, made from uint8 images."
-)
-STEP = (
-    "The trainer's step on uint8 images in memory, with its head and with other formulations of it; and a step as the "
-    "authors' programs take it: JPEG files decoded and transformed on the CPU whenever they are used, a forward pass "
-    "for each view, the whole product of features and weight."
-)
-NO_STEP = "No result is committed yet; `python -m bench step` measures."
-REPEAT: tuple[Block, ...] = (
-    "On a quiet machine; each command writes a file into `bench/results`, and the last one this page.",
-    Code(
-        "python -m bench all                    # every measurement of a CPU and this page\n"
-        "python -m bench op                     # the loss, fresh memory\n"
-        "python -m bench op --memory reused     # the same where pages are reused\n"
-        "python -m bench op --set curves        # how time grows; --set all: other sizes and operations\n"
-        "python -m bench op --device cuda       # on a GPU\n"
-        "python -m bench memory                 # which memory a training loop sees\n"
-        "python -m bench step                   # a whole training step\n"
-        "python -m bench methods                # a step of every method\n"
-        "python -m bench compare A B            # what got slower between two results\n"
-        "python -m bench report                 # this page, its pictures and the line in the README"
-    ),
-)
-
-
 def _cpu_section(result: Result) -> list[Block]:
     where = (
         f"{result['device']} ({result['capability']}), {result['threads']} threads, torch {result['torch']}, "
         f"{_origin(result)}, {_copy(result)}."
     )
-    return [Heading(3, MEMORY[result["memory"]]), where, _times(result, 1.0), _every_figure(result)]
+    return [Heading(3, texts.MEMORY[result["memory"]]), where, _times(result, 1.0), _every_figure(result)]
 
 
 def _earlier(result: Result) -> list[Block]:
@@ -355,10 +336,16 @@ def _gpu_section(result: Result) -> list[Block]:
     names, measured = result["left_out"], len(goals.by_case(result))
     summary = f"Left out for want of time: {len(names)} of {len(names) + measured} cases"
     left_out = [Table(["case"], [[name] for name in names], folded=summary)] if names else []
+    disturbed = [
+        f"Other programs kept the host busy while {name} and what stands beside it were measured: what the host does "
+        "for their calls is not comparable, while times in graphs are the GPU's alone."
+        for name in result.get("disturbed", [])
+    ]
     return [
         Heading(3, result["device"]),
         where,
         *_earlier(result),
+        *disturbed,
         _times(result, 1e3),
         "Ours launched from Python call by call (µs), the host's part of it, launches, memory beyond the inputs, and "
         "the bytes that must move (the features of both views read, their gradient written) over the time in the "
@@ -432,9 +419,8 @@ def _method_section(result: Result) -> list[Block]:
         f"{config['image_size']} pixels, batches of {config['batch_size']}, {result['threads']} threads, "
         f"{_origin(result)}: medians of {rows[0]['rounds']} rounds, in each of which every method takes one step. "
         "A ratio is to the baseline's step of the same round, so what slows a whole round is not in it.",
-        Table(["method", "ms", "over baseline"],
-              [[f"`{r['contender']}`", f"{r['ms'][1]:.0f}", f"{r['ratio'][1]:.2f}×"] for r in rows]),
-    ]  # fmt: skip
+        Table(["method", "time over baseline's"], [[f"`{r['contender']}`", f"{r['ratio'][1]:.2f}×"] for r in rows]),
+    ]
 
 
 def _studies(studies: dict[str, list[dict[str, Any]]]) -> list[Block]:
@@ -449,18 +435,32 @@ def _studies(studies: dict[str, list[dict[str, Any]]]) -> list[Block]:
         whole = table.of(study, records)
         if whole.lines:
             header, *lines = table.cells(whole)
+            header[0] = "method"
+            order = sorted(range(len(header)), key=lambda i: header[i] in whole.classes)  # the classes last
             notes = "; ".join(table.footnotes(whole))
             found += [
                 Heading(3, study.title),
-                Table(["method", *header[1:]], lines),
+                " ".join(study.about.split()),
+                *_apart(whole),
+                Table([header[i] for i in order], [[line[i] for i in order] for line in lines]),
                 notes[:1].upper() + notes[1:] + ".",
             ]
-    what = (
-        "What the methods reach, from the runs that are stored. `python -m trainer study NAME` repeats one "
-        "([what the studies are](studies.md)); few runs make wide intervals, and synthetic faces say nothing about "
-        "real ones."
-    )
-    return [Heading(2, "What training with it reaches"), what, *found] if found else []
+    return [Heading(2, "What training with it reaches"), texts.STUDIES, *found] if found else []
+
+
+def _apart(whole: Any) -> list[Block]:
+    """The rows of a study whose difference has an interval that excludes 0, the largest first."""
+    there = [line for line in whole.lines if line.difference.n > 1 and abs(line.difference.mean) > line.difference.half]
+    if not any(line.difference.n > 1 for line in whole.lines):
+        return []
+    sides = []
+    for sign, word in ((1, "above"), (-1, "below")):
+        own = sorted(
+            (line for line in there if sign * line.difference.mean > 0), key=lambda line: -abs(line.difference.mean)
+        )
+        named = "; ".join(f"{x.label} ({x.difference.mean:+.1f} ± {x.difference.half:.1f})" for x in own)
+        sides.append(f"**{word} {whole.study.compare}**: {named or 'none'}")
+    return [f"Mean accuracy, where the interval of the difference excludes 0: {', '.join(sides)}."]
 
 
 def _origin(result: Result) -> str:
@@ -481,7 +481,9 @@ def _times(result: Result, scale: float) -> Table:
     """A row for each case; "-" is a contender that was refused or could not be timed."""
     cases = goals.by_case(result)
     seen = {name for rows in cases.values() for name in rows}
-    columns = [*(n for n in BACKENDS if n in seen), *CONTENDERS, *(n for n in MORE_CONTENDERS if n in seen)]
+    served_by = {result.get("served_by", {}).get(case) for case in cases}
+    backends = [n for n in BACKENDS if n in seen and served_by != {n}]  # else it is ours
+    columns = [*backends, *CONTENDERS, *(n for n in MORE_CONTENDERS if n in seen)]
     lines = []
     for case, rows in cases.items():
         ours, *others = (goals.median_ms(rows.get(name)) for name in ("ours", *columns))
@@ -534,8 +536,12 @@ def _every_figure(result: Result) -> Table:
     for case, rows in goals.by_case(result).items():
         eager = _cells(rows.get("plain eager", {}), ("error",))
         for name, row in rows.items():
-            phases = [row.get(phase) for phase in ("forward", "backward", "both")]
-            times = [f"{scale * times[1]:.2f}" if times else "-" for times in phases]
+            if name in BACKENDS and name == result.get("served_by", {}).get(case):
+                continue  # it is ours
+            forward, backward, both = (row[phase][1] if row.get(phase) else None for phase in PHASES)
+            times = ["-" if ms is None else f"{scale * ms:.2f}" for ms in (forward, backward, both)]
+            if backward is None and forward and both and result["kind"] == "cuda":
+                times[1] = f"({scale * (both - forward):.2f})"
             lines.append([case, name, *times, *_cells(row, list(FIGURES)), *eager])
-    header = ["case", "contender", *(f"{phase}, {unit}" for phase in ("forward", "backward", "both")), *FIGURES]
+    header = ["case", "contender", *(f"{phase}, {unit}" for phase in PHASES), *FIGURES]
     return Table([*header, "error of plain eager"], lines, folded=f"Every figure of all {len(lines)} rows")

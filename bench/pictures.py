@@ -29,9 +29,9 @@ Result = dict[str, Any]
 COLOURS = {
     "ours": "#c2410c",
     "identity": "#98a2ad",
-    "best eager, compiled": "#60a5fa",
+    "best eager, compiled": "#15803d",
     "plain eager, compiled": "#1d4ed8",
-    "best eager": "#93b8e0",
+    "best eager": "#86b89a",
     "plain eager": "#4d6fb8",
     "released": "#6b21a8",
     "measured": "#c2410c",
@@ -53,6 +53,7 @@ STYLE: dict[str, Any] = {
     "grid.linewidth": 0.6,
     "legend.frameon": False,
 }
+MARKERS = {"float32": "o", "bfloat16": "^"}
 DPI = 150
 #: Of 255, by which pixels of one version of Matplotlib may differ between processors.
 ROUNDING = 8
@@ -66,10 +67,19 @@ def where(result: Result) -> str:
     """
     if result["kind"] != "cpu":
         changed = changed_since(result.get("commits", {}).get("cuda", result.get("commit")))
-        kernels = "kernels" if len(changed) > 1 else f"{''.join(changed)} kernel"
-        return result["device"] + (f", earlier {kernels}" if changed else "")
+        return result["device"] + (", an earlier version of the CUDA kernels" if changed else "")
     memory = f", {result['memory']} memory" if result.get("memory") else ""
     return f"{result['device']} ({result['capability']}){memory}"
+
+
+def title(result: Result, *more: str) -> str:
+    """Where, in lines that fit a panel.
+
+    >>> title({"kind": "cpu", "device": "AMD EPYC", "capability": "AVX2", "memory": "fresh"}, "float32")
+    'AMD EPYC (AVX2), float32\\nfresh memory'
+    """
+    place, *rest = where(result).split(", ", 1)
+    return "\n".join([", ".join([place, *more]), *rest])
 
 
 def speed_ups(results: Sequence[Result]) -> Figure | None:
@@ -79,10 +89,10 @@ def speed_ups(results: Sequence[Result]) -> Figure | None:
         return None
     figure, axes = _panels(len(panels), 0.9 + 0.62 * max(len(ratios) for _, ratios in panels))
     for ax, (result, ratios) in zip(axes, panels, strict=True):
-        _bars(ax, ratios, SHOWN, "{:.1f}×")
+        _bars(ax, ratios, SHOWN, "{:.1f}×", start=1.0)
         ax.axvline(1, color=COLOURS["ours"], linewidth=1.5)
-        ax.set(title=f"{where(result)}\n{goals.judged_dtype(result)}", xlabel="time over ours (1: as fast as ours)")
-    _legend(figure, SHOWN)
+        ax.set(title=title(result, goals.judged_dtype(result)), xlabel="time over ours (1: as fast as ours)")
+    _legend(figure, ("ours", *SHOWN))
     return figure
 
 
@@ -91,8 +101,9 @@ def _ratios(result: Result) -> dict[str, dict[str, float]]:
     for case, rows in goals.by_case(result).items():
         ours = goals.median_ms(rows.get("ours"))
         if ours and case.endswith(goals.judged_dtype(result)):
-            times = {name: goals.median_ms(rows.get(name)) for name in SHOWN}
-            found[case] = {name: ms / ours for name, ms in times.items() if ms}
+            times = {name: ms / ours for name in SHOWN if (ms := goals.median_ms(rows.get(name)))}
+            if times.keys() - {"identity"}:
+                found[case] = times
     return found
 
 
@@ -106,14 +117,15 @@ def roofline(results: Sequence[Result]) -> Figure | None:
     for ax, result in zip(axes, results, strict=True):
         for name in names:
             rows = [r for r in result["rows"] if r["contender"] == name and r.get("gb_per_s")]
-            points = sorted((r["gb_per_s"] * ms / 1e3, r["gb_per_s"]) for r in rows if (ms := goals.median_ms(r)))
-            if points:
-                gigabytes, rates = zip(*points, strict=True)
-                ax.plot([1e3 * gb for gb in gigabytes], rates, "o", color=COLOURS[name], markersize=6, alpha=0.85)
+            for dtype, marker in MARKERS.items():
+                own = [(r, ms) for r in rows if r["case"].endswith(dtype) and (ms := goals.median_ms(r))]
+                points = sorted((r["gb_per_s"] * ms, r["gb_per_s"]) for r, ms in own)
+                if points:
+                    ax.plot(*zip(*points, strict=True), marker, color=COLOURS[name], markersize=6, alpha=0.85)
         copy = result["copy_gb_per_s"]
         ax.axhline(copy, color="#1d232b", linewidth=1.2, linestyle="--")
         ax.annotate(f"a copy: {copy:,.0f} GB/s", (0.02, copy), (0, 4), ("axes fraction", "data"), "offset points")
-        ax.set(title=where(result), xlabel="MB that must move", ylabel="GB/s")
+        ax.set(title=title(result), xlabel="MB that must move", ylabel="GB/s")
         _log(ax, "x")
         _log(ax, "y")
         ax.set_ylim(top=2.2 * max(copy, *(r["gb_per_s"] or 0 for r in result["rows"])))
@@ -127,7 +139,7 @@ def scaling(results: Sequence[Result]) -> Figure | None:
     panels: dict[tuple[str, str], curves.Line] = {}
     for result in results:
         for axis, line in curves.of(result, names).items():
-            panels.setdefault((where(result), axis), line)
+            panels.setdefault((title(result), axis), line)
     if not panels:
         return None
     figure, axes = _panels(len(panels), 3.2)
@@ -139,6 +151,12 @@ def scaling(results: Sequence[Result]) -> Figure | None:
         _log(ax, "y")
     _legend(figure, names)
     return figure
+
+
+def every_axis(results: Sequence[Result]) -> bool:
+    """Whether a place's results have a line along each axis."""
+    axes = [set(curves.of(result, ("ours",))) for result in results]
+    return any(found == set(curves.AXES) for found in axes)
 
 
 def memory(results: Sequence[Result]) -> Figure | None:
@@ -156,7 +174,7 @@ def memory(results: Sequence[Result]) -> Figure | None:
         (held, f"Memory held beyond the inputs, {dtype}", "the most at once, over the size of the gradient"),
         (moved, f"Bytes moved, {dtype}", "over reading features and writing gradient once"),
     ), strict=True):  # fmt: skip
-        _bars(ax, bars, names, "{:.2g}×")
+        _bars(ax, bars, names, "{:.3g}×")
         ax.axvline(1, color="#1d232b", linewidth=1)
         ax.set(title=title, xlabel=label)
     _legend(figure, names)
@@ -193,6 +211,7 @@ PARTS = {
     "backbone backward": "#4d6fb8",
     "optimiser": "#cbd2d9",
 }
+DARK = ("head", "backbone backward")
 
 
 def step(steps: Sequence[Result]) -> Figure | None:
@@ -212,7 +231,8 @@ def step(steps: Sequence[Result]) -> Figure | None:
                 text = f"{percent:.1f} %"
                 inside = percent >= 4
                 at = (left[i] + percent / 2, i) if inside else (left[i], i + 0.42)
-                ax.annotate(text, at, ha="center", va="center", color="#1d232b" if inside else colour, fontsize=8)
+                ink = ("#ffffff" if part in DARK else "#1d232b") if inside else colour
+                ax.annotate(text, at, ha="center", va="center", color=ink, fontsize=8)
         left += share
     ax.set(xlim=(0, 100), xlabel="% of the step")
     ax.set_ylim(len(steps) - 0.35, -0.65)
@@ -228,21 +248,22 @@ def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
     return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
 
 
-def _bars(ax: Axes, groups: dict[str, dict[str, float]], names: Sequence[str], label: str) -> None:
-    """A group of horizontal bars, with their figures, for each case."""
+def _bars(ax: Axes, groups: dict[str, dict[str, float]], names: Sequence[str], label: str, start: float = 0.0) -> None:
+    """A group of horizontal bars from ``start`` on, with their figures, for each case."""
     thick = 0.8 / len(names)
     for i, bars in enumerate(groups.values()):
         for j, name in enumerate(names):
             if name in bars:
                 y = i + (j - (len(names) - 1) / 2) * thick
-                ax.barh(y, bars[name], thick * 0.9, color=COLOURS[name])
-                ax.annotate(label.format(bars[name]), (bars[name], y), (3, 0), textcoords="offset points", va="center",
-                            fontsize=7)  # fmt: skip
+                ax.barh(y, bars[name] - start, thick * 0.9, left=start, color=COLOURS[name])
+                side, aside = ("left", 3) if bars[name] >= start else ("right", -3)
+                ax.annotate(label.format(bars[name]), (bars[name], y), (aside, 0), textcoords="offset points",
+                            ha=side, va="center", fontsize=7)  # fmt: skip
     ax.set_yticks(range(len(groups)), [_two_lines(case) for case in groups], fontsize=8)
     ax.set_ylim(len(groups) - 0.45, -0.55)
     values = [value for bars in groups.values() for value in bars.values()]
     ax.set_xscale("log")
-    ax.set_xlim(0.6 * min(values, default=1.0), 2.4 * max(values, default=1.0))
+    ax.set_xlim(0.5 * min(values, default=1.0), 2.4 * max(values, default=1.0))
     _log(ax, "x")
     ax.grid(axis="y", visible=False)
 

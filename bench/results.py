@@ -153,9 +153,11 @@ def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
                 rows[key] = row
     ours = [{**rows[key], "contender": "ours"} for key in served.items() if key in rows]
     lists = {key: [x for r in latest for x in r[key]] for key in ("rejected", "errors", "left_out")}
-    lists["left_out"] = list(dict.fromkeys(lists["left_out"]))
+    measured = {case for case, _ in rows}
+    lists["left_out"] = list(dict.fromkeys(case for case in lists["left_out"] if case not in measured))
     clocks = {case: mhz for r in latest for case, mhz in r.get("sm_mhz", {}).items()}
     more = {
+        "disturbed": [r["chosen"][0] for r in latest if not r.get("quiet", True)],
         "sm_mhz": clocks,
         "chosen": None,
         "served_by": served,
@@ -165,8 +167,12 @@ def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def newest_by_backbone(program: str, directory: Path = RESULTS) -> list[dict[str, Any]]:
-    """Of step, methods or memory: for each device, instruction set of the CPU and backbone the latest result."""
-    found = [*_read(directory, program, "cpu"), *_read(directory, program, "cuda")]
+    """Of step, methods or memory: for each device, instruction set of the CPU and backbone the latest result.
+
+    None that other programs disturbed.
+    """
+    every = [*_read(directory, program, "cpu"), *_read(directory, program, "cuda")]
+    found = [r for r in every if r["kind"] == "cuda" or r.get("quiet", True)]
     return list({(r["device"], r["capability"], r["config"]["backbone"]["name"]): r for r in found}.values())
 
 

@@ -29,7 +29,7 @@ from . import authors, baselines, goals, proof, results
 from .baselines import Formulation
 from .cases import Problem
 from .clocks import Clock, Mark
-from .measure import interleave, quartiles
+from .measure import LoadMeter, interleave, quartiles
 
 #: What tries the program out.
 REHEARSAL = dataclasses.replace(
@@ -178,6 +178,7 @@ def run(
     """Time a step with each head and the trainer's steady state, about ``seconds`` in all; the result and its file."""
     result = {**results.environment(kind), "config": as_dict(config), "whole_run": None}
     result |= {"rows": [], "errors": []}
+    meter = LoadMeter()
     path = directory / results.file_name(f"step-{config.backbone.name}", result)
     # All of the trainer's images where they are measured, 616 MB at 224 pixels; a rehearsal needs no more than a few.
     training = Training(config, torch.device(device), pool=goals.IMAGES if kind == "cuda" else 64)
@@ -206,6 +207,7 @@ def run(
         row = {"contender": name, "error": errors.get(name), "ms": ms, "rounds": len(samples)}
         result["rows"].append({**row, "images_per_s": 1e3 * config.batch_size / ms[1]})
         print(f"{name:<15} {ms[1]:9.3f} ms a step, {1e3 * config.batch_size / ms[1]:8.1f} images/s", flush=True)
+    result |= meter.verdict()
     print("of ours: " + ", ".join(f"{name} {ms:.1f} ms" for name, ms in result["parts_ms"].items()), flush=True)
     return result, results.write(result, path)
 

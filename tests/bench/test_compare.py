@@ -69,6 +69,22 @@ def test_what_appeared_disappeared_and_changed_is_named():
     assert compare(old, wrong).failed
 
 
+@pytest.mark.parametrize(
+    "more, reason",
+    [
+        ({"left_out": ["a"]}, "no time was left"),
+        ({"errors": [{"case": "a", "error": "MemoryError: "}]}, "MemoryError: "),
+        ({"rows": [_row("released", 1, 1, 1)]}, "was not measured"),
+    ],
+)
+def test_ours_gone_from_a_case_that_was_to_be_measured_fails(more, reason):
+    old = _result(_row("ours", 1, 1, 1), _row("released", 1, 1, 1))
+    new = {**_result(), **more}
+    found = compare(old, new)
+    assert found.failed and f"disappeared: a, ours ({reason})" in str(found).splitlines()
+    assert not compare(old, _result()).failed  # the case is not measured any more
+
+
 def test_what_others_wrote_may_become_slower():
     found = compare(_result(_row("released", 1, 1, 1)), _result(_row("released", 2, 2, 2)))
     assert found.slower and not found.failed

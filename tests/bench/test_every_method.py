@@ -34,8 +34,8 @@ def test_every_method_is_timed_against_the_baseline_round_by_round(tmp_path, mon
     # After 3 rounds of warm-up 18 to 26 ms, and 54, 60, 66, 24, 26: the ratio of the medians would be 2.45.
     assert rows["baseline"]["ms"][1] == 22.0 and rows["rebalanced"]["ms"][1] == 54.0
     *_, table = page._method_section(result)
-    assert ["`rebalanced`", "54", "3.00×"] in table.lines
-    assert [line[2] for line in table.lines] == ["1.00×"] * (len(rows) - 1) + ["3.00×"]
+    assert ["`rebalanced`", "3.00×"] in table.lines
+    assert [line[1] for line in table.lines] == ["1.00×"] * (len(rows) - 1) + ["3.00×"]
     assert [r["rows"] for r in results.newest_by_backbone("methods", tmp_path)] == []  # a rehearsal is no result
 
 

@@ -260,7 +260,7 @@ def test_a_gpus_contenders_measured_apart_become_one_result(tmp_path):
         lists = {"served_by": {}, "rejected": [], "errors": [], "left_out": []}
         (tmp_path / f"op-{name}.json").write_text(json.dumps({**result, **lists, **more}))
 
-    save("old", "1", ["triton", "identity"], [("a", "triton", 9)], commit="old", left_out=["b"])
+    save("old", "1", ["triton", "identity"], [("a", "triton", 9)], commit="old", left_out=["b", "c"])
     save("cuda", "2", ["cuda", "identity"], [("a", "cuda", 1), ("a", "identity", 2), ("b", "cuda", 3)],
          served_by={"a": "cuda", "b": "triton"}, errors=[1])  # fmt: skip
     save("eager", "3", ["best eager", "identity"], [("a", "best eager", 5), ("a", "identity", 6)], errors=[2])
@@ -270,7 +270,7 @@ def test_a_gpus_contenders_measured_apart_become_one_result(tmp_path):
         ("a", "ours"): 1, ("a", "cuda"): 1, ("a", "identity"): 2, ("b", "cuda"): 3, ("a", "best eager"): 5,
         ("a", "triton"): 9,
     }  # fmt: skip
-    assert (merged["errors"], merged["left_out"], merged["date"]) == ([1, 2], ["b"], "3")
+    assert (merged["errors"], merged["left_out"], merged["date"]) == ([1, 2], ["c"], "3")  # b has a row
     assert merged["commits"] == {"triton": "old", "cuda": "new", "best eager": "new"}
     save("whole", "4", None, [("a", "ours", 7)])
     assert results.newest_gpu(tmp_path)[0]["rows"] == [{"case": "a", "contender": "ours", "both": [7] * 3}]

@@ -44,9 +44,10 @@ def cross_entropy(z, targets):
     return -(targets * (z - z.exp().sum(1, keepdim=True).log())).sum(1)
 
 
-def difference(features, weight):
-    """(N, L, H, W) of each class's map of an image and of its mirror image, mirrored back; Eq. 2 and 3, detached."""
-    maps = [sum(weight.detach()[:, c, None, None] * f[c] for c in range(C)) for f in features]
+def difference(features, weight, detached=True):
+    """(N, L, H, W) of each class's map of an image and of its mirror image, mirrored back; Eq. 2 and 3."""
+    weight = weight.detach() if detached else weight
+    maps = [sum(weight[:, c, None, None] * f[c] for c in range(C)) for f in features]
     return torch.stack([a - b[:, :, range(W - 1, -1, -1)] for a, b in zip(maps[:N], maps[N:], strict=True)])
 
 
@@ -85,6 +86,16 @@ def both_views(targets, weights, lam):
             "classification": classification,
             "consistency": consistency,
         }
+
+    return losses
+
+
+def image_alone(lam, power, detached):
+    """Cross-entropy of the image, and the mean of (B_l^power S)^2."""
+
+    def losses(f, w, b, t):
+        consistency = (B[:, None, None] ** power * difference(f, w, detached)).square().mean()
+        return summed(cross_entropy(logits(f[:N], w, b), t).mean(), lam, consistency)
 
     return losses
 
@@ -218,6 +229,18 @@ FORMULAS = {
         "rac",
         {"consistency_weight": 3.0, "beta": 0.9},
         both_views(lambda t: t, effective(0.9), 3.0),
+    ),
+    "rac, lambda 0": ("rac", {"consistency_weight": 0.0}, both_views(lambda t: t, B, 0.0)),
+    "rac_ablation": ("rac_ablation", {"consistency_weight": 3.5}, both_views(lambda t: t, B, 3.5)),
+    "rac_ablation, image alone, all classes alike": (
+        "rac_ablation",
+        {"views": "original", "power": 0.0, "consistency_weight": 2.5},
+        image_alone(2.5, 0, detached=True),
+    ),
+    "rac_ablation, image alone, B squared, not detached": (
+        "rac_ablation",
+        {"views": "original", "power": 1.0, "detach": False, "consistency_weight": 1.5},
+        image_alone(1.5, 1, detached=False),
     ),
     "rsl": ("rsl", {}, one_view(lambda z, t: cross_entropy(z, smooth(t, B, 0.1)).mean())),
     "rsl, alpha 0.3": ("rsl", {"alpha": 0.3}, one_view(lambda z, t: cross_entropy(z, smooth(t, B, 0.3)).mean())),

@@ -22,7 +22,7 @@ from .tables import TableMethod
 class Options(MethodOptions):
     """re-balanced attention consistency and a re-balanced focal loss, by our reading"""
 
-    consistency_weight: float = option(2.0, "lambda of Eq. 6; the paper: 2", low=0, above=True)
+    consistency_weight: float = option(2.0, "lambda of Eq. 6; the paper: 2", low=0)
     beta: float = option(0.9999, "of the class weights, Eq. 4", low=0, high=1 - 1e-9)
     gamma: float = option(2.0, "exponent of the focal factor; 0: none", low=0)
 

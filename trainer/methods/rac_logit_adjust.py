@@ -15,7 +15,7 @@ from .tables import TableMethod
 class Options(MethodOptions):
     """re-balanced attention consistency and logit-adjusted cross-entropy"""
 
-    consistency_weight: float = option(2.0, "lambda of Eq. 6; the paper: 2", low=0, above=True)
+    consistency_weight: float = option(2.0, "lambda of Eq. 6; the paper: 2", low=0)
     beta: float = option(0.9999, "of the class weights, Eq. 4; the paper: 0.9999", low=0, high=1 - 1e-9)
     tau: float = option(1.0, "strength of the adjustment", low=0)
 

@@ -30,7 +30,7 @@ class Options(MethodOptions):
         0.25, "largest enlargement, or largest change of brightness, as a part", low=0, high=1, above=True
     )
     alpha: float = option(0.1, "share of the label given away, Eq. 8; the paper: 0.1", low=0, high=1)
-    consistency_weight: float = option(2.0, "lambda of Eq. 6; the paper: 2", low=0, above=True)
+    consistency_weight: float = option(2.0, "lambda of Eq. 6; the paper: 2", low=0)
     beta: float = option(0.9999, "of the class weights, Eq. 4", low=0, high=1 - 1e-9)
 
     def build(self, backbone, task) -> RacTransform:

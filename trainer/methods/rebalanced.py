@@ -22,7 +22,7 @@ class Options(MethodOptions):
         "paper", "paper, or released: as the authors' program weighs", choices=("paper", "released")
     )
     alpha: float | None = option(None, "share of the label given away, Eq. 8; paper 0.1, released 0.3", low=0, high=1)
-    consistency_weight: float | None = option(None, "lambda of Eq. 6; paper 2, released 0.1", low=0, above=True)
+    consistency_weight: float | None = option(None, "lambda of Eq. 6; paper 2, released 0.1", low=0)
     beta: float = option(0.9999, "of the class weights, Eq. 4; the paper: 0.9999", low=0, high=1 - 1e-9)
 
     def __post_init__(self) -> None:

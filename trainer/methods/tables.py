@@ -53,7 +53,10 @@ class TableHead(nn.Module):
 
 
 class TableMethod(Method):
-    """One view and its classification, or, with a consistency weight, both views and the whole head."""
+    """One view and its classification, or, with a consistency weight, both views and the whole head.
+
+    A weight of 0 is one: it shows what classifying both views does alone.
+    """
 
     head: TableHead
 
@@ -65,8 +68,9 @@ class TableMethod(Method):
         target_table: Tensor | None = None,
         map_weights: Tensor | None = None,
         shift: Tensor | None = None,
-        consistency_weight: float = 0.0,
+        consistency_weight: float | None = None,
         views: str = "both",
+        detach: bool = True,
     ) -> None:
         num_classes = len(task.counts)
         head = TableHead(
@@ -77,10 +81,11 @@ class TableMethod(Method):
             task.backend,
         )
         super().__init__(backbone, head)
-        self.consistency_weight, self.views, self.paired = consistency_weight, views, bool(consistency_weight)
+        self.paired, self.consistency_weight = consistency_weight is not None, consistency_weight or 0.0
+        self.views, self.detach = views, detach
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        if not self.consistency_weight:
+        if not self.paired:
             return {"loss": self.head.classification(self.backbone(batch.view()), batch.labels)}
         out = self.loss_of(self.backbone.pair(batch.pair()), batch.labels)
         return {"loss": out.loss, "classification": out.classification, "consistency": out.consistency}
@@ -97,5 +102,6 @@ class TableMethod(Method):
             map_weights=head.map_weights,
             consistency_weight=self.consistency_weight,
             views=self.views,
+            detach_cam_weight=self.detach,
             backend=head.backend,
         )
