@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from . import distributed, presets
+from . import config, distributed, presets
 from .config import PACKAGES, Flag, UserError, expect, expect_package, flags, found, from_dict, logger, spelt, title
 from .run import Stopped
 
@@ -91,7 +91,8 @@ def _given(words: list[str], default: Any) -> tuple[list[str], list[tuple[str, s
             continue
         name, equals, after = word[2:].partition("=")
         key, text = name.replace("-", "_"), after if equals else None
-        if text is None and not switches & {key, key.removeprefix("no_")} and words and not words[0].startswith("--"):
+        switch = bool(switches & {key, key.removeprefix("no_")})
+        if text is None and words and (words[0] in ("true", "false") if switch else not words[0].startswith("--")):
             text = words.pop(0)
         if key == "config" and configurable:
             files += _of_file(Path(text or "").expanduser())
@@ -185,11 +186,8 @@ def _refused(text: str, known: dict[str, Flag], given: dict[str, str | None]) ->
 
 #: What is expected of an option by its type, in words.
 EXPECTED: dict[Any, str] = {
-    int: "a whole number",
+    **config.KINDS,
     float: "a finite number",
-    bool: "true or false",
-    str: "text",
-    dict: "values by name, such as '{a: 1}'",
     list[str]: "a list, such as '[a, b]'",
     float | None: "a finite number or null",
     str | None: "text or null",

@@ -29,11 +29,6 @@ def device_of(compute: Compute) -> torch.device:
     return device
 
 
-def described(device: torch.device) -> str:
-    """What the device is called: the name of a GPU, or "CPU"."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
 def try_backend(compute: Compute, device: torch.device) -> None:
     """Runs the consistency once, which builds the native kernels where they are not built.
 

@@ -44,7 +44,7 @@ def option(default: Any, text: str = "", *, changes: str = RESULTS, **metadata: 
 
 
 #: Types of options whose values must be of them; a number may be whole, and what may be missing is anything.
-KINDS = {bool: "true or false", int: "a whole number", str: "text", dict: "values by name"}
+KINDS = {bool: "true or false", int: "a whole number", str: "text", dict: "values by name, such as '{a: 1}'"}
 
 
 class Checked:
@@ -215,7 +215,7 @@ class Compute(Checked, group="compute"):
     amp: str = option("off", "bf16 or fp16: autocast of the backbone", choices=("off", "bf16", "fp16"))
     channels_last: bool = option(False, "images and weights in NHWC order; often faster", changes=ROUNDING)
     backend: str | None = option(None, "of the head, such as cpu or reference; chosen if left out", changes=ROUNDING)
-    threads: int = option(0, "of the CPU; 0: as PyTorch chooses", changes=ROUNDING, low=0)
+    threads: int = option(0, "of the CPU; 0: as PyTorch chooses", changes=ROUNDING, low=0, high=1024)
     compile: bool = option(False, "the backbone through torch.compile", changes=ROUNDING)
     cuda_graph: bool = option(False, "the whole step as a CUDA graph", changes=ROUNDING)
     sync_batchnorm: bool = option(False, "BatchNorm statistics over the images of all GPUs")
@@ -259,7 +259,7 @@ class Config(Checked):
 
 def without_effect(config: Config) -> list[str]:
     """A line for each option that was changed from its default and does nothing in this run."""
-    optim, augment, split = config.optim, config.augment, config.split
+    optim, augment, split, backbone = config.optim, config.augment, config.split, config.backbone
     rules: list[tuple[Any, str, bool, str]] = [
         (optim, "decay", optim.schedule != "exponential", f"with optim.schedule {optim.schedule}"),
         (optim, "schedule_by", optim.schedule == "constant", "with optim.schedule constant"),
@@ -267,6 +267,9 @@ def without_effect(config: Config) -> list[str]:
         (augment, "noise_probability", not augment.noise, "without augment.noise"),
         (augment, "erase_largest", not augment.erase, "without augment.erase"),
         (split, "fold", not split.folds, "without split.folds"),
+        (split, "hold_out", split.choose_on == "test", "with split.choose_on test"),
+        (backbone, "separate_views", backbone.frozen_batchnorm, "with backbone.frozen_batchnorm"),
+        *((augment, name, augment.versions == 1, "with augment.versions 1") for name in list(vars(augment))[:-1]),
     ]
     return [
         f"{options.group}.{name} {getattr(options, name)} has no effect {reason}"

@@ -14,6 +14,9 @@ from torch import Tensor
 from .config import UserError
 
 T = TypeVar("T")
+#: Between two looks at the losses and at other processes' signals, for each of which the host waits for the device: at
+#: most so many steps, and about so many seconds.
+CHECK_STEPS, CHECK_SECONDS = 50, 5.0
 
 
 def rank() -> int:
@@ -89,6 +92,15 @@ def agreed(signum: int | None, check: bool) -> int | None:
     highest = torch.tensor(signum or 0)
     dist.all_reduce(highest, dist.ReduceOp.MAX)
     return int(highest) or None
+
+
+def until_check(seconds: float) -> int:
+    """Steps to the next check, the same in all processes, if one takes ``seconds``.
+
+    >>> until_check(0.01), until_check(2.0), until_check(60.0)
+    (50, 2, 1)
+    """
+    return same(max(1, min(CHECK_STEPS, int(CHECK_SECONDS / max(seconds, 1e-3)))))
 
 
 def same(value: Any) -> Any:

@@ -19,7 +19,6 @@ from .methods import Method, Task
 from .run import Diverged, Run, Signals, Stopped
 from .state import State
 
-CHECK_EVERY = 50  # steps between two looks at the losses, for each of which the host waits for the device
 EVALUATED_AT_ONCE = 256  # images
 
 
@@ -30,7 +29,6 @@ def build(
     backbone = backbone or backbones.create(config)
     torch.manual_seed(config.seed)
     method = config.method.build(backbone, Task(counts, config.epochs, config.compute.backend)).to(device)
-    method.expect_able(config, distributed.size())
     if config.compute.sync_batchnorm:
         method = convert_sync_batchnorm(method)  # timm's, because its BatchNorm may have an activation inside
     if config.compute.compile:
@@ -73,20 +71,23 @@ def _train_epoch(config: Config, train: Source, state: State, run: Run, noted: S
     groups = order(len(train), config.batch_size, config.seed, state.epoch, least=least)
     title = f"{config.name} {state.epoch + 1}/{config.epochs}"
     state.method.train()
+    started, check_at = time.perf_counter(), first + 1
     bar = tqdm(groups[first:], initial=first, total=len(groups), desc=title, unit="step", leave=False, disable=None)
     for rows in bar:
         # Dropout and the like: by position and process, so that nothing but the position needs to be saved.
         torch.manual_seed(zlib.crc32(f"{config.seed} {state.epoch} {state.step} {distributed.rank()}".encode()))
         progress = (state.epoch + state.step / len(groups)) / config.epochs
-        mine = rows[distributed.share(len(rows))].to(train.device)
+        mine = rows[distributed.share(len(rows))].to(train.rows_on)
         batch = Batch(train, mine, state.epoch, len(rows), progress)
         state.count(state.take(batch, optim.learning_rate(config, state.epoch, state.step, len(groups))))
 
         last = state.step == len(groups)
-        check = last or state.step % CHECK_EVERY == 0
+        check = last or state.step >= check_at
         stop, due = distributed.agreed(noted.asked, check), run.due()
         if check or stop or due:
             _expect_finite(state, groups, run)
+        if check:
+            check_at += distributed.until_check((time.perf_counter() - started) / (state.step - first))
         if not last and (stop or due):
             run.save(state)
         if stop and not last:  # after the last step, the evaluation belongs to the epoch

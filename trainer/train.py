@@ -11,7 +11,7 @@ import torch
 from . import backbones, compute, data, distributed, loop, metrics, optim, weights
 from .config import Config, UserError, as_dict, expect_package, logger, one_line, without_effect
 from .data import frozen
-from .methods import Method
+from .methods import Method, Task
 from .run import Run
 from .state import State
 
@@ -56,10 +56,11 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> R
             logger.info("%s: %s", name, json.dumps(value, ensure_ascii=False))
         for line in without_effect(config):
             logger.info("note: %s", line)
-        threads = f"{torch.get_num_threads()} threads; another number of them rounds differently"
-        logger.info("on %s in %d processes with %s", device, distributed.size(), threads)
+        text = "on %s in %d processes with %d threads; another number of them rounds differently"
+        logger.info(text, device, distributed.size(), torch.get_num_threads())
         backbone = backbones.create(config, run.saved and run.saved.get("weights", {}))
-        optim.create(config, backbone, device)  # refuses its options while no image is read yet
+        optim.create(config, backbone, device)  # refuses its options while no image is read yet, as the method does
+        config.method.build(backbone, Task((2,) * 7)).expect_able(config, distributed.size())
         sets = distributed.first(lambda: data.prepare(config))
         logger.info("%s", data.describe(sets))
         run.about = {"identity": sets.identity(), "chooser": sets.chooser, "notes": list(sets.notes)}

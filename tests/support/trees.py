@@ -42,6 +42,7 @@ def train_and_evaluate(root, tmp_path, capsys, *options):
     """One epoch through the command line, then the accuracies of its best checkpoint; returns these."""
     tiny = '{"channels": [4, 4, 8, 8], "stem_width": 4}'
     flags = ["--preset=baseline", f"--output.root={tmp_path}/runs", "--name=a", f"--data.path={root}"]
+    flags += ["--split.choose-on=test"]
     flags += ["--backbone=resnet10t", f"--backbone.options={tiny}", "--image-size=32", "--batch-size=8", "--epochs=1"]
     flags += ["--no-output.pictures", "--compute.device=cpu", "--compute.backend=reference"]
     assert main(["train", *flags, *options]) == 0

@@ -16,7 +16,7 @@ from PIL import Image
 
 from trainer import checkpoint, presets
 from trainer.__main__ import main
-from trainer.config import UserError
+from trainer.config import SplitOptions, UserError
 from trainer.data import cache, decode, imagefolder, prepare
 
 SIZE = 16
@@ -57,6 +57,7 @@ def load(faces, tmp_path, monkeypatch):
             config,
             data=imagefolder.Options(str(faces)),
             image_size=SIZE,
+            split=SplitOptions("test"),
             output=dataclasses.replace(config.output, cache=str(place)),
         )
         return prepare(config)
@@ -251,6 +252,8 @@ def test_the_command_builds_lists_and_deletes(faces, tmp_path, capsys):
     assert main(["cache", "--data=imagefolder", *options]) == 0
     out = capsys.readouterr().out
     assert "anger" in out and ": 6 images" in out and ": 2 images" in out
+    assert main(["cache", "--verify", "--delete", f"--output.cache={place}"]) == 2
+    assert "delete: got True, expected one of --verify and --delete" in capsys.readouterr().err
     assert main(["cache", "--delete", f"--output.cache={place}"]) == 0
     assert not cache.parts(place)
     assert main(["cache", "--output.cache=off"]) == 2

@@ -14,7 +14,7 @@ from support import child, runs
 
 from trainer import backbones, compute, presets
 from trainer.__main__ import main, parse
-from trainer.config import PACKAGES, Checked, UserError, as_dict, flags, found, from_dict
+from trainer.config import PACKAGES, Checked, UserError, as_dict, flags, found, from_dict, without_effect
 from trainer.data import synthetic
 from trainer.methods import Task
 from trainer.methods.tables import TableMethod
@@ -294,6 +294,10 @@ def test_an_option_of_another_method_or_data_set_is_named(capsys):
         ("--resume", "resume: got "),
         ("--resume --overwrite", "resume: got both --resume and --overwrite, expected one of them"),
         ("--name=one", "name: got 'one', expected another one, --resume or --overwrite: "),
+        ("--method=baseline --backbone.separate_views", "backbone.separate_views: got true, but baseline looks at one"),
+        ("--augment.versions=2", "augment.versions: got 2, expected backbone.train_from too"),
+        ("--split.folds=2 --split.groups=nowhere.csv", "split.groups: got nowhere.csv, which can't be read"),
+        ("--compute.threads=5000", "compute.threads: got 5000, expected a finite number >= 0 and <= 1024"),
     ],
 )
 def test_options_folder_backend_and_backbone_are_checked_first(options, message, root, capsys, monkeypatch):
@@ -349,6 +353,36 @@ def test_options_that_do_nothing_are_said(tmp_path, caplog):
         "augment.erase_largest 0.5 has no effect",
     ):
         assert line in caplog.text
+
+
+@pytest.mark.parametrize(
+    "flags, lines",
+    [
+        ("", []),
+        ("--split.hold_out=0.3", []),
+        ("--split.hold_out=0.3 --split.choose_on=test", ["split.hold_out 0.3 has no effect with split.choose_on test"]),
+        (
+            "--backbone.separate_views --backbone.frozen_batchnorm",
+            ["backbone.separate_views True has no effect with backbone.frozen_batchnorm"],
+        ),
+        (
+            "--augment.versions=1 --augment.flip=0 --augment.noise=3",
+            [f"augment.{x} has no effect with augment.versions 1" for x in ("flip 0.0", "noise 3.0")],
+        ),
+        ("--augment.shift=0.1 --augment.crop=0.5", ["augment.shift 0.1 has no effect with augment.crop"]),
+        ("--split.fold=0 --augment.noise_probability=0.1", [
+            "augment.noise_probability 0.1 has no effect without augment.noise",
+        ]),
+    ],
+)  # fmt: skip
+def test_each_option_that_does_nothing_has_a_line(flags, lines):
+    assert without_effect(config_of(*flags.split())) == lines
+
+
+@pytest.mark.parametrize("text, value", [("false", False), ("true", True)])
+def test_a_switch_may_be_followed_by_its_value(text, value):
+    assert config_of("--optim.decay_all", text, "--epochs", "3").optim.decay_all is value
+    assert config_of("--compute.compile", text).compute.compile is value
 
 
 # Which value counts
@@ -471,7 +505,7 @@ PAPER = ("resnet18", 224, 60, 32, "adam", 1e-4, 1e-4, "exponential", "epoch", 0.
 def test_the_paper_and_what_it_compares_with_share_a_recipe():
     for name in ("paper", "cb", "baseline"):
         config = config_of(f"--preset={name}")
-        assert recipe(config) == PAPER and config.split.choose_on == "test"
+        assert recipe(config) == PAPER and config.split.choose_on == "held-out"
         assert config.method.name == {"paper": "rebalanced"}.get(name, name)
     method = built(presets.paper())
     assert (method.consistency_weight, method.views) == (2.0, "both")

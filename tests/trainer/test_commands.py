@@ -283,8 +283,11 @@ def test_the_rows_of_the_picture_can_be_chosen(top, tmp_path, capsys, monkeypatc
 def test_rows_that_are_none_are_named(flags, message, top, tmp_path, capsys):
     assert call("cams", top / "runs/a", tmp_path / "a.png", *flags) == 2
     assert f"error: {message}" in capsys.readouterr().err
-    assert call("cams", top / "runs/a", top / "runs/a/best.pt") == 2
-    assert "best.pt, which exists" in capsys.readouterr().err
+    (tmp_path / "b.png").touch()
+    assert call("cams", top / "runs/a", tmp_path / "b.png") == 2
+    assert "b.png, which exists" in capsys.readouterr().err
+    assert call("cams", top / "runs/a", tmp_path / "b.txt") == 2
+    assert "b.txt', expected a name that ends with .png" in capsys.readouterr().err
 
 
 def test_a_finished_runs_own_picture_is_drawn_again(finished, tmp_path):

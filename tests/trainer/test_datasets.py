@@ -355,7 +355,7 @@ def test_older_votes_of_ferplus_are_named(monkeypatch):
 
 def test_ferplus_trains_on_soft_votes_through_the_command_line(tmp_path, capsys):
     plus(tmp_path, more=[("fer2.png", [4, 0, 0, 4, 1, 0, 0, 0, 1, 0])])
-    options = ["--data=ferplus", "--data.votes=soft", "--data.contempt", "--preset=paper"]
+    options = ["--data=ferplus", "--data.votes=soft", "--data.contempt", "--preset=paper", "--split.choose-on=test"]
     scores = train_and_evaluate(tmp_path, tmp_path, capsys, *options)
     assert scores["classes"] == list(CANONICAL) and scores["images"] == {"val": [1] * 8, "test": [1] * 8}
 
@@ -499,7 +499,8 @@ def test_every_command_of_the_docs_reads_the_folder_of_its_section(tmp_path, mon
             continue
         config = options.config
         sizes = {"train_size": 20, "test_size": 20} if config.data.name == "synthetic" else {}
-        data = prepare(dataclasses.replace(config, image_size=SIZE, data=dataclasses.replace(config.data, **sizes)))
+        of, split = dataclasses.replace(config.data, **sizes), dataclasses.replace(config.split, choose_on="test")
+        data = prepare(dataclasses.replace(config, image_size=SIZE, data=of, split=split))
         if config.data.name not in ("imagefolder", "synthetic"):
             expect_each_class_to_have_its_pixels(data)
         assert data.classes[:2] == ("surprise", "fear") and min(data.counts) >= 1

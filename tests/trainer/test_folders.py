@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from trainer import backbones, presets
+from trainer.__main__ import parse
 from trainer.config import SplitOptions, UserError
 from trainer.data import Split, describe, duplicates, imagefolder, imbalance, labels, prepare, synthetic
 
@@ -58,6 +59,34 @@ def test_classes_can_be_said_joined_and_left_out():
         labels.name_folders(["sad", "sadness", "fear"])
     with pytest.raises(UserError, match="data.classes: got 'c', expected one of the folders a, b"):
         labels.name_folders(["a", "b"], {"c": "fear"})
+
+
+def test_a_class_that_is_said_is_text_and_so_is_its_folder():
+    said = parse(["train", "--data=imagefolder", "--data.classes={0: neutral, b: null}"]).config.data.classes
+    assert said == {"0": "neutral", "b": None}  # YAML reads 0 as a number
+    for text, got in (("3", "3"), ("[x]", r"\['x'\]"), ('""', "''")):
+        with pytest.raises(UserError, match=f"data.classes.a: got {got}, expected a class, or null"):
+            parse(["train", "--data=imagefolder", f"--data.classes={{a: {text}}}"])
+
+
+def test_folders_called_by_numbers_can_be_named_and_left_out(tmp_path):
+    for split in ("train", "test"):
+        for name in "012":
+            save(tmp_path / split / name / "a.png")
+    assert read(tmp_path, classes={"0": "neutral", "2": None}).classes == ("neutral", "1")
+    with pytest.raises(UserError, match="data.classes: got .* leaves 1 classes, expected two or more"):
+        read(tmp_path, classes={"1": None, "2": None})
+
+
+def test_files_beside_the_folders_of_the_classes_are_counted_and_named(tmp_path):
+    for split in ("train", "test"):
+        for name in ("fear", "sad"):
+            save(tmp_path / split / name / "a.png")
+    assert read(tmp_path).notes == ()
+    save(tmp_path / "train/b.png")
+    save(tmp_path / "train/c.png")
+    save(tmp_path / "train/.d.png")
+    assert read(tmp_path).notes == (f"2 files in {tmp_path}/train are in no class's folder: b.png, c.png",)
 
 
 # Folders
@@ -187,7 +216,13 @@ def test_an_artificial_imbalance_has_the_factor_and_keeps_the_order(factor):
     labels_ = torch.repeat_interleave(torch.arange(7), torch.tensor(raf))
     rows, note = imbalance.thin(labels_, raf, factor, seed=0)
     assert torch.bincount(labels_[rows]).tolist() == keep and rows.equal(rows.sort().values)
-    assert note.endswith(f"train keeps {sum(keep)} of {sum(raf)} images")
+    assert note.endswith(f"train keeps {sum(keep)} of {sum(raf)} images") or "whose largest class has " in note
+
+
+def test_an_imbalance_that_the_images_do_not_allow_is_said():
+    labels_ = torch.repeat_interleave(torch.arange(3), torch.tensor([50, 10, 4]))
+    _, note = imbalance.thin(labels_, (50, 10, 4), 1e5, seed=0)
+    assert note.endswith("train keeps 52 of 64 images, whose largest class has 50 times the images of the smallest")
 
 
 # Synthetic faces

@@ -25,7 +25,7 @@ def config(tmp_path, **options):
         "backbone": {"options": runs.TINY, "train_from": "layer3", **options.pop("backbone", {})},
         "augment": {"versions": 3, "crop": 0.5, "erase": 0.5, **options.pop("augment", {})},
         "data": {"train_size": 20, "test_size": 9},
-        "output": {"cache": str(tmp_path / "cache" / "data")},
+        "output": {"cache": str(tmp_path / "cache")},
         "image_size": 32,
     }
     return from_dict({**chosen, **options}, presets.demo())
@@ -66,14 +66,16 @@ def test_what_cannot_be_frozen_is_refused(tmp_path):
             UserError, match=f"backbone.train_from: got '{first}', expected one of .*layer3.0, layer4.0"
         ):
             backbones.create(config(tmp_path, backbone={"train_from": first}))
-    with pytest.raises(UserError, match="augment.versions: got 3, expected backbone.train_from too"):
-        plain = config(tmp_path, backbone={"train_from": ""})
-        frozen.kept(plain, backbones.create(plain), prepare(plain))
     with pytest.raises(UserError, match="output.cache: got 'off', expected a folder"):
         off = config(tmp_path, output={"cache": "off"})
         frozen.kept(off, backbones.create(off), prepare(off))
-    with pytest.raises(UserError, match="augment.versions: got 3, but rac_transform changes images itself"):
-        build(config(tmp_path, method={"name": "rac_transform"}), (3, 4), torch.device("cpu"))
+    for changes, message in (
+        ({"method": {"name": "rac_transform"}}, "augment.versions: got 3, but rac_transform changes images itself"),
+        ({"backbone": {"train_from": ""}}, "augment.versions: got 3, expected backbone.train_from too"),
+    ):
+        chosen = config(tmp_path, **changes)
+        with pytest.raises(UserError, match=message):
+            build(chosen, (3, 4), torch.device("cpu")).expect_able(chosen, 1)
 
 
 def test_kept_activations_are_those_of_the_images(tmp_path):
@@ -144,7 +146,7 @@ def test_a_run_on_kept_activations_trains_as_one_on_images(tmp_path):
     """With one version, the images as they are, both runs see the same but for rounding to float16."""
     common = ["--backbone.train-from=layer4", "--method=rac", "--epochs=2", "--augment.flip=0", "--augment.shift=0"]
     assert runs.train(tmp_path, "--name=pixels", *common) == 0
-    cache = f"--output.cache={tmp_path}/c/data"
+    cache = f"--output.cache={tmp_path}/c"
     assert runs.train(tmp_path, "--name=kept", "--augment.versions=1", cache, *common) == 0
     for a, b in zip(runs.rows(tmp_path / "pixels"), runs.rows(tmp_path / "kept"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-3) and a["test"] == b["test"]
@@ -158,7 +160,7 @@ def test_a_run_on_kept_activations_resumes_bit_for_bit(again, tmp_path, capsys):
     """From weights of their own, which the frozen parts must have again when activations are asked for."""
     assert runs.train(tmp_path, "--name=start", "--epochs=1", "--seed=7") == 0
     start = f"--backbone.weights={tmp_path}/start/best.pt"
-    options = [*FREEZE, start, f"--output.cache={tmp_path}/c/data"]
+    options = [*FREEZE, start, f"--output.cache={tmp_path}/c"]
     assert runs.train(tmp_path, "--name=whole", "--epochs=3", *options) == 0
     assert runs.train(tmp_path, "--name=parts", "--epochs=1", *options) == 0
     if again:

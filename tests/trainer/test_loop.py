@@ -13,7 +13,7 @@ import rebalfer_kernels as rk
 from trainer import backbones, checkpoint, loop, optim, presets
 from trainer.__main__ import main
 from trainer.config import Backbone, Compute, Optim, UserError, found
-from trainer.data import Split, synthetic
+from trainer.data import Split, batches, synthetic
 from trainer.data.batches import Batch, Source, order
 from trainer.methods import baseline
 from trainer.step import Step
@@ -37,6 +37,36 @@ def batch_of(faces: Split, rows=range(8), device=CPU):
     rows = torch.tensor(list(rows), device=device)
     source = Source(faces, config(), backbones.create(config()), device)
     return Batch(source, rows, epoch=0, whole=len(rows), progress=0.0)
+
+
+def test_images_that_the_device_has_no_room_for_give_the_same_batches(faces, monkeypatch):
+    """The rows of a batch stay on the CPU, where nothing waits for them."""
+    whole = batch_of(faces)
+    source = Source(faces, config(), whole.source.backbone, CPU)
+    source.resident, source.rows_on = False, CPU
+    copied = []
+    monkeypatch.setattr(batches, "_copied", lambda images, device: copied.append(images) or images)
+    own = Batch(source, whole.rows, epoch=0, whole=len(whole), progress=0.0)
+    assert torch.equal(own.pair(), whole.pair()) and torch.equal(own.labels, whole.labels)
+    assert torch.equal(copied[0], faces.images[:8]) and torch.equal(own.uniform(3), whole.uniform(3))
+
+
+class OnAnyDevice:
+    def __init__(self, labels):
+        self.labels = labels
+
+    def to(self, device):
+        return self
+
+    def __len__(self):
+        return len(self.labels)
+
+
+def test_a_graph_of_images_that_stay_on_the_host_is_refused(faces, monkeypatch):
+    graph = config(compute=Compute(cuda_graph=True))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, 0))
+    with pytest.raises(UserError, match="compute.cuda_graph: got true, but 21 training images, .* more than 50%"):
+        Source(Split(faces.images, OnAnyDevice(faces.labels)), graph, backbones.create(config()), torch.device("cuda"))
 
 
 def gradients(method):
@@ -179,6 +209,27 @@ def test_two_hundred_steps_by_the_fused_operators_are_those_by_the_reference(met
     assert reference[-8:, 0].mean() < 0.97 * reference[:8, 0].mean()  # it learns
     torch.testing.assert_close(fused[:, :2], reference[:, :2], rtol=1e-4, atol=0)
     torch.testing.assert_close(fused[:, 2], reference[:, 2], rtol=2e-3, atol=0)  # a difference of two near maps
+
+
+def test_a_compiled_backbone_trains_as_an_eager_one(faces, monkeypatch):
+    """In training and evaluation; here its graphs are run as they are, which takes no minute to compile."""
+    graphs = []
+
+    def as_it_is(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(backbones.Backbone, "compile", lambda self: torch.nn.Module.compile(self, backend=as_it_is))
+    found = []
+    for compiled in (False, True):
+        c = config(compute=Compute(compile=compiled))
+        method = loop.build(c, tuple(faces.counts(7)), CPU)
+        step = Step(c, method, CPU)
+        losses = [step(batch_of(faces, rows), 0.01) for rows in (range(8), range(8, 16))]
+        found.append([*losses, loop.logits(method, faces.images)])
+        assert bool(graphs) == compiled
+    for eager, other in zip(*found, strict=True):
+        torch.testing.assert_close(eager, other, rtol=1e-5, atol=1e-6)
 
 
 def test_separate_views_are_two_forward_passes(faces):

@@ -85,7 +85,7 @@ def test_every_study_that_comes_with_the_trainer_can_be_run():
         assert len(chosen.seeds) >= 5 and len(every) == len(chosen.rows) * len(chosen.seeds)
         assert len({run.key for run in every}) == len({run.config.name for run in every}) == len(every)
     methods = {run.config.method.name for run in grid.read("synthetic").runs()}
-    assert methods == set(found("methods")) - {"rac_transform"}
+    assert methods == set(found("methods")) - {"rac_transform", "rac_ablation"}
 
 
 @pytest.mark.parametrize("file", sorted((child.ROOT / "bench/results/study").glob("*.jsonl")), ids=lambda f: f.stem)
@@ -116,7 +116,7 @@ def test_rows_differ_only_in_what_they_say(file):
         ({'title = "Three methods"': "titel = 1"}, "study.titel: got an unknown entry, expected one of about"),
         ({'method = "rac"': 'method = "rak"'}, "method: got 'rak', expected one of baseline"),
         ({'"method.consistency_weight"': '"method.lambda"'}, "lambda: got an unknown option"),
-        ({"[0.5, 2.0]": "[0.5, -2.0]"}, "method.consistency_weight: got -2.0, expected a finite number > 0"),
+        ({"[0.5, 2.0]": "[0.5, -2.0]"}, "method.consistency_weight: got -2.0, expected a finite number >= 0"),
         ({'compare = "plain"': 'compare = "other"'}, "compare: got 'other', expected one of plain"),
         ({'label = "RAC"\n': 'label = "plain"\n', "grid = ": "# "}, "rows.label: got 'plain' twice"),
         ({"seeds = [3, 5]": "seeds = [3, 3]"}, r"seeds: got \(3, 3\), expected different whole numbers"),

@@ -44,7 +44,12 @@ def run(command, root, folder, *options):
     if command == "train":
         flags += ["--preset=baseline", f"--output.root={folder}/runs", "--name=a", "--backbone=resnet10t"]
         flags += [f"--backbone.options={json.dumps(runs.TINY)}", "--batch-size=8", "--epochs=1"]
-        flags += ["--no-output.pictures", "--compute.device=cpu", "--compute.backend=reference"]
+        flags += [
+            "--split.choose-on=test",
+            "--no-output.pictures",
+            "--compute.device=cpu",
+            "--compute.backend=reference",
+        ]
     status = main([command, *flags, *options])
     assert contents(root) == before
     return status
@@ -426,7 +431,8 @@ def test_soft_votes_arrive_as_distributions_also_of_a_part_of_the_images(tmp_pat
     trees.write_csv(tmp_path / "fer2013new.csv", ["Usage", "Image name", *COLUMNS], *voted)
     trees.fer(tmp_path, rows)
     flags = ["--data=ferplus", "--data.votes=soft", f"--data.path={tmp_path}", f"--image-size={SIZE}"]
-    train = prepare(parse(["train", "--preset=paper", *flags, "--split.imbalance=2"]).config).train
+    flags += ["--split.choose-on=test", "--split.imbalance=2"]
+    train = prepare(parse(["train", "--preset=paper", *flags]).config).train
     assert train.labels.dtype == torch.float32 and 7 < len(train.labels) < 12
     column = dict(zip(COLUMNS, range(10), strict=True))
     for image, label in zip(train.images, train.labels, strict=True):

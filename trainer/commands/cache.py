@@ -19,8 +19,8 @@ class Options:
     delete: bool = option(False, "delete what the cache holds, of all data sets")
 
     def run(self) -> None:
-        output = self.config.output
-        with cache.kept_in(output.cache) as directory:
+        expect(not (self.verify and self.delete), "delete", True, "one of --verify and --delete")
+        with cache.kept_in(self.config.output.cache) as directory:
             if not directory:
                 raise UserError("output.cache: got 'off', expected a folder")
         if self.verify:

@@ -20,6 +20,7 @@ class Options(OfCheckpoint):
     def run(self) -> None:
         from .. import figures
 
+        expect(self.out.lower().endswith(".png"), "out", self.out, "a name that ends with .png")
         out = new_file(self.out, self.overwrite)
         trained = load(self.checkpoint, self.device)
         sets = data.prepare(trained.config)

@@ -71,9 +71,5 @@ def onnx_tensors(path: Path) -> weights.Tensors:
 
 
 #: PyTorch's names of a layer's inputs after the first.
-KINDS = {
-    "Conv": ("weight", "bias"),
-    "Gemm": ("weight", "bias"),
-    "BatchNormalization": ("weight", "bias", "running_mean", "running_var"),
-    "PRelu": ("weight",),
-}
+PAIR = ("weight", "bias")
+KINDS = {"Conv": PAIR, "Gemm": PAIR, "BatchNormalization": (*PAIR, "running_mean", "running_var"), "PRelu": PAIR[:1]}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,9 +29,7 @@ class Options(Checked):
         folder = Path(self.root).expanduser() / study.name
         file = Path(self.results).expanduser() if self.results else folder / "results.jsonl"
         if not self.table and self.processes > 1:
-            own = {name: value for name, value in vars(self).items() if name not in NOT_PASSED}
-            texts = [f"--{name}={v if isinstance(v, str) else json.dumps(v)}" for name, v in own.items()]
-            running.share(self.processes, ["study", self.study, *texts])
+            running.share(self.processes, self.study, vars(self))
         elif not self.table:
             running.run_missing(study, folder, file, self.at_most)
         found = table.of(study, results.read(file))
@@ -48,6 +45,3 @@ class Options(Checked):
             return tuple(int(seed) for seed in self.seeds.split(",") if seed.strip())
         except ValueError:
             raise UserError(f"seeds: got {self.seeds!r}, expected whole numbers such as 0,1,2") from None
-
-
-NOT_PASSED = ("study", "processes", "table")

@@ -8,6 +8,7 @@ A new data set is one file: a frozen dataclass ``Options`` with :class:`DataOpti
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -112,13 +113,14 @@ def prepare(config: Config) -> Data:
     """The data set that ``config`` names, thinned if asked for, with a split that chooses the best epoch."""
     from . import cache, folds  # which import this file
 
+    groups = folds.read_groups(config.split.groups) if config.split.groups else None
     try:
         with cache.kept_in(config.output.cache):
             data = config.data.read(config.image_size, config.seed)
     except OSError as error:
         raise UserError(f"data: got {error.filename}, which can't be read: {error.strerror}") from error
     if config.split.folds:
-        data = folds.regrouped(data, config.split)
+        data = folds.regrouped(data, config.split, groups)
     train, notes = data.train, list(data.notes)
     if config.split.imbalance:
         rows, note = imbalance.thin(train.hard, data.counts, config.split.imbalance, config.seed)
@@ -199,9 +201,21 @@ def describe(data: Data) -> str:
 
 def table(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
     """Columns as wide as their texts, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligned = [
-        "  ".join(t.ljust(w) if i in left else t.rjust(w) for i, (t, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in aligned)
+    widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        gaps = [" " * (width - _width(text)) for text, width in zip(row, widths, strict=True)]
+        lines.append(
+            "  ".join(t + gap if i in left else gap + t for i, (t, gap) in enumerate(zip(row, gaps, strict=True)))
+        )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _width(text: str) -> int:
+    """Columns of a terminal: two for the wide letters of East Asia, none for an accent by itself.
+
+    >>> _width("fear"), _width("恐れ"), _width("e\u0301")
+    (4, 4, 1)
+    """
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide - sum(unicodedata.combining(c) > 0 for c in text)

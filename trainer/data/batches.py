@@ -13,7 +13,7 @@ from torch import Tensor
 
 import rebalfer_kernels as rk
 
-from ..config import Config
+from ..config import Config, UserError
 from . import Split, views
 
 if TYPE_CHECKING:
@@ -32,15 +32,18 @@ class Source:
         images = views.coloured(split.images, backbone)
         self.resident = device.type == "cpu" or images.nbytes < RESIDENT * torch.cuda.mem_get_info(device)[0]
         self.images = images.to(device) if self.resident else images
+        self.rows_on = device if self.resident else torch.device("cpu")  #: where a batch's rows are wanted
         self.labels = split.labels.to(device)
         self.backbone, self.seed, self.augment, self.device = backbone, config.seed, augmentation(config), device
+        if config.compute.cuda_graph and not self.resident:
+            raise UserError(f"compute.cuda_graph: got true, but {self.describe()}")
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def describe(self) -> str:
         """Where the images are."""
-        size = f"{len(self):,} training images, {self.images.nbytes / 2**20:,.0f} MiB,"
+        size = f"{len(self.images):,} training images, {self.images.nbytes / 2**20:,.0f} MiB,"
         if self.resident:
             return f"{size} stay on {self.device}"
         return f"{size} are more than {RESIDENT:.0%} of the free memory of {self.device}: each step copies its own"
@@ -48,7 +51,7 @@ class Source:
     def views(self, rows: Tensor, epoch: int | Tensor, *, both: bool) -> Tensor:
         """(N or 2N, 1 or 3, H, W) channels_last: augmented, mirrored and normalised."""
         images, indices = self.images, rows
-        if not self.resident:
+        if not self.resident:  # nothing waits for rows that are on the CPU, as a method's own may not be
             images = _copied(images[rows.cpu()], self.device)
             indices = torch.arange(len(rows), device=self.device)
         return views.views(
@@ -56,7 +59,7 @@ class Source:
             self.backbone,
             both=both,
             indices=indices,
-            samples=rows,
+            samples=rows.to(self.device, non_blocking=True),
             seed=self.seed,
             epoch=epoch,
             augment=self.augment,
@@ -89,7 +92,7 @@ class Batch:
     """The images of a step, as the views that the method asks for."""
 
     source: Source  #: all training images
-    rows: Tensor  #: (N,) int64 on the device: which of them
+    rows: Tensor  #: (N,) int64, which of them; on the device, or on the CPU if the images are
     epoch: int | Tensor  #: from 0; a CUDA graph reads it from a tensor () int64
     whole: int  #: images of the step, of all its parts in all processes
     progress: float  #: share of the run that is done, in [0, 1)
@@ -97,7 +100,7 @@ class Batch:
     @property
     def labels(self) -> Tensor:
         """(N,) int64, or (N, L) float32 distributions, on the device."""
-        return self.source.labels[self.rows]
+        return self.source.labels[self.rows.to(self.source.device, non_blocking=True)]
 
     def view(self) -> Tensor:
         """(N, 1 or 3, H, W) augmented and normalised."""
@@ -111,7 +114,7 @@ class Batch:
         """(N, 4) float32 in [0, 1), of each image by (seed, epoch, sample, draw); no view uses the same numbers."""
         key = (self.rows & 0xFFFFFFFF, self.rows >> 32, self.epoch, 2**31 + draw)
         words = torch.stack(torch.broadcast_tensors(*rk.reference.philox(self.source.seed, key)), 1)
-        return (words >> 8).float() * 2.0**-24
+        return ((words >> 8).float() * 2.0**-24).to(self.source.device, non_blocking=True)
 
     def at(self, rows: Tensor) -> Batch:
         """Other training images at the same time, for methods that sample by their own rule."""

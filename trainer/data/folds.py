@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,13 +14,13 @@ from ..config import SplitOptions, UserError
 from . import Data, Split
 
 
-def regrouped(data: Data, options: SplitOptions) -> Data:
+def regrouped(data: Data, options: SplitOptions, of_file: dict[str, str] | None) -> Data:
     """``data`` with the splits "train" and "test": part ``options.fold`` of ``options.folds``, and all other images.
 
-    With ``options.groups``, images of one group are all in one part.
+    With the group ``of_file``, images of one group are all in one part.
 
     Raises:
-        UserError: a file of groups that can't be read or lacks an image, or a class without an image in train.
+        UserError: an image without a group, or a class without an image in train.
     """
     splits = list(data.splits.values())
     if len({split.images.shape[1:] for split in splits}) > 1 or len({split.labels.dim() for split in splits}) > 1:
@@ -27,7 +28,7 @@ def regrouped(data: Data, options: SplitOptions) -> Data:
     names = tuple(name for split in splits for name in split.names)
     digests = tuple(digest for split in splits for digest in split.digests)
     whole = Split(torch.cat([s.images for s in splits]), torch.cat([s.labels for s in splits]), names, digests)
-    groups = _groups(Path(options.groups).expanduser(), names) if options.groups else list(range(len(whole.labels)))
+    groups = list(range(len(whole.labels))) if of_file is None else _groups(options.groups, of_file, names)
     part = parts(whole.hard, groups, options.folds)
     train, test = ((part != options.fold).nonzero()[:, 0], (part == options.fold).nonzero()[:, 0])
     chosen = {"train": whole.at(train), "test": whole.at(test)}
@@ -62,8 +63,13 @@ def parts(labels: Tensor, groups: list, number: int) -> Tensor:
     return part
 
 
-def _groups(path: Path, names: tuple[str, ...]) -> list[str]:
-    """The group of each file, by the first two columns of a CSV with a header."""
+def read_groups(name: str) -> dict[str, str]:
+    """File -> its group, by the first two columns of a CSV with a header.
+
+    Raises:
+        UserError: a file that can't be read.
+    """
+    path = Path(name).expanduser()
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = [row for row in csv.reader(file) if row][1:]
@@ -71,7 +77,10 @@ def _groups(path: Path, names: tuple[str, ...]) -> list[str]:
         raise UserError(f"split.groups: got {path}, which can't be read: {error}") from error
     if bad := next((row for row in rows if len(row) < 2), None):
         raise UserError(f"split.groups: got the row {bad} in {path}, expected a file and its group")
-    known = {row[0]: row[1] for row in rows}
+    return {row[0]: row[1] for row in rows}
+
+
+def _groups(path: str, known: dict[str, str], names: tuple[str, ...]) -> list[Any]:
     if not names:
         raise UserError(f"split.groups: got {path} for data whose images come from no files")
     if missing := [name for name in names if name not in known]:

@@ -43,13 +43,12 @@ def kept(config: Config, backbone: Backbone, data: Data) -> Data:
     the same in all runs.
 
     Raises:
-        UserError: nothing is frozen, nowhere to keep the activations, or numbers too large for float16.
+        UserError: nowhere to keep the activations, or numbers too large for float16.
     """
-    expect(bool(backbone.frozen), "augment.versions", config.augment.versions, "backbone.train_from too")
     with cache.kept_in(config.output.cache) as directory:
         expect(directory is not None, "output.cache", config.output.cache, "a folder, because of augment.versions")
         assert directory is not None
-    store = _Store(directory.parent / "activations" / _name(config, backbone), config, backbone)
+    store = _Store(directory / "activations" / _name(config, backbone), config, backbone)
     digests = {name: [_digest(image) for image in split.images] for name, split in data.splits.items()}
     with store.held():
         for name, split in data.splits.items():

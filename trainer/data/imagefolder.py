@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import NOTHING, UserError, option, printable
+from ..config import NOTHING, UserError, expect, option, printable
 from . import TEST, TRAIN, VALIDATION, Data, DataOptions, Split, decode, labels, listed
 
 
@@ -19,6 +19,13 @@ class Options(DataOptions):
     path: str = option("", "the folder that holds train and val or test", changes=NOTHING)
     classes: dict = option({}, "class of a folder, such as '{suprise: surprise, unknown: null}'")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for folder, name in self.classes.items():
+            expect(name is None or type(name) is str and bool(name), f"data.classes.{folder}", name, "a class, or null")
+        # YAML reads a folder called 0 as a number.
+        object.__setattr__(self, "classes", {str(folder): name for folder, name in self.classes.items()})
+
     def read(self, image_size: int, seed: int) -> Data:
         root = Path(self.path).expanduser()
         folders = split_folders(root)
@@ -28,11 +35,15 @@ class Options(DataOptions):
         if said:
             raise UserError(f"data.classes: got {sorted(said)[0]!r}, expected one of the folders {', '.join(train)}")
         classes = tuple(dict.fromkeys(names.values()))
+        if len(classes) < 2:
+            raise UserError(
+                f"data.classes: got {self.classes}, which leaves {len(classes)} classes, expected two or more"
+            )
         splits = {}
         for split, folder in folders.items():
             mapped = names if split == "train" else self._evaluated(folder, names)
             splits[split], skipped = _read(root, folder, mapped, classes, image_size, whole=split == "train")
-            notes += skipped
+            notes += [*skipped, *_loose(folder)]
         on_disk = tuple("+".join(printable(f) for f in names if names[f] == c) for c in classes)
         return Data(classes, splits, on_disk, tuple(notes))
 
@@ -79,6 +90,12 @@ def class_folders(root: Path) -> list[str]:
             "with its images inside"
         )
     return sorted(folders, key=labels.natural)
+
+
+def _loose(folder: Path) -> list[str]:
+    """A note of the files that lie beside the folders of the classes."""
+    files = sorted(f.name for f in folder.iterdir() if f.is_file() and not decode.hidden(f.name))
+    return [f"{len(files)} files in {folder} are in no class's folder: {listed(files, 3)}"] if files else []
 
 
 def _read(

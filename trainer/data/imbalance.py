@@ -36,6 +36,7 @@ def thin(labels: Tensor, counts: Sequence[int], factor: float, seed: int) -> tup
     for label, n in enumerate(keep):
         of_class = (labels == label).nonzero()[:, 0]
         rows.append(of_class[torch.randperm(len(of_class), generator=random)[:n]])
-    return torch.cat(
-        rows
-    ).sort().values, f"imbalance {factor:g}: {rule}; train keeps {sum(keep)} of {len(labels)} images"
+    note = f"imbalance {factor:g}: {rule}; train keeps {sum(keep)} of {len(labels)} images"
+    if f"{(reached := max(keep) / min(keep)):.3g}" != f"{factor:.3g}":
+        note += f", whose largest class has {reached:.3g} times the images of the smallest"
+    return torch.cat(rows).sort().values, note

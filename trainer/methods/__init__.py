@@ -66,6 +66,8 @@ class Method(nn.Module):
         name = config.method.name
         if config.backbone.separate_views and not self.paired:
             raise UserError(f"backbone.separate_views: got true, but {name} looks at one view")
+        if config.augment.versions and not config.backbone.train_from:
+            raise UserError(f"augment.versions: got {config.augment.versions}, expected backbone.train_from too")
         if config.augment.versions and self.changes_images:
             raise UserError(f"augment.versions: got {config.augment.versions}, but {name} changes images itself")
         if config.compute.cuda_graph and (not self.capturable or processes > 1):

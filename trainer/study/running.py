@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -13,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-from .. import compute
 from ..config import UserError, logger
 from ..run import Busy, Diverged
 from ..train import Result, train
 from . import grid, measure, results
 
+NOT_PASSED = ("study", "processes", "table")  #: to the processes that share the runs
 WHOLE_STATE = ("last.pt", "previous.pt")  #: of a finished run, which best.pt and the log outlive
 
 
@@ -72,13 +73,15 @@ def _held(lock: Path) -> Iterator[bool]:
             yield True
 
 
-def share(processes: int, arguments: list[str]) -> None:
-    """Starts ``processes`` processes of the trainer with these arguments; each makes the runs that no other holds.
+def share(processes: int, name: str, options: dict) -> None:
+    """Starts ``processes`` processes of the study with these options; each makes the runs that no other holds.
 
     Raises:
         UserError: one of them failed.
     """
     gpus, threads = torch.cuda.device_count(), max(1, torch.get_num_threads() // processes)
+    own = {key: value for key, value in options.items() if key not in NOT_PASSED}
+    arguments = ["study", name, *(f"--{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in own.items())]
     children = []
     for i in range(processes):
         device = {"CUDA_VISIBLE_DEVICES": str(i % gpus)} if gpus else {}
@@ -111,5 +114,10 @@ def record(run: grid.Run, result: Result) -> dict:
         "view_difference": measure.view_difference(result.method, split),
         "gradient_share": measure.gradient_share(result.method, split),
         "seconds": sum(row["seconds"] for row in result.history),
-        "device": compute.described(next(result.method.parameters()).device),
+        "device": _described(next(result.method.parameters()).device),
     }
+
+
+def _described(device: torch.device) -> str:
+    """The name of a GPU, or "CPU"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
