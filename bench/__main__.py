@@ -216,9 +216,9 @@ def _memory(options: argparse.Namespace) -> int:
 ALL = (
     "op --more", "op --more --memory reused", "memory", "op --memory reused --set curves --seconds 5",
     "op --memory reused --set all --seconds 5 --limit 7200",
-    "step --backbone resnet18 --image-size 112 --batch-size 16",
-    "step --backbone mobilenetv1_100 --image-size 112 --batch-size 16",
-    "methods --backbone resnet18 --image-size 112 --batch-size 16", "report",
+    "step --backbone resnet18 --image-size 112 --batch-size 16 --seconds 240",
+    "step --backbone mobilenetv1_100 --image-size 112 --batch-size 16 --seconds 120",
+    "methods --backbone resnet18 --image-size 112 --batch-size 16 --seconds 240", "report",
 )  # fmt: skip
 
 

@@ -356,7 +356,7 @@ def test_the_estimates_are_those_of_scipy():
     assert (mine.mean - mine.half, mine.mean + mine.half) == pytest.approx((low, high))
     made = [
         {"row": row, "seed": seed, "fold": 0, "key": key, "split": "test", "classes": ["x", "y"], "images": "1",
-         "last": {"overall": v, "mean": v, "f1": v, "per_class": [v, None]}, "best": {"mean": v + 1},
+         "last": {"overall": 2 * v, "mean": v, "f1": v, "per_class": [v, None]}, "best": {"mean": v + 1},
          "view_difference": None, "seconds": 1.0}
         for row, values in (("plain", a), ("RAC", b))
         for seed, (v, key) in enumerate(zip(values.tolist(), "abcde", strict=True))
@@ -372,6 +372,9 @@ def test_the_estimates_are_those_of_scipy():
     assert rac.p == pytest.approx(stats.ttest_rel(b, a).pvalue) and math.isnan(plain.p)
     assert rac.difference.mean == pytest.approx((b - a).mean())
     assert rac.difference.half == pytest.approx(stats.t.ppf(0.975, 4) * stats.sem(b - a))
+    assert rac.overall_difference.mean == pytest.approx(2 * (b - a).mean()) and not plain.overall_difference.n
+    header, _, cells = table.cells(table.of(chosen, made))
+    assert cells[header.index("overall - plain")].startswith(f"{2 * (b - a).mean():+.2f} ± ")
     assert rac.best.mean == pytest.approx(b.mean() + 1) and rac.per_class[1].n == 0 and rac.view_difference.n == 0
 
 

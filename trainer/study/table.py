@@ -63,6 +63,7 @@ class Line(NamedTuple):
     gradient_share: Estimate  #: of the consistency, in percent
     difference: Estimate  #: of ``mean`` from the row compared with, run by run
     p: float  #: of the paired t-test that it is 0
+    overall_difference: Estimate  #: as ``difference``, of ``overall``
     seconds: float  #: of a run
     paper: dict
     note: str
@@ -88,15 +89,17 @@ def of(study: Study, records: list[dict]) -> Table:
     records = [r for r in records if identity(r) in wanted]
     _expect_same_images(records)
     whole = [r for r in records if "failed" not in r]
-    reference = {r["seed"]: r["last"]["mean"] for r in whole if r["row"] == study.compare}
+    reference = {r["seed"]: r["last"] for r in whole if r["row"] == study.compare}
     found = []
     for row in study.rows:
         mine = [r for r in whole if r["row"] == row.label]
         failed = sum(r["row"] == row.label for r in records) - len(mine)
         if not mine and not failed:
             continue
-        pairs = [(r["last"]["mean"], reference[r["seed"]]) for r in mine if r["seed"] in reference]
-        differences = [] if row.label == study.compare else [a - b for a, b in pairs]
+        paired = [] if row.label == study.compare else [r for r in mine if r["seed"] in reference]
+        differences, of_overall = (
+            [r["last"][key] - reference[r["seed"]][key] for r in paired] for key in ("mean", "overall")
+        )
         classes = len(mine[0]["classes"]) if mine else 0
         found.append(
             Line(
@@ -112,6 +115,7 @@ def of(study: Study, records: list[dict]) -> Table:
                 gradient_share=estimate(_there(r.get("gradient_share") for r in mine)),
                 difference=estimate(differences),
                 p=_p(differences),
+                overall_difference=estimate(of_overall),
                 seconds=sum(r["seconds"] for r in mine) / max(1, len(mine)),
                 paper=row.paper,
                 note=row.note,
@@ -148,7 +152,7 @@ def cells(table: Table) -> list[list[str]]:
     maps = any(line.view_difference.n for line in table.lines)
     pull = any(line.gradient_share.n for line in table.lines)
     head = ["", "runs", *table.classes, "overall", "mean", "mean, best epoch"]
-    head += [f"mean - {table.study.compare}", "p"] if differ else []
+    head += [f"mean - {table.study.compare}", "p", f"overall - {table.study.compare}"] if differ else []
     head += ["maps differ by %"] if maps else []
     head += ["consistency's share of the gradient, %"] if pull else []
     head += ["paper: overall", "mean"] if paper else []
@@ -160,9 +164,7 @@ def cells(table: Table) -> list[list[str]]:
         row += [""] * (2 + len(table.classes) - len(row))
         row += [str(line.overall), str(line.mean), str(line.best)]
         if differ:
-            d = line.difference
-            sign = "" if not d.n else f"{d.mean:+.2f}" + ("" if math.isnan(d.half) else f" ± {d.half:.2f}")
-            row += [sign, _small(line.p)]
+            row += [_signed(line.difference), _small(line.p), _signed(line.overall_difference)]
         if maps:
             row.append(str(line.view_difference))
         if pull:
@@ -172,6 +174,10 @@ def cells(table: Table) -> list[list[str]]:
             row += [f"{line.paper[k]:.2f}" if k in line.paper else "-" for k in ("overall", "mean")]
         rows.append(row)
     return rows
+
+
+def _signed(d: Estimate) -> str:
+    return "" if not d.n else f"{d.mean:+.2f}" + ("" if math.isnan(d.half) else f" ± {d.half:.2f}")
 
 
 def _small(p: float) -> str:
@@ -208,7 +214,9 @@ def footnotes(table: Table) -> list[str]:
     ]
     notes.append(f"accuracy in percent of the last epoch, mean ± {LEVEL:.0%} interval (Student's t) over runs")
     if any(line.difference.n > 1 for line in table.lines):
-        notes.append(f"differences from {study.compare} are paired by {what}; p is of the paired t-test")
+        notes.append(
+            f"differences from {study.compare} are paired by {what}; p is of the paired t-test of that of the mean"
+        )
     if base.backbone.train_from:
         kept = f"; {base.augment.versions} versions of each image" if base.augment.versions else ""
         notes.append(f"what comes before {base.backbone.train_from} keeps its weights{kept}")
@@ -223,7 +231,7 @@ def as_csv(table: Table) -> str:
     """Every number with all its digits, a line for each row."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    names = ["overall", "mean", "f1", "best", "view_difference", "gradient_share", "difference"]
+    names = ["overall", "mean", "f1", "best", "view_difference", "gradient_share", "difference", "overall_difference"]
     writer.writerow(
         ["row", "runs", "diverged", *(f"{c} {k}" for c in (*table.classes, *names) for k in ("mean", "half"))]
         + ["p", "seconds", "paper overall", "paper mean"]
