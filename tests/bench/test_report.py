@@ -271,7 +271,11 @@ def test_a_whole_step_and_the_heads_share_of_it_are_among_the_first_figures():
     )
     heads = {**STEP, "rows": [*STEP["rows"], {"contender": "plain eager", "ms": [7, 7.8, 9], "images_per_s": 4102.6}]}
     first, _, _ = _text(_found(steps=[heads])).partition("## Goals")
-    assert "with other heads (resnet18, NVIDIA H200); the head is 75.0 % of it" in first
+    within = "within the spread of the samples for resnet18"
+    assert f"with other heads (resnet18, NVIDIA H200), {within}; the head is 75.0 % of it" in first
+    apart = {**STEP, "rows": [{**STEP["rows"][0], "ms": [7, 7.5, 8]}, {**STEP["rows"][1], "ms": [14, 15.0, 16]}]}
+    first, _, _ = _text(_found(steps=[apart])).partition("## Goals")
+    assert "as the authors take it (resnet18, NVIDIA H200)\n" in first and within not in first
 
 
 def test_a_backward_that_was_not_timed_is_the_difference():
