@@ -83,7 +83,7 @@ class Case(NamedTuple):
 
     @property
     def gradient_bytes(self) -> int:
-        """Of the features, or of the views that are made."""
+        """Of the features' gradient, which is as large as they are; or of the views that are made."""
         return 2 * self.N * self.C * self.side**2 * self.dtype.itemsize
 
     @property
@@ -94,15 +94,15 @@ class Case(NamedTuple):
         >>> floors  # both views' features, and their gradient where there is one
         {'head': 196, 'maps': 108}
         """
-        features, size = 2 * self.N * self.C * self.side**2, self.dtype.itemsize
+        features, size = self.gradient_bytes, self.dtype.itemsize
         match self.op:
             case "maps":  # forward only; the maps are float32
-                return features * size + 2 * self.N * self.L * self.side**2 * 4
+                return features + 2 * self.N * self.L * self.side**2 * 4
             case "cross_entropy":
                 return 2 * self.N * self.L * size
             case "views":  # uint8 images to both views
-                return features // 2 + features * size
-        return 2 * features * size
+                return features // (2 * size) + features
+        return 2 * features
 
     @property
     def smallest(self) -> Case:

@@ -131,6 +131,7 @@ class Goal(NamedTuple):
 
 
 PLAIN, BEST, RELEASED = "plain eager, compiled", "best eager, compiled", "released"
+AUTHORS = "as the authors"  #: a whole step as their programs take it
 
 #: Forward and backward; float32 is judged on a CPU, bfloat16 on a GPU.
 GOALS = (

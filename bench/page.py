@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, NamedTuple
 
 from rebalfer_kernels.backend import BACKENDS
@@ -14,7 +14,6 @@ from .document import Block, Figures, Heading, Picture, Table
 
 Result = dict[str, Any]
 
-AUTHORS = "as the authors"  #: a step as their programs take it
 TRAINED = "a training loop's"  #: in place of the kind of memory, which differs with the size
 
 CONTENDERS = ("identity", goals.PLAIN, goals.BEST, goals.RELEASED)
@@ -192,28 +191,24 @@ def _whole_steps(steps: Sequence[Result]) -> list[tuple[str, str]]:
     boxes = []
     for kind in dict.fromkeys(step["kind"] for step in steps):
         own = [step for step in steps if step["kind"] == kind]
-        ratios: dict[bool, list[float]] = {True: [], False: []}
-        alike: dict[bool, dict[str, None]] = {True: {}, False: {}}  # backbones whose middle halves of samples overlap
-        for step in own:
-            ours = next(row["ms"] for row in step["rows"] if row["contender"] == "ours")
-            for row in (row for row in step["rows"] if row["contender"] != "ours"):
-                way = row["contender"] == AUTHORS
-                ratios[way].append(row["ms"][1] / ours[1])
-                if row["ms"][0] <= ours[2]:
-                    alike[way][step["config"]["backbone"]["name"]] = None
         shares = [100 * step["parts_ms"]["head"] / sum(step["parts_ms"].values()) for step in own]
-        where = f"({', '.join(step['config']['backbone']['name'] for step in own)}, {pictures.where(own[0])})"
         head = f"; the head is {_range(shares, '{:.1f}')} % of it"
-        if ratios[False]:
-            other = f"as fast as a whole training step with other heads {where}{_within(alike[False])}{head}"
-            boxes.append((_range(ratios[False], "{:.2f}") + "×", other))
-        if ratios[True]:
-            other = f"as fast as a whole training step as the authors take it {where}{_within(alike[True])}"
-            boxes.append((_range(ratios[True], "{:.2f}") + "×", other))
+        where = f"({', '.join(step['config']['backbone']['name'] for step in own)}, {pictures.where(own[0])})"
+        for authors, other, more in ((False, "with other heads", head), (True, "as the authors take it", "")):
+            ratios, alike = [], []  # alike: backbones where the middle halves of the samples overlap
+            for step in own:
+                rows = {row["contender"]: row["ms"] for row in step["rows"]}
+                others = [ms for name, ms in rows.items() if name != "ours" and (name == goals.AUTHORS) == authors]
+                ratios += [ms[1] / rows["ours"][1] for ms in others]
+                if any(ms[0] <= rows["ours"][2] for ms in others):
+                    alike.append(step["config"]["backbone"]["name"])
+            if ratios:
+                text = f"as fast as a whole training step {other} {where}{_within(alike)}{more}"
+                boxes.append((_range(ratios, "{:.2f}") + "×", text))
     return boxes
 
 
-def _within(backbones: Iterable[str]) -> str:
+def _within(backbones: Sequence[str]) -> str:
     names = " and ".join(backbones)
     return f", within the spread of the samples for {names}" if names else ""
 

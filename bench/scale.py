@@ -98,7 +98,7 @@ What differs from one process:
 - BatchNorm takes its statistics over the images of a process, unless `--compute.sync_batchnorm` (on GPUs), or
   `--backbone.frozen_batchnorm`. Two images of each view are the least that a process may have.
 - Dropout and stochastic depth draw by process.
-- A signal is noticed by all processes together, within about 5 seconds; then the state is saved.
+- A signal is noticed by all processes together, within about 5 seconds or one step; then the state is saved.
 - A run that is resumed with another number of processes continues, but not bit for bit.
 
 ## What is exchanged

@@ -53,7 +53,6 @@ def measured(backbone: str, image_size: int, batch_size: int, amp: str | None, d
 
 
 WARM_UP = 10  # steps
-AUTHORS = "as the authors"
 CONTENDERS: dict[str, Formulation] = {"plain eager": baselines.plain_eager, "released": baselines.released}
 
 #: Of the trainer's step, in its order.
@@ -190,14 +189,14 @@ def run(
             result["errors"].append({"part": "whole run", "error": results.reason(error)})
     result["goals"] = goals.judged("step", result)
     results.write(result, path)
-    errors[AUTHORS] = authors_error(training)
-    proven = errors[AUTHORS] <= proof.TOLERANCE[torch.float32 if config.compute.amp == "off" else torch.bfloat16]
+    errors[goals.AUTHORS] = authors_error(training)
+    proven = errors[goals.AUTHORS] <= proof.TOLERANCE[torch.float32 if config.compute.amp == "off" else torch.bfloat16]
     if not proven:
-        finite = errors[AUTHORS] if math.isfinite(errors[AUTHORS]) else None
-        result["rejected"].append({"contender": AUTHORS, "error": finite, "reason": None})
+        finite = errors[goals.AUTHORS] if math.isfinite(errors[goals.AUTHORS]) else None
+        result["rejected"].append({"contender": goals.AUTHORS, "error": finite, "reason": None})
     with ThreadPoolExecutor(torch.get_num_threads()) as workers:
         if proven:
-            losses[AUTHORS] = functools.partial(training.as_authors, workers=workers)
+            losses[goals.AUTHORS] = functools.partial(training.as_authors, workers=workers)
         runs = {name: functools.partial(_step_ms, training, loss, clock) for name, loss in losses.items()}
         timed: dict[str, Any] = interleave({**runs, "parts": lambda: clock.intervals_ms(training.parts)}, seconds / 2)
     parts = zip(*timed.pop("parts"), strict=True)

@@ -269,7 +269,11 @@ def without_effect(config: Config) -> list[str]:
         (split, "fold", not split.folds, "without split.folds"),
         (split, "hold_out", split.choose_on == "test", "with split.choose_on test"),
         (backbone, "separate_views", backbone.frozen_batchnorm, "with backbone.frozen_batchnorm"),
-        *((augment, name, augment.versions == 1, "with augment.versions 1") for name in list(vars(augment))[:-1]),
+        *(
+            (augment, name, augment.versions == 1, "with augment.versions 1")
+            for name in vars(augment)
+            if name != "versions"
+        ),
     ]
     return [
         f"{options.group}.{name} {getattr(options, name)} has no effect {reason}"
