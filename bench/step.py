@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer import loop, optim, presets
+from trainer import loop, presets
 from trainer.config import Backbone, Compute, Config, as_dict
 from trainer.data import Split
 from trainer.data.batches import Batch, Source
 from trainer.data.synthetic import TRAIN_COUNTS
+from trainer.step import Step
 
 from . import authors, baselines, goals, proof, results
 from .baselines import Formulation
@@ -53,6 +54,15 @@ def measured(backbone: str, image_size: int, batch_size: int, amp: str | None, d
 
 
 WARM_UP = 10  # steps
+#: Switches of the trainer's Compute, each way that it can take its steps: on a GPU, and on a CPU.
+WAYS: dict[str, dict[str, dict[str, Any]]] = {
+    "cuda": {
+        "eager": {},
+        "CUDA graph": {"cuda_graph": True},
+        "compiled, CUDA graph": {"compile": True, "cuda_graph": True},
+    },
+    "cpu": {"eager": {}},
+}
 CONTENDERS: dict[str, Formulation] = {"plain eager": baselines.plain_eager, "released": baselines.released}
 
 #: Of the trainer's step, in its order.
@@ -62,13 +72,14 @@ Loss = Callable[[Batch], Tensor]
 
 
 class Training:
-    """The trainer's method, its optimiser and a pool of random images on ``device``."""
+    """The trainer's method, its step and a pool of random images on ``device``."""
 
     def __init__(self, config: Config, device: torch.device, pool: int) -> None:
         self.config, self.steps = config, 0
         self.method: Any = loop.build(config, TRAIN_COUNTS, device)
         self.method.train()
-        self.optimizer = optim.create(config, self.method, device)
+        self.take = Step(config, self.method, device)  #: the trainer's own step
+        self.optimizer = self.take.optimizer
         side = config.image_size
         images = torch.randint(0, 256, (pool, side, side, 1), dtype=torch.uint8, device=device)
         labels = torch.randint(0, len(TRAIN_COUNTS), (pool,), device=device)
@@ -78,7 +89,8 @@ class Training:
         """The next images, as the trainer's loop makes them."""
         self.steps += 1
         random = torch.Generator().manual_seed(self.steps)
-        rows = torch.randint(len(self.source), (self.config.batch_size,), generator=random).to(self.source.device)
+        rows = torch.randint(len(self.source), (self.config.batch_size,), generator=random)
+        rows = rows.to(self.source.rows_on, non_blocking=True)
         return Batch(self.source, rows, epoch=self.steps, whole=len(rows), progress=0.0)
 
     def problem(self, features: Tensor, y: Tensor) -> Problem:
@@ -175,18 +187,28 @@ def run(
     config: Config, device: str, seconds: float, directory: Path, *, clock: Clock, kind: str
 ) -> tuple[dict[str, Any], Path]:
     """Time a step with each head and the trainer's steady state, about ``seconds`` in all; the result and its file."""
-    result = {**results.environment(kind), "config": as_dict(config), "whole_run": None}
-    result |= {"rows": [], "errors": []}
+    result: dict[str, Any] = {**results.environment(kind), "config": as_dict(config), "whole_run": None}
+    result |= {"whole_runs": {}, "rows": [], "errors": []}
     meter = LoadMeter()
     path = directory / results.file_name(f"step-{config.backbone.name}", result)
     # All of the trainer's images where they are measured, 616 MB at 224 pixels; a rehearsal needs no more than a few.
-    training = Training(config, torch.device(device), pool=goals.IMAGES if kind == "cuda" else 64)
+    pool = goals.IMAGES if kind == "cuda" else 64
+    training = Training(config, torch.device(device), pool)
     losses, errors, result["rejected"] = prove(training)
     if "ours" in losses:
-        try:
-            result["whole_run"] = whole_run(training, losses["ours"], clock, seconds / 3)
-        except Exception as error:
-            result["errors"].append({"part": "whole run", "error": results.reason(error)})
+        ways = WAYS[device]
+        for way, switches in ways.items():
+            try:
+                compute = dataclasses.replace(config.compute, **switches)
+                taken = Training(dataclasses.replace(config, compute=compute), torch.device(device), pool)
+                found = whole_run(taken, clock, seconds / 3 / len(ways))
+                result["whole_runs"][way] = found
+                print(f"{way:<21} {found['images_per_s']:8.1f} images/s of a run's steps", flush=True)
+            except Exception as error:
+                result["errors"].append({"part": f"whole run, {way}", "error": results.reason(error)})
+                print(f"{way}: {results.reason(error)}", flush=True)
+        fastest = min(result["whole_runs"].items(), key=lambda item: item[1]["whole_run_s"], default=None)
+        result["whole_run"] = fastest and {"way": fastest[0], **fastest[1]}
     result["goals"] = goals.judged("step", result)
     results.write(result, path)
     errors[goals.AUTHORS] = authors_error(training)
@@ -215,14 +237,18 @@ def _step_ms(training: Training, loss: Loss, clock: Clock) -> float:
     return clock.intervals_ms(lambda _: training.step(loss))[0]
 
 
-def whole_run(training: Training, loss: Loss, clock: Clock, seconds: float) -> dict[str, Any]:
-    """Images per second of steps that follow each other unwaited, and from it the seconds of 60 epochs."""
+def whole_run(training: Training, clock: Clock, seconds: float) -> dict[str, Any]:
+    """Images per second of the trainer's steps, which follow each other unwaited, and from it the s of 60 epochs."""
+
+    def step() -> None:
+        training.take(training.batch(), training.config.learning_rate)
+
     for _ in range(WARM_UP):
-        training.step(loss)
+        step()
     clock.wait()
     steps, start = 0, time.perf_counter()
     while steps < WARM_UP or time.perf_counter() - start < seconds:
-        training.step(loss)
+        step()
         steps += 1
         if steps % 50 == 0:
             clock.wait()  # or the host would run ahead by more than it is timed for

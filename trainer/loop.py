@@ -77,7 +77,7 @@ def _train_epoch(config: Config, train: Source, state: State, run: Run, noted: S
         # Dropout and the like: by position and process, so that nothing but the position needs to be saved.
         torch.manual_seed(zlib.crc32(f"{config.seed} {state.epoch} {state.step} {distributed.rank()}".encode()))
         progress = (state.epoch + state.step / len(groups)) / config.epochs
-        mine = rows[distributed.share(len(rows))].to(train.rows_on)
+        mine = rows[distributed.share(len(rows))].to(train.rows_on, non_blocking=True)
         batch = Batch(train, mine, state.epoch, len(rows), progress)
         state.count(state.take(batch, optim.learning_rate(config, state.epoch, state.step, len(groups))))
 

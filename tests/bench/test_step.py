@@ -88,13 +88,33 @@ def test_files_hold_the_images(training):
 
 
 def test_a_whole_run_is_extrapolated_from_images_per_second(training, monkeypatch):
-    now = itertools.count(0.0, 0.25)
+    now, taken = itertools.count(0.0, 0.25), []
     monkeypatch.setattr(step.time, "perf_counter", lambda: next(now))
-    monkeypatch.setattr(training, "step", lambda loss: None)
-    found = step.whole_run(training, None, FakeClock(), seconds=0.0)
+    monkeypatch.setattr(training, "take", lambda batch, rate: taken.append((len(batch), rate)))
+    found = step.whole_run(training, FakeClock(), seconds=0.0)
     assert found["extrapolated"] and found["steps"] == step.WARM_UP
+    assert taken == [(4, training.config.learning_rate)] * 2 * step.WARM_UP  # what is not timed, too
     assert found["images_per_s"] == pytest.approx(found["steps"] * 4 / found["seconds"])
     assert found["whole_run_s"] == pytest.approx(60 * 12271 / found["images_per_s"])
+
+
+def test_the_fastest_way_is_the_whole_run_and_one_that_fails_is_said(monkeypatch, tmp_path):
+    """Ways as on a GPU, but that their switches are of a CPU."""
+    ways = {"slow": {"threads": 1}, "fails": {"threads": 2}, "fast": {"threads": 3}}
+    monkeypatch.setitem(step.WAYS, "cpu", ways)
+
+    def whole_run(training, clock, seconds):
+        threads = training.config.compute.threads
+        if threads == 2:
+            raise RuntimeError("no")
+        return {"images_per_s": 10.0 * threads, "whole_run_s": 300.0 / threads}
+
+    monkeypatch.setattr(step, "whole_run", whole_run)
+    result, _ = step.run(step.REHEARSAL, "cpu", 0.0, tmp_path, clock=FakeClock(), kind="rehearsal")
+    assert list(result["whole_runs"]) == ["slow", "fast"]
+    assert result["whole_run"] == {"way": "fast", "images_per_s": 30.0, "whole_run_s": 100.0}
+    assert result["errors"] == [{"part": "whole run, fails", "error": "RuntimeError: no"}]
+    assert result["goals"][0]["figure"] == 100.0
 
 
 def test_a_step_run_writes_its_result(tmp_path):
