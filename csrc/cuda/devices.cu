@@ -57,7 +57,10 @@ Granted prepare() {
   Granted granted{};
   try {
     load(device);
-    granted = {granted_cluster_bits(device), attribute(cudaDevAttrMultiProcessorCount, device, "multiprocessors"),
+    granted = {granted_cluster_bits(device),
+               {attribute(cudaDevAttrMultiProcessorCount, device, "multiprocessors"),
+                attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device, "shared memory of a multiprocessor")},
+
                attribute(cudaDevAttrComputeCapabilityMajor, device, "compute capability") >= 9};
   } catch (...) {
     cudaThreadExchangeStreamCaptureMode(&mode);

@@ -13,10 +13,11 @@ constexpr int kStepBytes = 64;
 
 // Where a warp is in its block, and a lane in its warp.
 struct Place {
-  int lane, warp, group, quarter, view, slice, views;
+  int thread, lane, warp, group, quarter, view, slice, views;
 
-  __device__ __forceinline__ explicit Place(int views)
-      : lane(threadIdx.x % 32), warp(threadIdx.x / 32), group(lane / 4), quarter(lane % 4),
+  __device__ __forceinline__ explicit Place(int views) : Place(views, threadIdx.x) {}
+  __device__ __forceinline__ Place(int views, int thread)
+      : thread(thread), lane(thread % 32), warp(thread / 32), group(lane / 4), quarter(lane % 4),
         view(views == 2 ? warp % 2 : 0), slice(views == 2 ? warp / 2 : warp), views(views) {}
 };
 
@@ -73,34 +74,33 @@ __device__ __forceinline__ void wait_for_oldest(int stages) {
   }
 }
 
-// channels_last: this lane's 16-byte pieces, `passes` times over. What a lane copies only it reads, so shared memory
-// serves as more registers and no barrier is needed. If all steps fit they are fetched once and stay.
+// channels_last: this lane's 16-byte pieces, `passes` times over, `jump` pairs further each time. What a lane copies
+// only it reads, so shared memory serves as more registers and no barrier is needed. If all steps of the same pair fit
+// they are fetched once and stay.
 template <typename T, int kTiles>
 class LaneRing {
  public:
   static __host__ __device__ int64_t bytes(int64_t, int stages) { return int64_t(stages) * kWarps * kTiles * 32 * 16; }
 
   __device__ __forceinline__ LaneRing(const Geometry& g, const T* features, int64_t pair, const Channels& channels,
-                                      const Place& at, int HW, int passes, int stages, unsigned char* room, uint64_t*)
+                                      const Place& at, int HW, unsigned passes, unsigned jump, int stages,
+                                      unsigned char* room, uint64_t*)
       : pieces_(shared_address(room + (at.warp * kTiles * 32 + at.lane) * 16)),
         source_(features + (at.view * g.N + pair) * int64_t(g.C) * HW + int64_t(at.group) * g.C),
         next_(channels.first + at.slice * (kStepBytes / int(sizeof(T))) + at.quarter * kSlots), C_(g.C),
-        width_(channels.width), HW_(HW), group_(at.group), steps_(channels.steps), stages_(stages),
-        total_(channels.steps <= stages ? channels.steps : channels.steps * passes),
+        width_(channels.width), HW_(HW), group_(at.group), jump_(jump), steps_(channels.steps), stages_(stages),
+        total_(!jump && channels.steps <= stages ? channels.steps : channels.steps * passes), left_(channels.steps),
         aligned_(g.C % kSlots == 0 && reinterpret_cast<uintptr_t>(features) % 16 == 0) {
     keep(total_);
     REBALFER_ROLLED
-    for (int s = 0; s < stages; ++s) issue();
+    for (unsigned s = 0; s < stages_; ++s) issue(s);
   }
 
   // Until the next step's features are there: of this lane's position in a tile of 8, and its channels.
   __device__ __forceinline__ void wait() const { wait_for_oldest(stages_); }
   __device__ __forceinline__ uint4 tile(int j) const { return load_shared_16B(piece(taken_) + 512 * j); }
   // What was taken may be overwritten.
-  __device__ __forceinline__ void release() {
-    ++taken_;
-    issue();
-  }
+  __device__ __forceinline__ void release() { issue(taken_++ + stages_); }
   // The next pass begins.
   __device__ __forceinline__ void rewind() {
     if (total_ == steps_) taken_ = 0;
@@ -110,22 +110,22 @@ class LaneRing {
   static constexpr int kSlots = 16 / sizeof(T);
 
   SharedAddress pieces_;
-  const T* const source_;  // the lane's first position
-  int next_;               // the first of the lane's channels that it fetches next
+  const T* source_;  // the lane's first position
+  int next_;         // the first of the lane's channels that it fetches next
   const int C_, width_, HW_, group_;
-  const unsigned steps_, stages_;
-  unsigned total_;
+  const unsigned jump_, steps_, stages_;
+  unsigned total_, left_;  // of all steps; of those of a pass, which are still to be fetched
   const bool aligned_;
-  unsigned issued_ = 0, taken_ = 0;
+  unsigned taken_ = 0;
 
   __device__ __forceinline__ bool inside(int tile) const { return 8 * tile + 8 <= HW_ || 8 * tile + group_ < HW_; }
   __device__ __forceinline__ SharedAddress piece(unsigned use) const {
     return pieces_ + (use & (stages_ - 1)) * (kWarps * kTiles * 512);
   }
 
-  __device__ __forceinline__ void issue() {
-    if (issued_ < total_) {
-      const SharedAddress to = piece(issued_);
+  __device__ __forceinline__ void issue(unsigned step) {
+    if (step < total_) {
+      const SharedAddress to = piece(step);
       const T* const from = source_ + next_;
       if (aligned_) {
 #pragma unroll
@@ -139,29 +139,32 @@ class LaneRing {
                            }));
       }
       next_ += width_;
-      if (issued_ + 1 == steps_) next_ -= int(steps_) * width_;
+      if (--left_ == 0) {
+        left_ = steps_;
+        next_ -= int(steps_) * width_;
+        source_ += int64_t(jump_) * (C_ * HW_);
+      }
     }
     cp_async_commit();
-    ++issued_;
   }
 };
 
-// NCHW: slabs of whole channels, `passes` times over; a stage holds a step's channels of each view. If all slabs fit
-// into the stages they are fetched once and stay.
+// NCHW: slabs of whole channels, `passes` times over, `jump` pairs further each time; a stage holds a step's channels
+// of each view. If all slabs of the same pair fit into the stages they are fetched once and stay.
 template <typename T, int kTiles>
 class SlabRing {
  public:
   static __host__ __device__ int64_t bytes(int64_t HW, int stages) { return stages * kWarps * kStepBytes * HW; }
 
   __device__ __forceinline__ SlabRing(const Geometry& g, const T* features, int64_t pair, const Channels& channels,
-                                      const Place& at, int HW, int passes, int stages, unsigned char* room,
-                                      uint64_t* full)
+                                      const Place& at, int HW, unsigned passes, unsigned jump, int stages,
+                                      unsigned char* room, uint64_t* full)
       : room_(reinterpret_cast<T*>(room)),
         own_(room_ + at.group +
              (at.view * channels.width + at.slice * (kStepBytes / int(sizeof(T))) + at.quarter * kSlots) * HW),
         full_(full), source_(features + pair * int64_t(g.C) * HW), to_twin_(g.N * g.C * HW), channels_(channels),
-        HW_(HW), views_(at.views), group_(at.group), stages_(stages),
-        total_(channels.steps <= stages ? channels.steps : channels.steps * passes) {
+        HW_(HW), views_(at.views), group_(at.group), jump_(jump), stages_(stages),
+        total_(!jump && channels.steps <= stages ? channels.steps : channels.steps * passes), next_(channels.first) {
     const bool aligned =
         reinterpret_cast<uintptr_t>(features) % 16 == 0 && int64_t(g.C) * HW * int64_t(sizeof(T)) % 16 == 0;
     how_ = !aligned ? kElements : REBALFER_HAS_BULK && g.C % channels.width == 0 ? kBulk : kVectors;
@@ -173,12 +176,8 @@ class SlabRing {
       __syncthreads();
     }
     keep(total_);
-    if (how_ == kBulk && threadIdx.x != 0) {  // that thread's next channels are not ours to know
-      issued_ = stages;
-      return;
-    }
     REBALFER_ROLLED
-    for (int s = 0; s < stages; ++s) issue();
+    for (unsigned s = 0; s < stages_; ++s) issue(s);
   }
 
   __device__ __forceinline__ void wait() const {
@@ -198,9 +197,9 @@ class SlabRing {
     });
   }
   __device__ __forceinline__ void release() {
-    ++taken_;
-    if (issued_ < total_) __syncthreads();
-    issue();
+    const unsigned step = taken_++ + stages_;
+    if (step < total_) __syncthreads();
+    issue(step);
   }
   __device__ __forceinline__ void rewind() {
     if (total_ == unsigned(channels_.steps)) taken_ = 0;
@@ -213,43 +212,39 @@ class SlabRing {
   T* const room_;
   const T* const own_;  // the lane's first position and channel of a stage
   uint64_t* const full_;
-  const T* const source_;  // the first view of the pair
+  const T* source_;  // the first view of the pair
   const int64_t to_twin_;
   const Channels channels_;
   const int HW_, views_, group_;
-  const unsigned stages_;  // a power of two
+  const unsigned jump_, stages_;  // stages: a power of two
   unsigned total_;
+  int next_;  // the first channel of the next slab
   How how_;
-  unsigned issued_ = 0, taken_ = 0;
+  unsigned taken_ = 0;
 
   __device__ __forceinline__ bool inside(int tile) const { return 8 * tile + 8 <= HW_ || 8 * tile + group_ < HW_; }
   __device__ __forceinline__ int stage_elements() const { return kWarps * (kStepBytes / int(sizeof(T))) * HW_; }
 
   __device__ __forceinline__ unsigned slot(unsigned use) const { return use & (stages_ - 1); }
   __device__ __forceinline__ T* stage(unsigned use) const { return room_ + slot(use) * stage_elements(); }
-  // The first channel of the next slab, of the first pass or the second.
-  __device__ __forceinline__ int next() const {
-    const int step = int(issued_) < channels_.steps ? int(issued_) : int(issued_) - channels_.steps;
-    return channels_.first + step * channels_.width;
-  }
-  __device__ __forceinline__ int to_copy() const { return min(channels_.width, channels_.C - next()) * HW_; }
+  __device__ __forceinline__ int to_copy() const { return min(channels_.width, channels_.C - next_) * HW_; }
 
   // By one thread.
-  __device__ __forceinline__ void copy_bulk() const {
-    uint64_t* const barrier = full_ + slot(issued_);
+  __device__ __forceinline__ void copy_bulk(unsigned of) const {
+    uint64_t* const barrier = full_ + slot(of);
     const unsigned bytes = to_copy() * sizeof(T);
-    T* const to = stage(issued_);
-    const T* const from = source_ + int64_t(next()) * HW_;
+    T* const to = stage(of);
+    const T* const from = source_ + int64_t(next_) * HW_;
     mbarrier_arrive_expect_tx(barrier, views_ * bytes);
     bulk_copy_to_shared(to, from, bytes, barrier);
     if (views_ == 2) bulk_copy_to_shared(to + channels_.width * HW_, from + to_twin_, bytes, barrier);
   }
 
   // By all threads.
-  __device__ __forceinline__ void copy() const {
+  __device__ __forceinline__ void copy(unsigned of) const {
     const int here = to_copy(), room = channels_.width * HW_, vectors = how_ == kVectors ? here / kSlots : 0;
-    T* to = stage(issued_);
-    const T* from = source_ + int64_t(next()) * HW_;
+    T* to = stage(of);
+    const T* from = source_ + int64_t(next_) * HW_;
     REBALFER_ROLLED
     for (int view = 0; view < views_; ++view, to += room, from += to_twin_) {
 #pragma unroll 4
@@ -260,14 +255,21 @@ class SlabRing {
     }
   }
 
-  __device__ __forceinline__ void issue() {
+  // The step `of`, if there is one; in bulk by the first thread, whose next channels no other knows.
+  __device__ __forceinline__ void issue(unsigned of) {
     if (how_ == kBulk) {
-      if (threadIdx.x == 0 && issued_ < total_) copy_bulk();
+      if (threadIdx.x == 0 && of < total_) copy_bulk(of), advance();
     } else {
-      if (issued_ < total_) copy();
+      if (of < total_) copy(of), advance();
       cp_async_commit();
     }
-    ++issued_;
+  }
+
+  __device__ __forceinline__ void advance() {
+    next_ += channels_.width;
+    if (next_ != channels_.first + channels_.steps * channels_.width) return;
+    next_ = channels_.first;
+    source_ += int64_t(jump_) * (channels_.C * HW_);
   }
 };
 

@@ -143,6 +143,13 @@ __device__ __forceinline__ void keep(V& value) {
   }
 }
 
+// threadIdx.x, read anew: what follows from it need not be kept in registers since it was read before.
+__device__ __forceinline__ int thread_index_anew() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // 16 bytes, both addresses multiples of 16; there after cp_async_wait, for other threads after a barrier besides. What
 // is not wanted becomes zero, and nothing is read.
 __device__ __forceinline__ void cp_async_16B(SharedAddress shared, const void* global, bool wanted = true) {

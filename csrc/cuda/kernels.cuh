@@ -9,6 +9,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <functional>
 
 #include "../head_math.h"
@@ -38,8 +39,31 @@ inline int cluster_bits(int64_t C, int64_t HW, int64_t element_bytes, bool chann
 // find room on a multiprocessor.
 constexpr int kMostStages = 4;
 inline int ring_stages(int64_t blocks, int multiprocessors) {
-  return blocks <= 3 * int64_t(multiprocessors) ? kMostStages : kMostStages / 2;
+  return blocks <= 2 * int64_t(multiprocessors) ? kMostStages : kMostStages / 2;
 }
+
+// A device's multiprocessors.
+struct Multiprocessors {
+  int count;
+  int64_t shared_bytes;  // of each
+};
+
+// Which pairs the clusters of a grid serve: a cluster pairs `cluster`, cluster + clusters, ..., so that the features of
+// its next pair are under way while it ends with one.
+struct Turns {
+  unsigned clusters = 0, each = 0, rest = 0;  // each pairs a cluster, the first `rest` of them one more
+  unsigned ending = 0;                        // blocks that end with a pair at least: those of a cluster take turns
+
+  // Of n pairs, with no more clusters of `size` blocks than find room at once.
+  static Turns of(int64_t n, int64_t room, unsigned size) {
+    Turns turns;
+    turns.clusters = unsigned(std::max<int64_t>(1, std::min(n, room)));
+    turns.each = unsigned(n / turns.clusters), turns.rest = unsigned(n % turns.clusters);
+    turns.ending =
+        turns.rest * std::min(turns.each + 1, size) + (turns.clusters - turns.rest) * std::min(turns.each, size);
+    return turns;
+  }
+};
 
 enum class Storage { f32, bf16, f16 };
 
@@ -69,6 +93,7 @@ struct ForwardParams {
   bool early;        // Granted::early
   int cluster_bits;  // 2^cluster_bits blocks of one pair, at most kMaxClusterBits
   int stages;        // ring_stages: kMostStages or half as many
+  Turns turns;       // set by the launch
 
   float *loss, *classification, *consistency;  // (N,), or () with per_sample and ticket
   float* per_sample;                           // (2, N) scratch: classification and consistency
@@ -114,7 +139,7 @@ struct CrossEntropyParams {
   void* d_logits;
 };
 
-void launch_forward(Storage storage, const ForwardParams& p, cudaStream_t stream);
+void launch_forward(Storage storage, const ForwardParams& p, const Multiprocessors& on, cudaStream_t stream);
 void launch_backward(Storage storage, const BackwardParams& p, cudaStream_t stream);
 void launch_cross_entropy_forward(Storage storage, const CrossEntropyParams& p, cudaStream_t stream);
 void launch_cross_entropy_backward(Storage storage, const CrossEntropyParams& p, cudaStream_t stream);
@@ -126,7 +151,7 @@ void load_tickets();
 
 struct Granted {
   int cluster_bits;  // log2 of the blocks of the largest cluster
-  int multiprocessors;
+  Multiprocessors multiprocessors;
   bool early;  // a kernel may start before the one before it has ended, as it allows: from sm_90 on
 };
 // Before the first launch on the current device (devices.cu): what it has.
@@ -135,7 +160,7 @@ Granted prepare();
 
 // Of one dtype, each in a file of its own so that they compile side by side.
 template <typename T>
-void launch_forward_as(const ForwardParams& p, cudaStream_t stream);
+void launch_forward_as(const ForwardParams& p, const Multiprocessors& on, cudaStream_t stream);
 template <typename T>
 void launch_backward_as(const BackwardParams& p, cudaStream_t stream);
 

@@ -21,9 +21,10 @@
 
 namespace rebalfer::gpu {
 
-constexpr int kWeightChannels = 8;     // of a block of the weight's gradient
-constexpr int kWeightRows = 128;       // samples whose dz such a block holds at a time
-constexpr int kRow = kMaxClasses + 4;  // their pitch: rows are read 16 bytes at a time
+constexpr int kWeightChannels = 8;  // of a block of the weight's gradient
+// Rows of the logits whose gradient such a block holds at a time: it waits for all of them at once.
+template <int kClasses>
+constexpr int kWeightRows = kClasses > 8 ? 128 : 256;
 
 __device__ __forceinline__ float upstream(const Upstream& u, int64_t i) {
   return u.data ? __ldg(u.data + i * u.stride) : 0;
@@ -34,42 +35,59 @@ __device__ __forceinline__ float consistency_upstream(const BackwardParams& p, i
   return p.d_maps ? 1.0f : (p.consistency_weight * upstream(p.d_loss, i) + upstream(p.d_consistency, i)) * p.share;
 }
 
-// dz of row m (view by view) of the logits; zero from L on, and where the row is not `inside` the batch.
+// A row (view by view) of the logits: what its gradient is computed from.
 template <int kClasses>
-__device__ __forceinline__ void logit_gradient(const BackwardParams& p, int64_t m, bool inside, float* to) {
-  const int L = inside ? p.g.L : 0;
-  const int64_t i = m < p.g.N ? m : m - p.g.N;
-  float dz[kClasses] = {};
-  if (inside && (p.d_loss.data || p.d_classification.data) && (m < p.g.N || p.both_views)) {
-    float z[kClasses], t[kClasses];
+struct LogitRow {
+  float z[kClasses], t[kClasses];
+  float g;  // of its cross-entropy
+
+  // Whether a row has a cross-entropy; `inside`: of the batch.
+  static __device__ __forceinline__ bool classified(const BackwardParams& p, int m, bool inside) {
+    return inside && (p.d_loss.data || p.d_classification.data) && (m < int(p.g.N) || p.both_views);
+  }
+
+  __device__ __forceinline__ void load(const BackwardParams& p, int m, bool inside) {
+    const int L = inside ? p.g.L : 0, i = m < int(p.g.N) ? m : m - int(p.g.N);
+    const float* const logits = p.logits + int64_t(m) * L;
+#pragma unroll
+    for (int l = 0; l < kClasses; ++l) z[l] = -INFINITY, t[l] = 0;
+    if (!classified(p, m, inside)) return;
     const auto load = [&](const TargetRow<float>& row) {
 #pragma unroll
       for (int l = 0; l < kClasses; ++l) {
-        z[l] = l < L ? __ldg(p.logits + m * L + l) : -INFINITY;
+        z[l] = l < L ? __ldg(logits + l) : -INFINITY;
         t[l] = l < L ? row[l] : 0.0f;
       }
     };
     const auto row = target_row(p.targets, i, L);
     row.soft ? load(row) : load({row.table, nullptr, row.label, L});  // of a label without a test for each class
-    const float g = (upstream(p.d_loss, i) + upstream(p.d_classification, i)) * p.share;
-    // As cross_entropy_gradient, with one exponential a class.
-    float top = z[0], sum = 0, total = 0;
-#pragma unroll
-    for (int l = 1; l < kClasses; ++l) top = fmaxf(top, z[l]);
-#pragma unroll
-    for (int l = 0; l < kClasses; ++l) sum += z[l] = expf(z[l] - top), total += t[l];
-    const float share = total / sum;
-#pragma unroll
-    for (int l = 0; l < kClasses; ++l) dz[l] = g * (share * z[l] - t[l]);
+    g = (upstream(p.d_loss, i) + upstream(p.d_classification, i)) * p.share;
   }
-  if (p.d_logits)
+
+  // dz, zero from L on.
+  __device__ __forceinline__ void differentiate(const BackwardParams& p, int m, bool inside, float* to) {
+    const int L = inside ? p.g.L : 0;
+    float dz[kClasses] = {};
+    if (classified(p, m, inside)) {
+      // As cross_entropy_gradient, with one exponential a class.
+      float top = z[0], sum = 0, total = 0;
 #pragma unroll
-    for (int l = 0; l < kClasses; ++l)
-      if (l < L) dz[l] += __ldg(p.d_logits + m * L + l);
+      for (int l = 1; l < kClasses; ++l) top = fmaxf(top, z[l]);
 #pragma unroll
-  for (int l = 0; l < kClasses; l += 4)
-    *reinterpret_cast<float4*>(to + l) = make_float4(dz[l], dz[l + 1], dz[l + 2], dz[l + 3]);
-}
+      for (int l = 0; l < kClasses; ++l) sum += z[l] = expf(z[l] - top), total += t[l];
+      const float share = total / sum;
+#pragma unroll
+      for (int l = 0; l < kClasses; ++l) dz[l] = g * (share * z[l] - t[l]);
+    }
+    if (p.d_logits)
+#pragma unroll
+      for (int l = 0; l < kClasses; ++l)
+        if (l < L) dz[l] += __ldg(p.d_logits + int64_t(m) * L + l);
+#pragma unroll
+    for (int l = 0; l < kClasses; l += 4)
+      *reinterpret_cast<float4*>(to + l) = make_float4(dz[l], dz[l + 1], dz[l + 2], dz[l + 3]);
+  }
+};
 
 template <typename T>
 __device__ __forceinline__ void store_parameter(void* to, bool is_float, int64_t i, float x) {
@@ -80,40 +98,52 @@ __device__ __forceinline__ void store_parameter(void* to, bool is_float, int64_t
   }
 }
 
+template <int kClasses>
 struct WeightShared {
-  alignas(16) float dz[kWeightRows][kRow];
-  float sums[kWarps][kMaxClasses][kWeightChannels];
+  alignas(16) float dz[kWeightRows<kClasses>][kClasses + 4];  // 16 bytes of each of 8 rows are in different banks
+  float sums[kWarps][kClasses][kWeightChannels];
 };
 
 // dW = sum_m dz_m P_m + sum_i g_S,i K_i for 8 channels; the first block also db. A lane has one channel, or two of up
 // to 8 classes, of every 16th or 32nd sample.
 template <typename T, int kClasses>
-__device__ void parameter_gradients(const BackwardParams& p, int block, WeightShared& shared) {
+__device__ void parameter_gradients(const BackwardParams& p, int block, WeightShared<kClasses>& shared) {
   const int L = p.g.L, C = p.g.C, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  constexpr int kOwn = 16 / kClasses, kLanes = kWeightChannels / kOwn, kParts = kThreads / kLanes;
+  constexpr int kRows = kWeightRows<kClasses>, kOwn = 16 / kClasses, kLanes = kWeightChannels / kOwn,
+                kParts = kThreads / kLanes;
   const int part = threadIdx.x / kLanes, own = kOwn * (int(threadIdx.x) % kLanes);
   const int c = block * kWeightChannels + own;
   const bool classified = p.targets.table, with_bias = p.d_bias && block == 0;
   float acc[kOwn][kClasses] = {}, bias[(kClasses + kWarps - 1) / kWarps] = {};
-  const int64_t M = classified && (p.pooled || with_bias) ? 2 * p.g.N : 0;
+  const int M = classified && (p.pooled || with_bias) ? 2 * int(p.g.N) : 0;
   const float* pooled = p.pooled + int64_t(part) * C + c;
   const int64_t step = int64_t(kParts) * C;
-  for (int64_t m0 = 0; m0 < M; m0 += kWeightRows, pooled += kWeightRows / kParts * step) {
-    const int rows = int(min(int64_t(kWeightRows), M - m0));
+  for (int m0 = 0; m0 < M; m0 += kRows, pooled += kRows / kParts * step) {
+    const int rows = min(kRows, M - m0);
     // The part's rows are under way while the logits' gradient is computed.
     int own_rows[kOwn];
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) own_rows[j] = p.d_weight && p.pooled && c + j < C ? rows - part : 0;
-    float x[kWeightRows / kParts][kOwn];
+    float x[kRows / kParts][kOwn];
 #pragma unroll
-    for (int k = 0; k < kWeightRows / kParts; ++k)
+    for (int k = 0; k < kRows / kParts; ++k)
 #pragma unroll
       for (int j = 0; j < kOwn; ++j) x[k][j] = k * kParts < own_rows[j] ? __ldg(pooled + k * step + j) : 0.0f;
-    __syncthreads();
-    logit_gradient<kClasses>(p, m0 + threadIdx.x, int(threadIdx.x) < rows, shared.dz[threadIdx.x]);
+    LogitRow<kClasses> logits[kRows / kThreads];
+#pragma unroll
+    for (int k = 0; k < kRows / kThreads; ++k) {
+      const int row = k * kThreads + threadIdx.x;
+      logits[k].load(p, m0 + row, row < rows);
+    }
     __syncthreads();
 #pragma unroll
-    for (int k = 0; k < kWeightRows / kParts; ++k)
+    for (int k = 0; k < kRows / kThreads; ++k) {
+      const int row = k * kThreads + threadIdx.x;
+      logits[k].differentiate(p, m0 + row, row < rows, shared.dz[row]);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < kRows / kParts; ++k)
 #pragma unroll
       for (int l = 0; l < kClasses; l += 4) {
         const float4 dz = *reinterpret_cast<const float4*>(&shared.dz[k * kParts + part][l]);
@@ -127,7 +157,7 @@ __device__ void parameter_gradients(const BackwardParams& p, int block, WeightSh
 #pragma unroll
       for (int k = 0; k < kClasses / kWarps; ++k)
 #pragma unroll
-        for (int r = 0; r < kWeightRows; r += 32) bias[k] += shared.dz[r + lane][k * kWarps + warp];
+        for (int r = 0; r < kRows; r += 32) bias[k] += shared.dz[r + lane][k * kWarps + warp];
     }
   }
   if (with_bias) {
@@ -159,7 +189,7 @@ __device__ void parameter_gradients(const BackwardParams& p, int block, WeightSh
       if (lane < kLanes) shared.sums[warp][l][own + j] = acc[j][l];
     }
   __syncthreads();
-  static_assert(kThreads == kMaxClasses * kWeightChannels);
+  static_assert(kThreads >= kClasses * kWeightChannels);
   const int l = threadIdx.x / kWeightChannels, k = threadIdx.x % kWeightChannels, to = block * kWeightChannels + k;
   if (l >= L || to >= C) return;
   float sum = 0;
@@ -540,7 +570,7 @@ __global__ __launch_bounds__(kThreads, 6 - kBlocks) void backward_kernel(const _
   wait_for_previous();
   using Gradient = FeatureGradient<T, kChannelsLast, kBlocks, kPositions>;
   if (blockIdx.x < weight_blocks) {
-    parameter_gradients<T, 8 * kBlocks>(p, blockIdx.x, *reinterpret_cast<WeightShared*>(memory));
+    parameter_gradients<T, 8 * kBlocks>(p, blockIdx.x, *reinterpret_cast<WeightShared<8 * kBlocks>*>(memory));
     return;
   }
   const unsigned block = blockIdx.x - weight_blocks, pair = block / of_pair;
@@ -563,7 +593,7 @@ void launch_backward_as(const BackwardParams& p, cudaStream_t stream) {
     const unsigned of_pair = unsigned((p.g.C + channels - 1) / channels);
     const int64_t feature_blocks = p.d_features ? p.g.N * of_pair : 0;
     if (weight_blocks + feature_blocks == 0) return;
-    const int64_t bytes = std::max<int64_t>(weight_blocks ? sizeof(WeightShared) : 0,
+    const int64_t bytes = std::max<int64_t>(weight_blocks ? sizeof(WeightShared<8 * kBlocks>) : 0,
                                             feature_blocks ? Gradient::shared_bytes(p.g.H * p.g.W) : 0);
     launch(backward_kernel<T, kChannelsLast, kBlocks, kPositions>, dim3(unsigned(weight_blocks + feature_blocks)),
            dim3(kThreads), 1u, size_t(bytes), stream, p.early, p, of_pair, unsigned(weight_blocks));

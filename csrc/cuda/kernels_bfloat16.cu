@@ -4,7 +4,7 @@
 
 namespace rebalfer::gpu {
 
-template void launch_forward_as<BFloat16>(const ForwardParams&, cudaStream_t);
+template void launch_forward_as<BFloat16>(const ForwardParams&, const Multiprocessors&, cudaStream_t);
 template void launch_backward_as<BFloat16>(const BackwardParams&, cudaStream_t);
 template void visit_forward_kernels_as<BFloat16>(const Visit&);
 template void visit_backward_kernels_as<BFloat16>(const Visit&);

@@ -77,12 +77,19 @@ class WeightCursor {
       : floats(sizeof(T) == 4 || weights.parameter.is_float), weights_(weights), l_(l), c_(c), step_(step),
         step_bytes_(step * size()), by_element_(!weights.vectors),
         from_(static_cast<const unsigned char*>(weights.parameter.data) + offset(l, c)) {
-    keep(step_bytes_), keep(by_element_);
+    keep(by_element_);
   }
 
   __device__ __forceinline__ void advance() {
     c_ += step_;
     from_ += step_bytes_;
+    keep(from_);
+  }
+
+  // From the last of n steps to the first.
+  __device__ __forceinline__ void rewind(int n) {
+    c_ -= (n - 1) * step_;
+    from_ -= int64_t(n - 1) * step_bytes_;
     keep(from_);
   }
 

@@ -73,8 +73,8 @@ void launch_cross_entropy_backward(Storage storage, const CrossEntropyParams& p,
   });
 }
 
-void launch_forward(Storage storage, const ForwardParams& p, cudaStream_t stream) {
-  with_type(storage, [&]<typename T>() { launch_forward_as<T>(p, stream); });
+void launch_forward(Storage storage, const ForwardParams& p, const Multiprocessors& on, cudaStream_t stream) {
+  with_type(storage, [&]<typename T>() { launch_forward_as<T>(p, on, stream); });
 }
 
 void launch_backward(Storage storage, const BackwardParams& p, cudaStream_t stream) {

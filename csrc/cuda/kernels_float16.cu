@@ -4,7 +4,7 @@
 
 namespace rebalfer::gpu {
 
-template void launch_forward_as<Half>(const ForwardParams&, cudaStream_t);
+template void launch_forward_as<Half>(const ForwardParams&, const Multiprocessors&, cudaStream_t);
 template void launch_backward_as<Half>(const BackwardParams&, cudaStream_t);
 template void visit_forward_kernels_as<Half>(const Visit&);
 template void visit_backward_kernels_as<Half>(const Visit&);

@@ -1,13 +1,15 @@
 // The forward kernel: maps, pooled features, residual, logits and losses of a pair of views in one launch that reads
 // the features once.
 //
-// A cluster serves one pair, each of its blocks some of the channels, each warp one view and 64 bytes of channels at a
-// time (features.cuh). What a lane holds of the features, 16 bytes of consecutive channels at a position, is, with the
-// channels of an mma's K axis renumbered, for the weight alike, the B operand of mma.m16n8k16. Its A operand holds 8
-// classes of the weight's high parts in rows 0-7 and of their low parts in rows 8-15, so a float32 weight costs no more
-// mma than a 16-bit one. A second mma with the identity as A adds up the features over the tiles of 8 positions, in
-// float32: what is left of the mean over positions is a sum of 8 numbers a channel. So no feature of 16 bits is ever
-// converted. (A feature that is not finite makes the means of the channels that share an mma with it NaN.)
+// A cluster serves one pair, then another if there are more pairs than clusters find room; each of its blocks some of
+// the channels, each warp one view and 64 bytes of channels at a time (features.cuh). The blocks take turns in what
+// comes after the maps, while they fetch the next pair. What a lane holds of the features, 16 bytes of consecutive
+// channels at a position, is, with the channels of an mma's K axis renumbered, for the weight alike, the B operand of
+// mma.m16n8k16. Its A operand holds 8 classes of the weight's high parts in rows 0-7 and of their low parts in rows
+// 8-15, so a float32 weight costs no more mma than a 16-bit one. A second mma with the identity as A adds up the
+// features over the tiles of 8 positions, in float32: what is left of the mean over positions is a sum of 8 numbers a
+// channel. So no feature of 16 bits is ever converted. (A feature that is not finite makes the means of the channels
+// that share an mma with it NaN.)
 //
 // float32 features take the same road with FMAs.
 //
@@ -25,7 +27,7 @@ namespace rebalfer::gpu {
 struct ForwardShared {  // the fixed part of a block's shared memory
   uint64_t full[kMostStages], gathered;
   double room[kWarps][3];
-  float bias[kMaxClasses], map_weights[kMaxClasses], target[kMaxClasses];
+  float bias[kMaxClasses], map_weights[kMaxClasses], target[2][kMaxClasses];  // of this turn, of the next
   float z[2][kMaxClasses], sums[kWarps];
   int twin[kMaxPositions], last;
 };
@@ -39,6 +41,7 @@ struct Forward {
   static constexpr int kClasses = 8 * kBlocks;
   static constexpr int kMap = kClasses * kPitch;  // floats of one view's maps in shared memory
   static constexpr bool kTensorCore = sizeof(T) == 2;
+  static constexpr bool kTurns = kTensorCore;  // of float32, whose sums need all registers, a cluster serves one pair
   // Blocks that a multiprocessor is to hold.
   static constexpr bool kMany = kPositions && (kTensorCore || kChannelsLast);
   static constexpr int kResident = kBlocks == 2 ? 2 : kMany ? 4 : 3;
@@ -47,14 +50,17 @@ struct Forward {
 
   static __host__ __device__ int64_t maps_offset() { return (sizeof(ForwardShared) + 127) / 128 * 128; }
   static __host__ __device__ int64_t ring_offset() { return maps_offset() + kWarps * kMap * sizeof(float); }
-  // Where the blocks of the cluster push their maps: the ring, whose features have been used then, or behind it where
-  // they are needed once more.
-  static __host__ __device__ int64_t inbox_offset(int64_t HW, int stages, bool with_cam_grad) {
-    return ring_offset() + (with_cam_grad ? (Source::bytes(HW, stages) + 127) / 128 * 128 : 0);
+  // Where the blocks of the cluster push their maps.
+  static __host__ __device__ int64_t inbox_offset(int64_t HW, int stages) {
+    return ring_offset() + (Source::bytes(HW, stages) + 127) / 128 * 128;
   }
-  static int64_t shared_bytes(int64_t HW, int stages, int cluster_bits, bool with_cam_grad) {
-    const int64_t inbox = cluster_bits ? int64_t(sizeof(float[2][kMap])) << cluster_bits : 0;
-    return std::max(ring_offset() + Source::bytes(HW, stages), inbox_offset(HW, stages, with_cam_grad) + inbox);
+  static int64_t shared_bytes(int64_t HW, int stages, int cluster_bits) {
+    return inbox_offset(HW, stages) + (cluster_bits ? int64_t(sizeof(float[2][kMap])) << cluster_bits : 0);
+  }
+  // The clusters that find room at once.
+  static int64_t room(const Multiprocessors& on, int64_t shared_bytes, int cluster_bits) {
+    constexpr int64_t kReserved = 1024;  // of each block's, by CUDA
+    return on.count * std::min<int64_t>(kResident, on.shared_bytes / (shared_bytes + kReserved)) >> cluster_bits;
   }
 
   const ForwardParams& p;
@@ -62,7 +68,7 @@ struct Forward {
   ForwardShared& shared;
   Map* const maps;   // of each warp, then summed over the warps of a view in place
   Map* const total;  // of each view, over the cluster
-  const int64_t pair;
+  unsigned pair;     // that is served now
   const int HW, L, views;
   const Place at;
   const Channels channels;
@@ -79,19 +85,31 @@ struct Forward {
   }
   __device__ __forceinline__ bool classified() const { return p.targets.table; }
 
+  // The blocks of a cluster, and which of its pairs are this block's turns: every size-th from its rank on; all blocks
+  // have one where the features are needed once more.
+  __device__ __forceinline__ unsigned size() const { return 1u << p.cluster_bits; }
+  __device__ __forceinline__ bool has_turn(unsigned k) const {
+    return p.cam_grad || (k & (size() - 1)) == unsigned(rank);
+  }
+  __device__ __forceinline__ unsigned parity(unsigned k) const { return k >> p.cluster_bits & 1; }
+
   // What the end needs besides the maps; it arrives while the features do.
   __device__ __forceinline__ void prepare() const {
     const int l = threadIdx.x % kMaxClasses;
     switch (threadIdx.x / kMaxClasses) {
       case 0: shared.bias[l] = p.bias.data ? Weights<T>(p.bias, L, 1).at(l, 0) : 0.0f; break;
       case 1: shared.map_weights[l] = l < L && p.map_weights ? __ldg(p.map_weights + l) : 0.0f; break;
-      case 2: shared.target[l] = l < L && classified() ? target_row(p.targets, pair, L)[l] : 0.0f; break;
+      case 2: fetch_target(p.cam_grad ? pair : pair + rank * p.turns.clusters, l, shared.target[0]); break;
       default: break;
     }
     if (views == 2 && threadIdx.x >= kThreads - kMaxPositions) {
       const int x = threadIdx.x - (kThreads - kMaxPositions);
       shared.twin[x] = x < HW ? int(twin_index(p.g.twin, x / p.g.W, x % p.g.W)) : x;
     }
+  }
+  // By a lane for each class.
+  __device__ __forceinline__ void fetch_target(unsigned of, int l, float* to) const {
+    to[l] = l < L && classified() && of < p.g.N ? target_row(p.targets, of, L)[l] : 0.0f;
   }
 
   // A lane's share of the maps: of mma, D's fragments; else positions group + 8 j, all classes, of its own channels.
@@ -138,14 +156,17 @@ struct Forward {
   }
 
   // A step's share of the maps and of the means over positions.
-  // `w` becomes the next step's, whose loads are under way meanwhile.
+  // `w` becomes the next step's, whose loads are under way meanwhile; after the `last`, the first's.
   template <typename Pool>
   __device__ __forceinline__ void accumulate(Sums& acc, Pool& pool, const Source& source, Rows& w,
-                                             WeightCursor<T>& cursor) const {
+                                             WeightCursor<T>& cursor, bool last) const {
+    const auto next = [&] {
+      kTurns&& last ? cursor.rewind(channels.steps) : cursor.advance();
+      w = rows(cursor);
+    };
     if constexpr (kTensorCore) {
       const Fragments by = fragments(w, cursor.floats);
-      cursor.advance();
-      w = rows(cursor);
+      next();
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
         const uint4 f = source.tile(j);
@@ -173,8 +194,7 @@ struct Forward {
           for (int i = 0; i < kSlots; ++i) acc[j][l] = fmaf(of_class[i], x[i], acc[j][l]);
         }
       }
-      cursor.advance();
-      w = rows(cursor);
+      next();
     }
   }
 
@@ -219,10 +239,15 @@ struct Forward {
 #pragma unroll
       for (int i = 0; i < 8; ++i) sums[i / 4][i % 4] = 0;
     }
+    // The first channels again, of the next pair.
+    __device__ __forceinline__ void rewind(const Forward& of) {
+      const int all = of.channels.steps * of.channels.width;
+      to += int64_t(of.p.turns.clusters) * of.p.g.C - all, c -= all;
+    }
   };
 
   // This warp's sums to its maps in shared memory.
-  __device__ __forceinline__ void store(Sums& acc, bool floats) const {
+  __device__ __forceinline__ void store(Sums& acc, bool floats, const Place& at) const {
     Map& to = maps[at.warp];
     if constexpr (kTensorCore) {
       const auto give = [&](const auto& sum) {
@@ -255,10 +280,10 @@ struct Forward {
   // use(e, sum) for the elements of both views' maps, 4 floats each, that are this thread's, and their sums.
   using OwnSums = float4[kRounds];
   template <typename Use>
-  __device__ __forceinline__ void for_own_vectors(OwnSums& sums, const Use& use) const {
+  __device__ __forceinline__ void for_own_vectors(OwnSums& sums, int thread, const Use& use) const {
 #pragma unroll
     for (int k = 0; k < kRounds; ++k)
-      if (const int e = threadIdx.x + k * kThreads; e < (views == 2 ? kVectors : kVectors / 2)) use(e, sums[k]);
+      if (const int e = thread + k * kThreads; e < (views == 2 ? kVectors : kVectors / 2)) use(e, sums[k]);
   }
   // The sum of from[i stride + e] over i < n, in this order.
   template <int n>
@@ -271,48 +296,50 @@ struct Forward {
     return x[0];
   }
 
-  // Sums the maps of a view over its warps and the blocks of the cluster, for the blocks that need them.
-  __device__ __forceinline__ void combine() const {
+  // The inbox is to take the maps of the cluster's other blocks, once; by one thread.
+  __device__ __forceinline__ void expect() const {
+    mbarrier_arrive_expect_tx(&shared.gathered, views * sizeof(float[kMap]) * (size() - 1));
+  }
+
+  // Sums the k-th pair's maps over the warps of a view and the blocks of the cluster, for the block whose turn it is,
+  // or for all. A block pushes a pair's maps after it has used those of its own turn before, which a block waits for
+  // before it has a turn again: so the inbox is free.
+  __device__ __forceinline__ void combine(unsigned k, int thread) const {
     const float4* const own = reinterpret_cast<const float4*>(maps);
     float4* const whole = reinterpret_cast<float4*>(total);
-    if (p.cluster_bits && threadIdx.x == 0) {
-      mbarrier_init(&shared.gathered, 1);
-      mbarrier_fence_init();
-      mbarrier_arrive_expect_tx(&shared.gathered, views * sizeof(float[kMap]) * ((1u << p.cluster_bits) - 1));
-    }
     __syncthreads();
-    if (p.cluster_bits) cluster_arrive();  // the inbox is free
     OwnSums sums;
-    for_own_vectors(sums, [&](int e, float4& sum) {
+    for_own_vectors(sums, thread, [&](int e, float4& sum) {
       sum = views == 2 ? sum_of<kWarps / 2>(own, kVectors, e) : sum_of<kWarps>(own, kVectors / 2, e);
     });
     if (p.cluster_bits) {
       // Of each of the cluster's blocks, both views.
       float4* const inbox =
-          reinterpret_cast<float4*>(reinterpret_cast<unsigned char*>(&shared) + inbox_offset(HW, p.stages, p.cam_grad));
-      cluster_wait();
-      const int receivers = p.cam_grad ? 1 << p.cluster_bits : 1;
+          reinterpret_cast<float4*>(reinterpret_cast<unsigned char*>(&shared) + inbox_offset(HW, p.stages));
+      if (k == 0) cluster_wait();  // for the other blocks' first expect()
+      const int first = p.cam_grad ? 0 : int(k & (size() - 1)), receivers = p.cam_grad ? int(size()) : 1;
       REBALFER_ROLLED
-      for (int r = 0; r < receivers; ++r)
-        for_own_vectors(sums, [&](int e, const float4& sum) {
+      for (int r = first; r < first + receivers; ++r)
+        for_own_vectors(sums, thread, [&](int e, const float4& sum) {
           float4* const to = inbox + rank * kVectors + e;
           r == rank ? void(*to = sum) : push_16B(to, sum, r, &shared.gathered);
         });
-      if (rank >= receivers) return;
-      mbarrier_wait_parity<true>(&shared.gathered, 0);
-      for_own_vectors(sums, [&](int e, float4& sum) {
+      if (!has_turn(k)) return;
+      mbarrier_wait_parity<true>(&shared.gathered, parity(k));
+      if (thread == 0 && pair + size() * p.turns.clusters < p.g.N) expect();
+      for_own_vectors(sums, thread, [&](int e, float4& sum) {
         sum = p.cluster_bits == 1 ? sum_of<2>(inbox, kVectors, e) : sum_of<4>(inbox, kVectors, e);
       });
     }
-    for_own_vectors(sums, [&](int e, const float4& sum) { whole[e] = sum; });
+    for_own_vectors(sums, thread, [&](int e, const float4& sum) { whole[e] = sum; });
     __syncthreads();
   }
 
   // The logits, and the maps where they are wanted. Positions outside are zero, so 8 lanes add up whole rows.
-  __device__ __forceinline__ void write_logits(bool writes) const {
+  __device__ __forceinline__ void write_logits(bool writes, int thread) const {
     REBALFER_ROLLED
-    for (int row = threadIdx.x / 8; row < views * kClasses; row += kThreads / 8) {
-      const int v = row / kClasses, l = row % kClasses, x0 = threadIdx.x % 8;
+    for (int row = thread / 8; row < views * kClasses; row += kThreads / 8) {
+      const int v = row / kClasses, l = row % kClasses, x0 = thread % 8;
       float sum = 0;
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) sum += total[v][l][x0 + 8 * j];
@@ -328,13 +355,13 @@ struct Forward {
   }
 
   // The residual, in place of the first view's maps too, and this warp's share of the consistency (Eq. 5).
-  __device__ __forceinline__ void write_residual(bool writes) const {
+  __device__ __forceinline__ void write_residual(bool writes, const Place& at) const {
     constexpr int kLanes = kThreads / kClasses;  // of a row
-    const int l = threadIdx.x / kLanes, x0 = threadIdx.x % kLanes;
+    const int l = at.thread / kLanes, x0 = at.thread % kLanes;
     float sum = 0;
     if (l < L) {
       const float v = shared.map_weights[l];
-      float* const to = p.residual + (pair * L + l) * HW;
+      float* const to = p.residual + (int64_t(pair) * L + l) * HW;
 #pragma unroll
       for (int x = x0; x < 8 * kTiles; x += kLanes) {
         if (x >= HW) break;
@@ -350,9 +377,9 @@ struct Forward {
 
   // By the first warp, half a warp a view, a lane a class: the sum of the cross-entropies (Eq. 1). As head_math.h's
   // cross_entropy.
-  __device__ __forceinline__ float classify() const {
+  __device__ __forceinline__ float classify(const float* target, const Place& at) const {
     const int v = at.lane / 16, l = at.lane % 16;
-    const float z = l < L ? shared.z[v][l] : -INFINITY, t = l < L ? shared.target[l] : 0.0f;
+    const float z = l < L ? shared.z[v][l] : -INFINITY, t = l < L ? target[l] : 0.0f;
     if (l < L) p.logits[(v * p.g.N + pair) * L + l] = z;
     float top = z;
 #pragma unroll
@@ -365,23 +392,25 @@ struct Forward {
     return warp_sum(loss);
   }
 
-  // This sample's losses, or, by the last block, the batch's.
+  // This pair's losses.
   __device__ __forceinline__ void write_losses(float classification) const {
-    if (threadIdx.x == 0) {
-      float sum = 0;
+    float sum = 0;
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) sum += shared.sums[w];
-      const float consistency = sum / float(L * HW);
-      if (p.ticket) {
-        p.per_sample[p.g.N + pair] = consistency;
-        p.per_sample[pair] = classification;
-      } else {
-        p.consistency[pair] = consistency;
-        if (classified())
-          p.classification[pair] = classification, p.loss[pair] = classification + p.consistency_weight * consistency;
-      }
+    for (int w = 0; w < kWarps; ++w) sum += shared.sums[w];
+    const float consistency = sum / float(L * HW);
+    if (p.ticket) {
+      p.per_sample[p.g.N + pair] = consistency;
+      p.per_sample[pair] = classification;
+    } else {
+      p.consistency[pair] = consistency;
+      if (classified())
+        p.classification[pair] = classification, p.loss[pair] = classification + p.consistency_weight * consistency;
     }
-    if (!p.ticket || !is_last_block(p.ticket, p.g.N, &shared.last)) return;
+  }
+
+  // The batch's losses, by the last block of those that had a turn.
+  __device__ __forceinline__ void write_means() const {
+    if (!is_last_block(p.ticket, p.turns.ending, &shared.last)) return;
     float means[3];
     block_means(p.g.N, shared.room, means, [&](int64_t i, float* v) {
       v[0] = p.per_sample[i], v[1] = p.per_sample[p.g.N + i], v[2] = v[0] + p.consistency_weight * v[1];
@@ -392,15 +421,17 @@ struct Forward {
   }
 
   // From the whole maps on; leaves the residual in place of the first view's.
-  __device__ __forceinline__ void finish(bool writes) const {
-    write_logits(writes);
+  __device__ __forceinline__ void finish(unsigned k, bool writes, const Place& at) const {
+    write_logits(writes, at.thread);
     if (views == 1) return;
     __syncthreads();
-    write_residual(writes);
+    write_residual(writes, at);
     if (!writes) return;
-    const float classification = classified() && at.warp == 0 ? classify() : 0.0f;
+    const float classification = classified() && at.warp == 0 ? classify(shared.target[parity(k)], at) : 0.0f;
+    if (at.warp == kWarps - 1 && at.lane < kMaxClasses)
+      fetch_target(pair + size() * p.turns.clusters, at.lane, shared.target[parity(k) ^ 1]);
     __syncthreads();
-    write_losses(classification);
+    if (at.thread == 0) write_losses(classification);
   }
 
   // K = <d, F> (minus the twin's): d (L, HW) of this warp's view meets each channel, a few classes at a time.
@@ -435,7 +466,7 @@ struct Forward {
       }
       const int l = l0 + 4 * at.group / kSlots;
       if (l >= L) continue;
-      float* to = p.cam_grad + (pair * L + l) * p.g.C;
+      float* to = p.cam_grad + (int64_t(pair) * L + l) * p.g.C;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int slot = 4 * at.group % kSlots + i;
@@ -456,7 +487,7 @@ struct Forward {
         continue;
       }
       if (p.d_maps) {
-        total[0][l][x] = p.d_maps[(pair * L + l) * HW + x];
+        total[0][l][x] = p.d_maps[(int64_t(pair) * L + l) * HW + x];
         continue;
       }
       const float d = consistency_gradient(shared.map_weights[l], total[0][l][x], p.p) / float(L * HW);
@@ -466,26 +497,44 @@ struct Forward {
     __syncthreads();
   }
 
-  __device__ __forceinline__ void run(unsigned char* memory) const {
+  __device__ __forceinline__ void run(unsigned char* memory) {
     const bool forward = !p.d_maps;
+    if (forward && p.cluster_bits && threadIdx.x == 0) {
+      mbarrier_init(&shared.gathered, 1);
+      mbarrier_fence_init();
+      expect();
+    }
     Source source(p.g, static_cast<const T*>(p.features), pair, channels, at, HW,
-                  int(forward) + (p.cam_grad != nullptr), p.stages, memory + ring_offset(), shared.full);
-    if (rank == 0 || p.cam_grad) prepare();
+                  p.cam_grad ? 1 + forward : p.turns.each + (pair < p.turns.rest),
+                  kTurns && !p.cam_grad ? p.turns.clusters : 0, p.stages, memory + ring_offset(), shared.full);
+    if (forward && p.cluster_bits) cluster_arrive();
+    prepare();
     if (forward) {
-      Sums acc = {};
       WeightCursor<T> cursor(weights, kTensorCore ? at.group : 0, lane_channel(), channels.width);
       Pool pool(*this);
       Rows w = rows(cursor);
       REBALFER_ROLLED
-      for (int step = 0; step < channels.steps; ++step) {
-        source.wait();
-        accumulate(acc, pool, source, w, cursor);
-        pool.write(*this);
-        source.release();
+      for (unsigned k = 0;; kTurns ? ++k : k) {
+        Sums acc = {};
+        REBALFER_ROLLED
+        for (int step = 0; step < channels.steps; ++step) {
+          source.wait();
+          accumulate(acc, pool, source, w, cursor, step + 1 == channels.steps);
+          pool.write(*this);
+          source.release();
+        }
+        if (k) __syncthreads();  // the maps of the pair before have been used
+        const Place now(views, thread_index_anew());
+        store(acc, cursor.floats, now);
+        combine(k, now.thread);
+        if (has_turn(k)) finish(k, !p.cam_grad || rank == 0, now);
+        if (!kTurns || pair + p.turns.clusters >= p.g.N) {
+          if (p.ticket && unsigned(rank) <= k) write_means();
+          break;
+        }
+        pair += p.turns.clusters;
+        pool.rewind(*this);
       }
-      store(acc, cursor.floats);
-      combine();
-      if (rank == 0 || p.cam_grad) finish(rank == 0);
       source.rewind();
     }
     if (!p.cam_grad) return;
@@ -513,13 +562,16 @@ __global__ __launch_bounds__(kThreads, Forward<T, kChannelsLast, kBlocks, kPosit
 }
 
 template <typename T>
-void launch_forward_as(const ForwardParams& p, cudaStream_t stream) {
+void launch_forward_as(const ForwardParams& p, const Multiprocessors& on, cudaStream_t stream) {
   const int HW = p.g.H * p.g.W;
   with_instance(p.g.channels_last, p.g.L, HW, [&]<bool kChannelsLast, int kBlocks, int kPositions>() {
-    const int64_t bytes =
-        Forward<T, kChannelsLast, kBlocks, kPositions>::shared_bytes(HW, p.stages, p.cluster_bits, p.cam_grad);
-    launch(forward_kernel<T, kChannelsLast, kBlocks, kPositions>, dim3(unsigned(p.g.N << p.cluster_bits)),
-           dim3(kThreads), 1u << p.cluster_bits, size_t(bytes), stream, p.early, p);
+    using Instance = Forward<T, kChannelsLast, kBlocks, kPositions>;
+    const int64_t bytes = Instance::shared_bytes(HW, p.stages, p.cluster_bits);
+    ForwardParams turned = p;
+    turned.turns = Turns::of(p.g.N, Instance::kTurns && !p.cam_grad ? Instance::room(on, bytes, p.cluster_bits) : p.g.N,
+                             1u << p.cluster_bits);
+    launch(forward_kernel<T, kChannelsLast, kBlocks, kPositions>, dim3(turned.turns.clusters << p.cluster_bits),
+           dim3(kThreads), 1u << p.cluster_bits, size_t(bytes), stream, p.early, turned);
   });
 }
 
@@ -528,7 +580,7 @@ void visit_forward_kernels_as(const Visit& visit) {
   with_every_instance([&]<bool kChannelsLast, int kBlocks, int kPositions>(int HW) {
     using Instance = Forward<T, kChannelsLast, kBlocks, kPositions>;
     visit(reinterpret_cast<const void*>(forward_kernel<T, kChannelsLast, kBlocks, kPositions>),
-          size_t(Instance::shared_bytes(HW, kMostStages, kMaxClusterBits, true)));
+          size_t(Instance::shared_bytes(HW, kMostStages, kMaxClusterBits)));
   });
 }
 

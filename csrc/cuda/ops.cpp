@@ -58,7 +58,7 @@ void share(ForwardParams& params, Storage storage, const Device& device) {
   const Granted& granted = device.granted();
   params.cluster_bits =
       cluster_bits(g.C, int64_t(g.H) * g.W, storage == Storage::f32 ? 4 : 2, g.channels_last, granted.cluster_bits);
-  params.stages = ring_stages(g.N << params.cluster_bits, granted.multiprocessors);
+  params.stages = ring_stages(g.N << params.cluster_bits, granted.multiprocessors.count);
   params.early = granted.early;
 }
 
@@ -154,7 +154,7 @@ HeadForwardOutputs head_forward(const HeadForwardArguments& a) {
     params.per_sample = data(*per_sample);
     params.ticket = ticket.emplace(device, a.features, stream).get();
   }
-  launch_forward(storage, params, stream);
+  launch_forward(storage, params, device.granted().multiprocessors, stream);
   return out;
 }
 
@@ -201,7 +201,8 @@ Tensor cam_forward(Tensor features, Tensor weight) {
   ForwardParams params = single_views(features, weight, device);
   Tensor maps = output(features, {params.g.N, params.g.L, params.g.H, params.g.W}, ScalarType::Float);
   params.maps = data(maps);
-  if (params.g.N) launch_forward(storage_of(features.scalar_type()), params, device.stream());
+  if (params.g.N)
+    launch_forward(storage_of(features.scalar_type()), params, device.granted().multiprocessors, device.stream());
   return maps;
 }
 
@@ -216,7 +217,7 @@ std::tuple<Tensor, Tensor> cam_backward(Tensor d_maps, Tensor features, Tensor w
     ForwardParams params = single_views(features, weight, device);
     params.d_maps = data(d_maps);
     params.cam_grad = data(cam_grad);
-    launch_forward(storage_of(dtype), params, device.stream());
+    launch_forward(storage_of(dtype), params, device.granted().multiprocessors, device.stream());
   }
   BackwardParams params{};
   params.early = device.granted().early;

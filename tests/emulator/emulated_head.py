@@ -71,7 +71,7 @@ class Case:
 
 def forward(
     case, *, mean=True, p=2, transform="hflip", views="both", detach=True, lam=2.0, classified=True, maps=True,
-    save=True, sm80=False, order="forward", cluster=None, stages=4,
+    save=True, sm80=False, order="forward", cluster=None, stages=4, multiprocessors=132,
 ):  # fmt: skip
     n, c, classes, hw = case.n, case.c, case.classes, case.h * case.w
     losses = () if mean else (n,)
@@ -87,7 +87,7 @@ def forward(
     counters = library(sm80)(
         "run_forward", *case.geometry(transform), case.features, case.weight, int(case.weight.dtype == torch.float32),
         of_class(case.bias), of_class(labels), of_class(case.soft), of_class(case.table), case.v, lam, p,
-        int(views == "both"), cluster or case.cluster(sm80), stages, of_class(out["loss"]),
+        int(views == "both"), cluster or case.cluster(sm80), stages, multiprocessors, of_class(out["loss"]),
         of_class(out["classification"]), out["consistency"], per_sample if mean else None,
         ticket if mean else None, of_class(out["logits"]),
         out["maps"] if maps else None, out["residual"] if save else None, out["pooled"] if save else None,

@@ -313,6 +313,7 @@ inline void store_shared_16B(SharedAddress to, uint4 v) {
 }
 template <typename V>
 void keep(V&) {}
+inline int thread_index_anew() { return int(threadIdx.x); }
 
 inline void cp_async_16B(SharedAddress shared, const void* global, bool wanted = true) {
   static const uint4 zeros{};

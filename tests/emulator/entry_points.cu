@@ -39,9 +39,9 @@ const char* run_forward(int64_t storage, int64_t N, int64_t C, int64_t H, int64_
                         int64_t channels_last, const int64_t* twin, const void* features, const void* weight,
                         int64_t weight_is_float, const void* bias, const int64_t* labels, const float* soft,
                         const float* table, const float* map_weights, float consistency_weight, int64_t p,
-                        int64_t both_views, int64_t cluster, int64_t stages, float* loss, float* classification,
-                        float* consistency, float* per_sample, unsigned* ticket, float* logits, float* maps,
-                        float* residual, float* pooled, float* cam_grad, const float* d_maps) {
+                        int64_t both_views, int64_t cluster, int64_t stages, int64_t multiprocessors, float* loss,
+                        float* classification, float* consistency, float* per_sample, unsigned* ticket, float* logits,
+                        float* maps, float* residual, float* pooled, float* cam_grad, const float* d_maps) {
   return attempt([&] {
     const ForwardParams params{geometry(N, C, H, W, L, views, channels_last, twin),
                                features,
@@ -55,6 +55,7 @@ const char* run_forward(int64_t storage, int64_t N, int64_t C, int64_t H, int64_
                                true,
                                std::countr_zero(uint64_t(cluster)),
                                int(stages),
+                               {},
                                loss,
                                classification,
                                consistency,
@@ -66,7 +67,7 @@ const char* run_forward(int64_t storage, int64_t N, int64_t C, int64_t H, int64_
                                pooled,
                                cam_grad,
                                d_maps};
-    launch_forward(Storage(storage), params, nullptr);
+    launch_forward(Storage(storage), params, {int(multiprocessors), 228 * 1024}, nullptr);
   });
 }
 

@@ -106,7 +106,7 @@ def test_a_cluster_is_chosen_from_what_a_sample_is():
 
 def test_few_blocks_have_more_stages():
     stages = torch.zeros(1, dtype=torch.int64)
-    for blocks, expected in ((1, 4), (396, 4), (397, 2)):
+    for blocks, expected in ((1, 4), (264, 4), (265, 2)):
         library()("get_ring_stages", blocks, 132, stages)
         assert stages.item() == expected, blocks
 
@@ -132,10 +132,45 @@ def test_every_cluster_size_and_slabs_that_come_twice(dtype, layout):
         check(Case(1, 384, 7, 7, 7, dtype, layout), cluster=cluster, detach=False)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_clusters_that_serve_several_pairs(dtype, layout):
+    """On one multiprocessor, which has room for 4 blocks: up to 11 pairs a cluster, whose blocks take turns.
+
+    Fewer steps than stages and more; sizes with a tail; blocks that never have a turn.
+    """
+    for n, c, cluster in ((5, 40, 1), (11, 200, 2), (11, 520, 4), (3, 2048, 4), (2, 300, 4)):
+        case = Case(n, c, 7, 7, 7, dtype, layout, seed=c)
+        for mean in (True, False):
+            ups = upstreams(case, mean)
+            waves, _ = forward(case, mean=mean, cluster=cluster)
+            for stages, order in ((4, "forward"), (2, "reverse")):
+                turns, counters = forward(
+                    case, mean=mean, cluster=cluster, stages=stages, order=order, multiprocessors=1
+                )
+                assert counters["blocks"] <= 4 < cluster * n
+                for name in (*waves.keys() - {"cam_grad"},):
+                    assert torch.equal(waves[name], turns[name]), (n, c, name)
+            expected = truth(case, ups, mean=mean)
+            for name in ("logits", "loss", "classification", "consistency"):
+                oracle.assert_close(turns[name], expected[name], TOLERANCE, name)
+
+
+def test_turns_are_taken_for_classes_and_maps_of_any_size():
+    for layout in LAYOUTS:
+        for h, w, classes, shift in ((5, 3, 11, 0), (8, 8, 16, 0), (4, 4, 7, 1)):
+            case = Case(6, 132, h, w, classes, torch.bfloat16, layout, weight_dtype=torch.float32, shift=shift)
+            waves, _ = forward(case, cluster=2, transform="rot180")
+            turns, counters = forward(case, cluster=2, transform="rot180", multiprocessors=1, stages=2)
+            assert counters["blocks"] < 12
+            assert all(torch.equal(waves[name], turns[name]) for name in waves.keys() - {"cam_grad"})
+
+
 def test_more_samples_than_threads():
-    """Means by the last block and dW, db by blocks that hold 128 samples at a time."""
+    """Means by the last block; dW and db by blocks that hold 256 rows of the logits at a time, or 128."""
     for mean in (True, False):
         check(Case(150, 3, 1, 1, 7, torch.float32), mean=mean, detach=False)
+    check(Case(70, 3, 1, 1, 11, torch.float32), mean=False, detach=False)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -277,7 +312,7 @@ def test_class_activation_maps(dtype, layout):
         maps, is_float = nans(m, classes, h, w), int(dtype == torch.float32)
         none = (None,) * 4
         start = (*case.geometry(views=1, n=m), case.features, case.weight, is_float, None, *none)
-        options = (0.0, 2, 1, case.cluster(False), 2 * n, *(None,) * 6)
+        options = (0.0, 2, 1, case.cluster(False), 2 * n, 132, *(None,) * 6)
         library()("run_forward", *start, *options, maps, None, None, None, None)
         flat, weight = case.features[:m].double().reshape(m, c, h * w), case.weight.double()
         oracle.assert_close(maps, (weight @ flat).reshape(maps.shape), TOLERANCE)
