@@ -168,14 +168,23 @@ class SlabRing {
     const bool aligned =
         reinterpret_cast<uintptr_t>(features) % 16 == 0 && int64_t(g.C) * HW * int64_t(sizeof(T)) % 16 == 0;
     how_ = !aligned ? kElements : REBALFER_HAS_BULK && g.C % channels.width == 0 ? kBulk : kVectors;
-    if (how_ == kBulk) {
+    keep(total_);
+    if (how_ == kBulk) {  // a warp each stage, all at once; then only the first thread goes on
+      static_assert(kMostStages <= kWarps);
       if (threadIdx.x == 0) {
         for (int s = 0; s < stages; ++s) mbarrier_init(full_ + s, 1);
         mbarrier_fence_init();
       }
       __syncthreads();
+      if (at.lane == 0 && unsigned(at.warp) < stages_) {
+        REBALFER_ROLLED
+        for (int s = 0; s < at.warp; ++s) advance();
+        if (unsigned(at.warp) < total_) copy_bulk(at.warp);
+        REBALFER_ROLLED
+        for (unsigned s = at.warp; s < stages_; ++s) advance();
+      }
+      return;
     }
-    keep(total_);
     REBALFER_ROLLED
     for (unsigned s = 0; s < stages_; ++s) issue(s);
   }
@@ -229,7 +238,7 @@ class SlabRing {
   __device__ __forceinline__ T* stage(unsigned use) const { return room_ + slot(use) * stage_elements(); }
   __device__ __forceinline__ int to_copy() const { return min(channels_.width, channels_.C - next_) * HW_; }
 
-  // By one thread.
+  // By a thread whose next step it is.
   __device__ __forceinline__ void copy_bulk(unsigned of) const {
     uint64_t* const barrier = full_ + slot(of);
     const unsigned bytes = to_copy() * sizeof(T);

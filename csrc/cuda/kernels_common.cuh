@@ -186,10 +186,10 @@ __device__ __forceinline__ bool is_last_block(unsigned* ticket, int64_t blocks, 
   return *room;
 }
 
-// The means of the n values that value(i, v) puts into v, over i < N, in an order that depends only on N; thread 0 has
-// them. `room` is shared.
-template <int n, typename Value>
-__device__ __forceinline__ void block_means(int64_t N, double (*room)[n], float (&means)[n], const Value& value) {
+// write(k, mean) for the means of the n values that value(i, v) puts into v, over i < N, in an order that depends only
+// on N, each by a thread of its own. `room` is shared.
+template <int n, typename Value, typename Write>
+__device__ __forceinline__ void block_means(int64_t N, double (*room)[n], const Value& value, const Write& write) {
   double sums[n] = {};
   REBALFER_ROLLED
   for (int64_t i = threadIdx.x; i < N; i += kThreads) {
@@ -205,13 +205,12 @@ __device__ __forceinline__ void block_means(int64_t N, double (*room)[n], float 
 #pragma unroll
     for (int k = 0; k < n; ++k) room[threadIdx.x / 32][k] = sums[k];
   __syncthreads();
+  const int k = threadIdx.x;
+  if (k >= n) return;
+  double total = 0;
 #pragma unroll
-  for (int k = 0; k < n; ++k) {
-    double total = 0;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) total += room[w][k];
-    means[k] = float(total / double(N));
-  }
+  for (int w = 0; w < kWarps; ++w) total += room[w][k];
+  write(k, float(total / double(N)));
 }
 
 // use.operator()<kChannelsLast, kBlocks, kPositions>(): which instance of a kernel serves these classes and positions,

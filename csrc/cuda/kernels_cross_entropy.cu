@@ -32,9 +32,9 @@ __global__ __launch_bounds__(kThreads) void cross_entropy_forward(const __grid_c
   if (!p.ticket) return;
   __syncthreads();
   if (!is_last_block(p.ticket, gridDim.x, reinterpret_cast<int*>(room + kWarps))) return;
-  float mean[1];
-  block_means(p.M, reinterpret_cast<double (*)[1]>(room), mean, [&](int64_t i, float* v) { v[0] = p.per_sample[i]; });
-  if (threadIdx.x == 0) *p.loss = mean[0];
+  block_means<1>(
+      p.M, reinterpret_cast<double (*)[1]>(room), [&](int64_t i, float* v) { v[0] = p.per_sample[i]; },
+      [&](int, float mean) { *p.loss = mean; });
 }
 
 template <typename T>

@@ -28,7 +28,7 @@ struct ForwardShared {  // the fixed part of a block's shared memory
   uint64_t full[kMostStages], gathered;
   double room[kWarps][3];
   float bias[kMaxClasses], map_weights[kMaxClasses], target[2][kMaxClasses];  // of this turn, of the next
-  float z[2][kMaxClasses], sums[kWarps];
+  float z[2][kMaxClasses], sums[kWarps], classification;
   int twin[kMaxPositions], last;
 };
 
@@ -93,23 +93,35 @@ struct Forward {
   }
   __device__ __forceinline__ unsigned parity(unsigned k) const { return k >> p.cluster_bits & 1; }
 
-  // What the end needs besides the maps; it arrives while the features do.
-  __device__ __forceinline__ void prepare() const {
+  // What the end needs besides the maps, a value of each class and kind by a thread of its own; it arrives while the
+  // features do.
+  enum Kind { kTarget = 2, kBias = 4, kMapWeight = 6 };  // of 16 threads each, in warps of their own but the first
+  __device__ __forceinline__ float fetch() const {
     const int l = threadIdx.x % kMaxClasses;
+    float fetched = 0;
     switch (threadIdx.x / kMaxClasses) {
-      case 0: shared.bias[l] = p.bias.data ? Weights<T>(p.bias, L, 1).at(l, 0) : 0.0f; break;
-      case 1: shared.map_weights[l] = l < L && p.map_weights ? __ldg(p.map_weights + l) : 0.0f; break;
-      case 2: fetch_target(p.cam_grad ? pair : pair + rank * p.turns.clusters, l, shared.target[0]); break;
+      case kTarget: fetched = target(p.cam_grad ? pair : pair + rank * p.turns.clusters, l); break;
+      case kBias: fetched = p.bias.data ? Weights<T>(p.bias, L, 1).at(l, 0) : 0.0f; break;
+      case kMapWeight: fetched = l < L && p.map_weights ? __ldg(p.map_weights + l) : 0.0f; break;
       default: break;
     }
     if (views == 2 && threadIdx.x >= kThreads - kMaxPositions) {
-      const int x = threadIdx.x - (kThreads - kMaxPositions);
-      shared.twin[x] = x < HW ? int(twin_index(p.g.twin, x / p.g.W, x % p.g.W)) : x;
+      const int x = threadIdx.x - (kThreads - kMaxPositions), row = int(__fdividef(float(x) + 0.5f, float(p.g.W)));
+      shared.twin[x] = x < HW ? int(twin_index(p.g.twin, row, x - row * p.g.W)) : x;
+    }
+    return fetched;
+  }
+  __device__ __forceinline__ void put(float fetched) const {
+    const int l = threadIdx.x % kMaxClasses;
+    switch (threadIdx.x / kMaxClasses) {
+      case kTarget: shared.target[0][l] = fetched; break;
+      case kBias: shared.bias[l] = fetched; break;
+      case kMapWeight: shared.map_weights[l] = fetched; break;
+      default: break;
     }
   }
-  // By a lane for each class.
-  __device__ __forceinline__ void fetch_target(unsigned of, int l, float* to) const {
-    to[l] = l < L && classified() && of < p.g.N ? target_row(p.targets, of, L)[l] : 0.0f;
+  __device__ __forceinline__ float target(unsigned of, int l) const {
+    return l < L && classified() && of < p.g.N ? target_row(p.targets, of, L)[l] : 0.0f;
   }
 
   // A lane's share of the maps: of mma, D's fragments; else positions group + 8 j, all classes, of its own channels.
@@ -354,9 +366,10 @@ struct Forward {
     }
   }
 
-  // The residual, in place of the first view's maps too, and this warp's share of the consistency (Eq. 5).
+  // The residual, in place of the first view's maps too, and this warp's share of the consistency (Eq. 5), by all warps
+  // but the last.
   __device__ __forceinline__ void write_residual(bool writes, const Place& at) const {
-    constexpr int kLanes = kThreads / kClasses;  // of a row
+    constexpr int kLanes = (kThreads - 32) / kClasses;  // of a row
     const int l = at.thread / kLanes, x0 = at.thread % kLanes;
     float sum = 0;
     if (l < L) {
@@ -375,7 +388,7 @@ struct Forward {
     if (at.lane == 0) shared.sums[at.warp] = sum;
   }
 
-  // By the first warp, half a warp a view, a lane a class: the sum of the cross-entropies (Eq. 1). As head_math.h's
+  // By one warp, half a warp a view, a lane a class: the sum of the cross-entropies (Eq. 1). As head_math.h's
   // cross_entropy.
   __device__ __forceinline__ float classify(const float* target, const Place& at) const {
     const int v = at.lane / 16, l = at.lane % 16;
@@ -392,12 +405,12 @@ struct Forward {
     return warp_sum(loss);
   }
 
-  // This pair's losses.
-  __device__ __forceinline__ void write_losses(float classification) const {
+  // This pair's losses, by one thread.
+  __device__ __forceinline__ void write_losses() const {
     float sum = 0;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) sum += shared.sums[w];
-    const float consistency = sum / float(L * HW);
+    for (int w = 0; w < kWarps - 1; ++w) sum += shared.sums[w];
+    const float consistency = __fdividef(sum, float(L * HW)), classification = shared.classification;
     if (p.ticket) {
       p.per_sample[p.g.N + pair] = consistency;
       p.per_sample[pair] = classification;
@@ -411,27 +424,34 @@ struct Forward {
   // The batch's losses, by the last block of those that had a turn.
   __device__ __forceinline__ void write_means() const {
     if (!is_last_block(p.ticket, p.turns.ending, &shared.last)) return;
-    float means[3];
-    block_means(p.g.N, shared.room, means, [&](int64_t i, float* v) {
-      v[0] = p.per_sample[i], v[1] = p.per_sample[p.g.N + i], v[2] = v[0] + p.consistency_weight * v[1];
-    });
-    if (threadIdx.x != 0) return;
-    *p.consistency = means[1];
-    if (classified()) *p.classification = means[0], *p.loss = means[2];
+    block_means<3>(
+        p.g.N, shared.room,
+        [&](int64_t i, float* v) {
+          v[0] = p.per_sample[i], v[1] = p.per_sample[p.g.N + i], v[2] = v[0] + p.consistency_weight * v[1];
+        },
+        [&](int k, float mean) {
+          float* const to = k == 0 ? p.classification : k == 1 ? p.consistency : p.loss;
+          if (k == 1 || classified()) *to = mean;
+        });
   }
 
-  // From the whole maps on; leaves the residual in place of the first view's.
+  // From the whole maps on; leaves the residual in place of the first view's. The last warp has the logits' part, and
+  // fetches what it needs for the block's next turn, while the others have the maps'.
   __device__ __forceinline__ void finish(unsigned k, bool writes, const Place& at) const {
     write_logits(writes, at.thread);
     if (views == 1) return;
     __syncthreads();
-    write_residual(writes, at);
+    if (at.warp < kWarps - 1) {
+      write_residual(writes, at);
+    } else if (writes) {
+      const float classification = classified() ? classify(shared.target[parity(k)], at) : 0.0f;
+      if (at.lane == 0) shared.classification = classification;
+      if (at.lane < kMaxClasses)
+        shared.target[parity(k) ^ 1][at.lane] = target(pair + size() * p.turns.clusters, at.lane);
+    }
     if (!writes) return;
-    const float classification = classified() && at.warp == 0 ? classify(shared.target[parity(k)], at) : 0.0f;
-    if (at.warp == kWarps - 1 && at.lane < kMaxClasses)
-      fetch_target(pair + size() * p.turns.clusters, at.lane, shared.target[parity(k) ^ 1]);
     __syncthreads();
-    if (at.thread == 0) write_losses(classification);
+    if (at.thread == 0) write_losses();
   }
 
   // K = <d, F> (minus the twin's): d (L, HW) of this warp's view meets each channel, a few classes at a time.
@@ -508,11 +528,13 @@ struct Forward {
                   p.cam_grad ? 1 + forward : p.turns.each + (pair < p.turns.rest),
                   kTurns && !p.cam_grad ? p.turns.clusters : 0, p.stages, memory + ring_offset(), shared.full);
     if (forward && p.cluster_bits) cluster_arrive();
-    prepare();
     if (forward) {
       WeightCursor<T> cursor(weights, kTensorCore ? at.group : 0, lane_channel(), channels.width);
-      Pool pool(*this);
       Rows w = rows(cursor);
+      const float fetched = fetch();
+      Pool pool(*this);
+      source.wait();
+      put(fetched);
       REBALFER_ROLLED
       for (unsigned k = 0;; kTurns ? ++k : k) {
         Sums acc = {};
