@@ -410,7 +410,15 @@ def _steps(steps: Sequence[Result]) -> list[Block]:
             f"autocast {config['compute']['amp']}, {step['threads']} threads, torch {step['torch']}, {_origin(step)}. "
             f"The trainer's step taken apart: {parts}."
         )
-    return [Table(["step", "ms (over ours)", "images/s"], lines), *notes]
+    ways = [
+        [f"{step['config']['backbone']['name']} on {step['device']}, {way}", f"{run['images_per_s']:,.0f}",
+         f"{run['whole_run_s']:.0f} s"]
+        for step in steps
+        for way, run in step.get("whole_runs", {}).items()
+        if len(step["whole_runs"]) > 1
+    ]  # fmt: skip
+    run = Table(["the trainer's own steps, unwaited", "images/s", f"{goals.EPOCHS} epochs, extrapolated"], ways)
+    return [Table(["step", "ms (over ours)", "images/s"], lines), *notes, *([run] if ways else [])]
 
 
 def _method_section(result: Result) -> list[Block]:

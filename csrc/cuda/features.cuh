@@ -65,6 +65,16 @@ __device__ __forceinline__ uint4 gather(const Get& get) {
   return uint4{r[0], r[1], r[2], r[3]};
 }
 
+// How the slabs of NCHW come; of channels_last each lane finds its own way.
+template <typename T>
+Copies copies(const void* features, const Geometry& g) {
+  const bool aligned =
+      reinterpret_cast<uintptr_t>(features) % 16 == 0 && int64_t(g.C) * g.H * g.W * int64_t(sizeof(T)) % 16 == 0;
+  return !aligned                                                                             ? Copies::kElements
+         : g.C >> Channels::width_bits<T>(g.views) << Channels::width_bits<T>(g.views) == g.C ? Copies::kBulk
+                                                                                              : Copies::kVectors;
+}
+
 // Until the oldest of `stages` groups of this thread's copies has come.
 __device__ __forceinline__ void wait_for_oldest(int stages) {
   if (stages == kMostStages) {
@@ -84,7 +94,7 @@ class LaneRing {
 
   __device__ __forceinline__ LaneRing(const Geometry& g, const T* features, int64_t pair, const Channels& channels,
                                       const Place& at, int HW, unsigned passes, unsigned jump, int stages,
-                                      unsigned char* room, uint64_t*)
+                                      unsigned char* room, uint64_t*, Copies)
       : pieces_(shared_address(room + (at.warp * kTiles * 32 + at.lane) * 16)),
         source_(features + (at.view * g.N + pair) * int64_t(g.C) * HW + int64_t(at.group) * g.C),
         next_(channels.first + at.slice * (kStepBytes / int(sizeof(T))) + at.quarter * kSlots), C_(g.C),
@@ -158,18 +168,16 @@ class SlabRing {
 
   __device__ __forceinline__ SlabRing(const Geometry& g, const T* features, int64_t pair, const Channels& channels,
                                       const Place& at, int HW, unsigned passes, unsigned jump, int stages,
-                                      unsigned char* room, uint64_t* full)
+                                      unsigned char* room, uint64_t* full, Copies how)
       : room_(reinterpret_cast<T*>(room)),
         own_(room_ + at.group +
              (at.view * channels.width + at.slice * (kStepBytes / int(sizeof(T))) + at.quarter * kSlots) * HW),
         full_(full), source_(features + pair * int64_t(g.C) * HW), to_twin_(g.N * g.C * HW), channels_(channels),
         HW_(HW), views_(at.views), group_(at.group), jump_(jump), stages_(stages),
-        total_(!jump && channels.steps <= stages ? channels.steps : channels.steps * passes), next_(channels.first) {
-    const bool aligned =
-        reinterpret_cast<uintptr_t>(features) % 16 == 0 && int64_t(g.C) * HW * int64_t(sizeof(T)) % 16 == 0;
-    how_ = !aligned ? kElements : REBALFER_HAS_BULK && g.C % channels.width == 0 ? kBulk : kVectors;
+        total_(!jump && channels.steps <= stages ? channels.steps : channels.steps * passes), next_(channels.first),
+        how_(how == Copies::kBulk && !REBALFER_HAS_BULK ? Copies::kVectors : how) {
     keep(total_);
-    if (how_ == kBulk) {  // a warp each stage, all at once; then only the first thread goes on
+    if (how_ == Copies::kBulk) {  // a warp each stage, all at once; then only the first thread goes on
       static_assert(kMostStages <= kWarps);
       if (threadIdx.x == 0) {
         for (int s = 0; s < stages; ++s) mbarrier_init(full_ + s, 1);
@@ -190,8 +198,7 @@ class SlabRing {
   }
 
   __device__ __forceinline__ void wait() const {
-    if (taken_ >= total_) return;
-    if (how_ == kBulk) {
+    if (how_ == Copies::kBulk) {
       mbarrier_wait_parity(full_ + slot(taken_), (taken_ & stages_) != 0);
     } else {
       wait_for_oldest(stages_);
@@ -216,7 +223,6 @@ class SlabRing {
 
  private:
   static constexpr int kSlots = 16 / sizeof(T);
-  enum How { kBulk, kVectors, kElements };  // copies: by the bulk copy engine, by cp.async, by element
 
   T* const room_;
   const T* const own_;  // the lane's first position and channel of a stage
@@ -228,7 +234,7 @@ class SlabRing {
   const unsigned jump_, stages_;  // stages: a power of two
   unsigned total_;
   int next_;  // the first channel of the next slab
-  How how_;
+  const Copies how_;
   unsigned taken_ = 0;
 
   __device__ __forceinline__ bool inside(int tile) const { return 8 * tile + 8 <= HW_ || 8 * tile + group_ < HW_; }
@@ -251,7 +257,7 @@ class SlabRing {
 
   // By all threads.
   __device__ __forceinline__ void copy(unsigned of) const {
-    const int here = to_copy(), room = channels_.width * HW_, vectors = how_ == kVectors ? here / kSlots : 0;
+    const int here = to_copy(), room = channels_.width * HW_, vectors = how_ == Copies::kVectors ? here / kSlots : 0;
     T* to = stage(of);
     const T* from = source_ + int64_t(next_) * HW_;
     REBALFER_ROLLED
@@ -266,7 +272,7 @@ class SlabRing {
 
   // The step `of`, if there is one; in bulk by the first thread, whose next channels no other knows.
   __device__ __forceinline__ void issue(unsigned of) {
-    if (how_ == kBulk) {
+    if (how_ == Copies::kBulk) {
       if (threadIdx.x == 0 && of < total_) copy_bulk(of), advance();
     } else {
       if (of < total_) copy(of), advance();

@@ -25,13 +25,12 @@ inline bool serves(int64_t C, int64_t HW, int64_t L) {
 }
 
 // log2 of the number of blocks that share one pair's channels, from what a sample is, never from how many there are:
-// its sums keep their order in every batch. Of NCHW, 24 KiB of each view a block or more; of channels_last, whose
-// blocks do less once, 12 KiB, which an H200 ran 6 % faster at N = 32, C = 512, and 4 % slower at N = 512. `granted`:
-// the most that the device allows (prepare), 0 before sm_90.
-inline int cluster_bits(int64_t C, int64_t HW, int64_t element_bytes, bool channels_last, int granted) {
-  const int64_t view_bytes = (channels_last ? 12 : 24) * 1024;
+// its sums keep their order in every batch. 24 KiB of each view a block or more: with 12 an H200 ran N = 32, C = 512 no
+// faster and more pairs slower. `granted`: the most that the device allows (prepare), 0 before sm_90.
+inline int cluster_bits(int64_t C, int64_t HW, int64_t element_bytes, int granted) {
+  constexpr int64_t kViewBytes = 24 * 1024;
   int bits = 0;
-  while (bits < granted && bits < kMaxClusterBits && C * HW * element_bytes >= (2 << bits) * view_bytes) ++bits;
+  while (bits < granted && bits < kMaxClusterBits && C * HW * element_bytes >= (2 << bits) * kViewBytes) ++bits;
   return bits;
 }
 
@@ -49,7 +48,9 @@ struct Multiprocessors {
 };
 
 // Which pairs the clusters of a grid serve: a cluster pairs `cluster`, cluster + clusters, ..., so that the features of
-// its next pair are under way while it ends with one.
+// its next pair are under way while it ends with one. An H200 ran clusters of 2 so 5 to 11 % faster than a cluster for
+// each pair, but clusters of 4 slower by 3 to 20 %.
+constexpr int kMostTurnsBits = 1;
 struct Turns {
   unsigned clusters = 0, each = 0, rest = 0;  // each pairs a cluster, the first `rest` of them one more
   unsigned ending = 0;                        // blocks that end with a pair at least: those of a cluster take turns
@@ -66,6 +67,9 @@ struct Turns {
 };
 
 enum class Storage { f32, bf16, f16 };
+
+// Of features into shared memory: by the bulk copy engine, from sm_90 on, 16 bytes at a time, or by element.
+enum class Copies { kBulk, kVectors, kElements };
 
 // (L, C) of the classifier, or (L,) of its bias: float32 or the features' dtype.
 struct Parameter {
@@ -93,7 +97,8 @@ struct ForwardParams {
   bool early;        // Granted::early
   int cluster_bits;  // 2^cluster_bits blocks of one pair, at most kMaxClusterBits
   int stages;        // ring_stages: kMostStages or half as many
-  Turns turns;       // set by the launch
+  Turns turns;       // set by the launch, with the next
+  Copies copies;
 
   float *loss, *classification, *consistency;  // (N,), or () with per_sample and ticket
   float* per_sample;                           // (2, N) scratch: classification and consistency

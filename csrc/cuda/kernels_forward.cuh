@@ -32,8 +32,8 @@ struct ForwardShared {  // the fixed part of a block's shared memory
   int twin[kMaxPositions], last;
 };
 
-// kPositions: H W where it is known when this is compiled, else 0.
-template <typename T, bool kChannelsLast, int kBlocks, int kPositions>
+// kPositions: H W where it is known when this is compiled, else 0. kTurns: a cluster serves several pairs.
+template <typename T, bool kChannelsLast, int kBlocks, int kPositions, bool kTurns>
 struct Forward {
   static constexpr int kTiles = ((kPositions ? kPositions : kMaxPositions) + 7) / 8;
   static constexpr int kPitch = 8 * kTiles + (kTiles % 4 ? 0 : 8);  // of a map's row: 8 rows apart hit different banks
@@ -41,10 +41,11 @@ struct Forward {
   static constexpr int kClasses = 8 * kBlocks;
   static constexpr int kMap = kClasses * kPitch;  // floats of one view's maps in shared memory
   static constexpr bool kTensorCore = sizeof(T) == 2;
-  static constexpr bool kTurns = kTensorCore;  // of float32, whose sums need all registers, a cluster serves one pair
   // Blocks that a multiprocessor is to hold.
   static constexpr bool kMany = kPositions && (kTensorCore || kChannelsLast);
   static constexpr int kResident = kBlocks == 2 ? 2 : kMany ? 4 : 3;
+  // As the compiler has it: before sm_90 some have too few registers for that.
+  static constexpr int kBound = kMany && !REBALFER_HAS_BULK && (kTurns || !kTensorCore) ? 3 : kResident;
   using Map = float[kClasses][kPitch];
   using Source = std::conditional_t<kChannelsLast, LaneRing<T, kTiles>, SlabRing<T, kTiles>>;
 
@@ -90,6 +91,9 @@ struct Forward {
   __device__ __forceinline__ unsigned size() const { return 1u << p.cluster_bits; }
   __device__ __forceinline__ bool has_turn(unsigned k) const {
     return p.cam_grad || (k & (size() - 1)) == unsigned(rank);
+  }
+  __device__ __forceinline__ bool has_turns() const {  // from the first pair on
+    return p.cam_grad || (kTurns ? pair + rank * p.turns.clusters < p.g.N : rank == 0);
   }
   __device__ __forceinline__ unsigned parity(unsigned k) const { return k >> p.cluster_bits & 1; }
 
@@ -173,7 +177,11 @@ struct Forward {
   __device__ __forceinline__ void accumulate(Sums& acc, Pool& pool, const Source& source, Rows& w,
                                              WeightCursor<T>& cursor, bool last) const {
     const auto next = [&] {
-      kTurns&& last ? cursor.rewind(channels.steps) : cursor.advance();
+      if (kTurns && last) {
+        cursor.rewind(channels.steps);
+      } else {
+        cursor.advance();
+      }
       w = rows(cursor);
     };
     if constexpr (kTensorCore) {
@@ -526,15 +534,16 @@ struct Forward {
     }
     Source source(p.g, static_cast<const T*>(p.features), pair, channels, at, HW,
                   p.cam_grad ? 1 + forward : p.turns.each + (pair < p.turns.rest),
-                  kTurns && !p.cam_grad ? p.turns.clusters : 0, p.stages, memory + ring_offset(), shared.full);
+                  kTurns && !p.cam_grad ? p.turns.clusters : 0, p.stages, memory + ring_offset(), shared.full,
+                  p.copies);
     if (forward && p.cluster_bits) cluster_arrive();
     if (forward) {
       WeightCursor<T> cursor(weights, kTensorCore ? at.group : 0, lane_channel(), channels.width);
       Rows w = rows(cursor);
-      const float fetched = fetch();
+      const float fetched = has_turns() ? fetch() : 0.0f;
       Pool pool(*this);
-      source.wait();
-      put(fetched);
+      if (channels.steps) source.wait();
+      if (has_turns()) put(fetched);
       REBALFER_ROLLED
       for (unsigned k = 0;; kTurns ? ++k : k) {
         Sums acc = {};
@@ -574,35 +583,55 @@ struct Forward {
   }
 };
 
-template <typename T, bool kChannelsLast, int kBlocks, int kPositions>
-__global__ __launch_bounds__(kThreads, Forward<T, kChannelsLast, kBlocks, kPositions>::kResident) void forward_kernel(
-    const __grid_constant__ ForwardParams p) {
+template <typename T, bool kChannelsLast, int kBlocks, int kPositions, bool kTurns>
+__global__ __launch_bounds__(kThreads,
+                             Forward<T, kChannelsLast, kBlocks, kPositions,
+                                     kTurns>::kBound) void forward_kernel(const __grid_constant__ ForwardParams p) {
   REBALFER_DYNAMIC_SHARED(unsigned char, memory);
   wait_for_previous();
   next_may_start();
-  Forward<T, kChannelsLast, kBlocks, kPositions>(p, memory).run(memory);
+  Forward<T, kChannelsLast, kBlocks, kPositions, kTurns>(p, memory).run(memory);
 }
+
+// Of float32 the sums need all registers: there a cluster always serves one pair, and so before sm_90.
+template <typename T>
+constexpr bool kMayTakeTurns = sizeof(T) == 2;
 
 template <typename T>
 void launch_forward_as(const ForwardParams& p, const Multiprocessors& on, cudaStream_t stream) {
   const int HW = p.g.H * p.g.W;
   with_instance(p.g.channels_last, p.g.L, HW, [&]<bool kChannelsLast, int kBlocks, int kPositions>() {
-    using Instance = Forward<T, kChannelsLast, kBlocks, kPositions>;
-    const int64_t bytes = Instance::shared_bytes(HW, p.stages, p.cluster_bits);
-    ForwardParams turned = p;
-    turned.turns = Turns::of(p.g.N, Instance::kTurns && !p.cam_grad ? Instance::room(on, bytes, p.cluster_bits) : p.g.N,
-                             1u << p.cluster_bits);
-    launch(forward_kernel<T, kChannelsLast, kBlocks, kPositions>, dim3(turned.turns.clusters << p.cluster_bits),
-           dim3(kThreads), 1u << p.cluster_bits, size_t(bytes), stream, p.early, turned);
+    const auto launch_as = [&]<bool kTurns>() {
+      using Instance = Forward<T, kChannelsLast, kBlocks, kPositions, kTurns>;
+      const int64_t bytes = Instance::shared_bytes(HW, p.stages, p.cluster_bits);
+      const int64_t room = kTurns ? Instance::room(on, bytes, p.cluster_bits) : p.g.N;
+      ForwardParams own = p;
+      own.copies = copies<T>(p.features, p.g);
+      own.turns = Turns::of(p.g.N, room, 1u << p.cluster_bits);
+      launch(forward_kernel<T, kChannelsLast, kBlocks, kPositions, kTurns>, dim3(own.turns.clusters << p.cluster_bits),
+             dim3(kThreads), 1u << p.cluster_bits, size_t(bytes), stream, p.early, own);
+    };
+    if constexpr (kMayTakeTurns<T>) {
+      using Instance = Forward<T, kChannelsLast, kBlocks, kPositions, true>;
+      const int64_t bytes = Instance::shared_bytes(HW, p.stages, p.cluster_bits);
+      if (p.early && !p.cam_grad && p.cluster_bits <= kMostTurnsBits &&
+          p.g.N > Instance::room(on, bytes, p.cluster_bits))
+        return launch_as.template operator()<true>();
+    }
+    launch_as.template operator()<false>();
   });
 }
 
 template <typename T>
 void visit_forward_kernels_as(const Visit& visit) {
   with_every_instance([&]<bool kChannelsLast, int kBlocks, int kPositions>(int HW) {
-    using Instance = Forward<T, kChannelsLast, kBlocks, kPositions>;
-    visit(reinterpret_cast<const void*>(forward_kernel<T, kChannelsLast, kBlocks, kPositions>),
-          size_t(Instance::shared_bytes(HW, kMostStages, kMaxClusterBits)));
+    const auto visit_as = [&]<bool kTurns>() {
+      using Instance = Forward<T, kChannelsLast, kBlocks, kPositions, kTurns>;
+      visit(reinterpret_cast<const void*>(forward_kernel<T, kChannelsLast, kBlocks, kPositions, kTurns>),
+            size_t(Instance::shared_bytes(HW, kMostStages, kMaxClusterBits)));
+    };
+    visit_as.template operator()<false>();
+    if constexpr (kMayTakeTurns<T>) visit_as.template operator()<true>();
   });
 }
 

@@ -56,8 +56,7 @@ class Device {
 void share(ForwardParams& params, Storage storage, const Device& device) {
   const Geometry& g = params.g;
   const Granted& granted = device.granted();
-  params.cluster_bits =
-      cluster_bits(g.C, int64_t(g.H) * g.W, storage == Storage::f32 ? 4 : 2, g.channels_last, granted.cluster_bits);
+  params.cluster_bits = cluster_bits(g.C, int64_t(g.H) * g.W, storage == Storage::f32 ? 4 : 2, granted.cluster_bits);
   params.stages = ring_stages(g.N << params.cluster_bits, granted.multiprocessors.count);
   params.early = granted.early;
 }

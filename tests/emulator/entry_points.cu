@@ -15,9 +15,8 @@ Geometry geometry(int64_t N, int64_t C, int64_t H, int64_t W, int64_t L, int64_t
 
 extern "C" {
 
-const char* get_cluster_blocks(int64_t C, int64_t HW, int64_t element_bytes, int64_t channels_last, int64_t granted,
-                               int64_t* blocks) {
-  *blocks = 1 << cluster_bits(C, HW, element_bytes, channels_last != 0, int(granted));
+const char* get_cluster_blocks(int64_t C, int64_t HW, int64_t element_bytes, int64_t granted, int64_t* blocks) {
+  *blocks = 1 << cluster_bits(C, HW, element_bytes, int(granted));
   return nullptr;
 }
 
@@ -55,6 +54,7 @@ const char* run_forward(int64_t storage, int64_t N, int64_t C, int64_t H, int64_
                                true,
                                std::countr_zero(uint64_t(cluster)),
                                int(stages),
+                               {},
                                {},
                                loss,
                                classification,

@@ -96,9 +96,8 @@ def test_misaligned_bases_and_a_float32_weight(dtype, layout):
 def test_a_cluster_is_chosen_from_what_a_sample_is():
     blocks = torch.zeros(1, dtype=torch.int64)
     for sample, expected in (
-        ((512, 49, 2, 0, 2), 2), ((512, 49, 4, 0, 2), 4), ((2048, 49, 2, 0, 3), 4), ((4096, 64, 4, 0, 2), 4),
-        ((512, 49, 2, 1, 2), 4), ((256, 49, 2, 1, 2), 2), ((128, 49, 2, 1, 2), 1), ((2048, 49, 2, 1, 1), 2),
-        ((3, 1, 2, 0, 2), 1), ((2048, 49, 4, 1, 0), 1),
+        ((512, 49, 2, 2), 2), ((512, 49, 4, 2), 4), ((2048, 49, 2, 3), 4), ((4096, 64, 4, 2), 4), ((768, 49, 2, 2), 2),
+        ((256, 49, 2, 2), 1), ((2048, 49, 2, 1), 2), ((3, 1, 2, 2), 1), ((2048, 49, 4, 0), 1),
     ):  # fmt: skip
         library()("get_cluster_blocks", *sample, blocks)
         assert blocks.item() == expected, sample
@@ -137,9 +136,9 @@ def test_every_cluster_size_and_slabs_that_come_twice(dtype, layout):
 def test_clusters_that_serve_several_pairs(dtype, layout):
     """On one multiprocessor, which has room for 4 blocks: up to 11 pairs a cluster, whose blocks take turns.
 
-    Fewer steps than stages and more; sizes with a tail; blocks that never have a turn.
+    Fewer steps than stages and more; sizes with a tail.
     """
-    for n, c, cluster in ((5, 40, 1), (11, 200, 2), (11, 520, 4), (3, 2048, 4), (2, 300, 4)):
+    for n, c, cluster in ((5, 40, 1), (11, 200, 2), (7, 520, 2), (3, 1088, 2)):
         case = Case(n, c, 7, 7, 7, dtype, layout, seed=c)
         for mean in (True, False):
             ups = upstreams(case, mean)

@@ -117,7 +117,7 @@ class Head:
         self.case = kernels.Case(n, p.channels, p.side, p.side, p.classes, getattr(torch, p.dtype), p.layout)
         cluster = torch.zeros(1, dtype=torch.int64)
         hw, size = p.side**2, self.case.dtype.itemsize
-        kernels.library(False)("get_cluster_blocks", p.channels, hw, size, self.case.channels_last, 2, cluster)
+        kernels.library(False)("get_cluster_blocks", p.channels, hw, size, 2, cluster)
         self.cluster, self.stages = int(cluster), 2  # as in a launch of many pairs
         self.saved: dict[str, Tensor] = {}
 

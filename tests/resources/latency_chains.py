@@ -165,14 +165,20 @@ def size(*tensors: Tensor) -> int:
 
 
 def forward(batch: Batch) -> dict[str, Any]:
-    """The cluster that finds that all others have ended has more to do, so it is run too."""
-    launch = batch.forward_launch
-    usual = launch.run(0)
+    """Clusters that serve a pair more than the others, if some do, then the others (Turns in csrc/cuda/kernels.cuh).
+
+    The cluster that finds that all others have ended has more to do, so it is run too.
+    """
+    launch, size_of = batch.forward_launch, batch.forward_launch.of.cluster
+    clusters = launch.of.blocks // size_of
+    each, rest = divmod(batch.n, clusters)
+    kinds = [(rest, 0), (clusters - rest, launch.of.blocks - size_of)] if rest else [(clusters, 0)]
+    parts = [part(count * size_of, launch.run(first), size_of) for count, first in kinds]
+    pairs = [each + 1] * rest + [each] * (clusters - rest)
     ticket, _ = batch.of_forward
-    ticket.fill_(launch.of.blocks // launch.of.cluster - 1)
+    ticket.fill_(sum(min(n, size_of) for n in pairs[1:]))
     last = launch.run(0)
     assert int(ticket) == 0, "the cluster was not the last"
-    parts = [part(launch.of.blocks, usual, launch.of.cluster)]
     saved = [batch.saved[x] for x in ("logits", "residual", "pooled")]
     return described(launch, parts, last, size(launch.cold, *saved))
 
