@@ -313,6 +313,10 @@ def test_class_activation_maps(dtype, layout):
         start = (*case.geometry(views=1, n=m), case.features, case.weight, is_float, None, *none)
         options = (0.0, 2, 1, case.cluster(False), 2 * n, 132, *(None,) * 6)
         library()("run_forward", *start, *options, maps, None, None, None, None)
+        in_turns = nans(m, classes, h, w)
+        on_one = (0.0, 2, 1, min(2, case.cluster(False)), 2 * n, 1, *(None,) * 6)
+        library()("run_forward", *start, *on_one, in_turns, None, None, None, None)
+        oracle.assert_close(in_turns, maps.double(), TOLERANCE)
         flat, weight = case.features[:m].double().reshape(m, c, h * w), case.weight.double()
         oracle.assert_close(maps, (weight @ flat).reshape(maps.shape), TOLERANCE)
 
