@@ -121,6 +121,24 @@ def test_another_folder_is_evaluated_and_said_to_be_another(top, tmp_path, capsy
     assert "note" not in capsys.readouterr().out
 
 
+def test_a_folder_without_train_is_evaluated_under_the_checkpoints_classes(top, tmp_path, capsys):
+    """PATH/test/CLASS, and PATH/CLASS: the same images, the same scores; what is no class is refused."""
+    out = tmp_path / "a.json"
+    assert call("evaluate", top / "runs/a", f"--out={out}") == 0
+    scores = json.loads(out.read_text())["scores"]["test"]
+    shutil.copytree(top / "data/test", tmp_path / "mine/test")
+    shutil.copytree(top / "data/test", tmp_path / "flat")
+    for path, split in (("mine", "test"), ("flat", "flat")):
+        assert call("evaluate", top / "runs/a", f"--path={tmp_path / path}", f"--out={out}", "--overwrite") == 0
+        assert json.loads(out.read_text())["scores"] == {split: scores}
+    assert "images of train [" in capsys.readouterr().out
+    (tmp_path / "flat/sad").rename(tmp_path / "flat/scared")
+    assert call("evaluate", top / "runs/a", f"--path={tmp_path}/flat") == 2
+    assert "flat/scared, expected the classes of train: fear, sadness, anger" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "flat/scared")  # a class may be missing
+    assert call("evaluate", top / "runs/a", f"--path={tmp_path}/flat") == 0
+
+
 def test_other_classes_are_refused(top, tmp_path, capsys):
     shutil.copytree(top / "data", tmp_path / "other")
     for split in ("train", "val", "test"):

@@ -14,7 +14,7 @@ from . import OfCheckpoint, load, new_file
 class Options(OfCheckpoint):
     """accuracies of a checkpoint on the data of its run, or on another folder"""
 
-    path: str = option("", "another folder in place of the run's --data.path")
+    path: str = option("", "another folder in place of the run's --data.path, with train or without")
     flip: bool = option(False, "average the logits of each image and its mirror image")
     out: str = option("", "also write the scores to this JSON file")
 
@@ -23,7 +23,7 @@ class Options(OfCheckpoint):
         trained = load(self.checkpoint, self.device)
         of, other = trained.config.data, {"data": {"path": self.path}} if self.path else {}
         expect(not other or hasattr(of, "path"), "path", self.path, f"none: the run's data is {of.name}")
-        sets = data.prepare(from_dict(other, trained.config))
+        sets = data.evaluated(from_dict(other, trained.config), trained.classes)
         expect(sets.classes == trained.classes, "data", sets.classes, f"the checkpoint's classes {trained.classes}")
         columns, images = {}, {}
         for name, split in sets.evaluated.items():

@@ -9,7 +9,7 @@ A new data set is one file: a frozen dataclass ``Options`` with :class:`DataOpti
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -111,14 +111,10 @@ class DataOptions(Named, group="data"):
 
 def prepare(config: Config) -> Data:
     """The data set that ``config`` names, thinned if asked for, with a split that chooses the best epoch."""
-    from . import cache, folds  # which import this file
+    from . import folds  # which imports this file
 
     groups = folds.read_groups(config.split.groups) if config.split.groups else None
-    try:
-        with cache.kept_in(config.output.cache):
-            data = config.data.read(config.image_size, config.seed)
-    except OSError as error:
-        raise UserError(f"data: got {error.filename}, which can't be read: {error.strerror}") from error
+    data = _read(config, lambda: config.data.read(config.image_size, config.seed))
     if config.split.folds:
         data = folds.regrouped(data, config.split, groups)
     train, notes = data.train, list(data.notes)
@@ -153,6 +149,23 @@ def _hold_out(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
     if not sum(map(len, held)):
         raise UserError("split.hold_out: got one image of each class in train, expected more, or a val folder")
     return torch.cat(kept).sort().values, torch.cat(held).sort().values
+
+
+def evaluated(config: Config, classes: tuple[str, ...]) -> Data:
+    """The data set that ``config`` names, or all that a folder without train has, under a checkpoint's classes."""
+    if hasattr(config.data, "without_train") and config.data.without_train():
+        return _read(config, lambda: config.data.read_evaluated(classes, config.image_size))
+    return prepare(config)
+
+
+def _read(config: Config, read: Callable[[], Data]) -> Data:
+    from . import cache  # which imports this file
+
+    try:
+        with cache.kept_in(config.output.cache):
+            return read()
+    except OSError as error:
+        raise UserError(f"data: got {error.filename}, which can't be read: {error.strerror}") from error
 
 
 def duplicates(splits: dict[str, Split]) -> list[str]:

@@ -47,6 +47,23 @@ class Options(DataOptions):
         on_disk = tuple("+".join(printable(f) for f in names if names[f] == c) for c in classes)
         return Data(classes, splits, on_disk, tuple(notes))
 
+    def without_train(self) -> bool:
+        """Whether the folder has no train, so that only a checkpoint can say what its classes are."""
+        root = Path(self.path).expanduser()
+        return root.is_dir() and not any(name in _inside(root) for name in TRAIN)
+
+    def read_evaluated(self, classes: tuple[str, ...], image_size: int) -> Data:
+        """Of a folder without train, PATH/test/CLASS and the like, or PATH/CLASS, under these classes."""
+        root = Path(self.path).expanduser()
+        inside = _inside(root)
+        folders = {name: inside[name] for name in (*VALIDATION, *TEST) if name in inside} or {root.resolve().name: root}
+        splits, notes = {}, []
+        for split, folder in folders.items():
+            mapped = self._evaluated(folder, {name: name for name in classes})
+            splits[split], skipped = _read(root, folder, mapped, classes, image_size, whole=False)
+            notes += [*skipped, *_loose(folder)]
+        return Data(classes, splits, (), tuple(notes))
+
     def _evaluated(self, folder: Path, names: dict[str, str]) -> dict[str, str]:
         """Folder -> class, by the names in train where they are the same; a class may be missing."""
         mapped: dict[str, str] = {}
@@ -69,7 +86,7 @@ def split_folders(root: Path) -> dict[str, Path]:
     """
     if not root.is_dir():
         raise UserError(f"data.path: got {str(root)!r}, which is no folder; expected one with train and val or test")
-    inside = {f.name.lower(): f for f in sorted(root.iterdir()) if f.is_dir() and not decode.hidden(f.name)}
+    inside = _inside(root)
     train = next((inside[name] for name in TRAIN if name in inside), None)
     evaluated = {name: inside[name] for name in (*VALIDATION, *TEST) if name in inside}
     if train is None or not evaluated:
@@ -79,6 +96,11 @@ def split_folders(root: Path) -> dict[str, Path]:
             "each with a folder for every class"
         )
     return {"train": train, **evaluated}
+
+
+def _inside(root: Path) -> dict[str, Path]:
+    """The folders in ``root`` by their names in lower case, system folders left out."""
+    return {f.name.lower(): f for f in sorted(root.iterdir()) if f.is_dir() and not decode.hidden(f.name)}
 
 
 def class_folders(root: Path) -> list[str]:
