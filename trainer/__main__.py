@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import json
 import logging
 import os
@@ -36,9 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")  # warnings, of other packages too
     logger.setLevel(logging.INFO if distributed.speaks() else logging.WARNING)
     try:
-        options = parse(sys.argv[1:] if arguments is None else arguments)
-        if options is not None:
+        if (options := parse(sys.argv[1:] if arguments is None else arguments)) is not None:
             options.run()
+        sys.stdout.flush()
         return 0
     except UserError as error:
         print("error:" if distributed.speaks() else f"rank {os.environ['RANK']}: error:", error, file=sys.stderr)
@@ -48,6 +49,12 @@ def main(arguments: list[str] | None = None) -> int:
             raise  # the latter is what PyTorch says of a CPU
         reason = (str(error) or type(error).__name__).splitlines()[0]
         print(f"error: batch_size or image_size: too large for the memory: {reason}", file=sys.stderr)
+        return UserError.status
+    except OSError as error:  # of standard output: those of files are dealt with where they are written
+        if error.filename or error.errno not in (errno.ENOSPC, errno.EPIPE):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is not written yet can't be
+        print(f"error: standard output: {error.strerror}", file=sys.stderr)
         return UserError.status
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
@@ -111,8 +118,7 @@ def _of_file(path: Path) -> Iterator[tuple[str, str]]:
     except OSError as error:
         raise UserError(f"config: got {str(path)!r}, which can't be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"config: got {path}, which is neither YAML nor TOML: {reason}") from error
+        raise UserError(f"config: got {path}, which is neither YAML nor TOML: {config.one_line(error)}") from error
     if not isinstance(values, dict):
         raise UserError(f"config: got {path}, expected a file of options, such as 'epochs: 10'")
     for name, value in values.items():
@@ -169,9 +175,10 @@ def _unknown(key: str, known: dict[str, Flag]) -> UserError:
     of_name = {k.rpartition(".")[2]: k for k in [*known, *inside]}
     close = difflib.get_close_matches(name, of_name, n=1, cutoff=0.7)
     whose = f"{group} {known[f'{group}.name'].value}" if group in PACKAGES and inside else "this command"
-    others = f", expected one of {', '.join(inside)}" if inside else ""
-    expected = f"; did you mean {of_name[close[0]]}?" if close else others
-    return UserError(f"{key or '--'}: got an option that {whose} does not have{expected}")
+    others = (
+        f"; did you mean {of_name[close[0]]}?" if close else f", expected one of {', '.join(inside)}" * bool(inside)
+    )
+    return UserError(f"{key or '--'}: got an option that {whose} does not have{others}")
 
 
 def _refused(text: str, known: dict[str, Flag], given: dict[str, str | None]) -> UserError:
@@ -180,8 +187,7 @@ def _refused(text: str, known: dict[str, Flag], given: dict[str, str | None]) ->
     key = next((word for word in re.findall(r"[\w.]+", text) if word in given), "")
     if not key or text.startswith(("unrecognized", "the following")):
         return UserError(text)
-    kind = known[key].kind
-    return UserError(f"{key}: got {given[key] or ''!r}, expected {EXPECTED.get(kind, kind)}")
+    return UserError(f"{key}: got {given[key] or ''!r}, expected {EXPECTED.get(known[key].kind, known[key].kind)}")
 
 
 #: What is expected of an option by its type, in words.
@@ -212,8 +218,7 @@ def help_text(command: str, default: Any, wanted: str) -> str:
     rest = []
     for group, inside in groups.items():
         if wanted in (group, "all") or not wanted and group in FIRST:
-            heading = [title(getattr(default.config, group))] if group else []
-            lines += ["", *heading, *map(_help_line, inside)]
+            lines += ["", *([title(getattr(default.config, group))] if group else []), *map(_help_line, inside)]
         elif not wanted:
             names = ", ".join(flag.key.removeprefix(f"{group}.") for flag in inside)
             rest += textwrap.wrap(f"{group}: {names}", 110, initial_indent="  ", subsequent_indent="    ")

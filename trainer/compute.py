@@ -12,14 +12,14 @@ import rebalfer_kernels as rk
 from .config import Compute, UserError, expect, logger
 
 
-def device_of(compute: Compute) -> torch.device:
-    """The device of this process.
+def device_of(compute: Compute, option: str = "compute.device") -> torch.device:
+    """The device of this process, which ``option`` names.
 
     Raises:
         UserError: there is no such device, or an option needs another.
     """
     possible = compute.device != "cuda" or torch.cuda.is_available()
-    expect(possible, "compute.device", compute.device, "'cpu' or 'auto': PyTorch sees no CUDA device")
+    expect(possible, option, compute.device, "'cpu' or 'auto': PyTorch sees no CUDA device")
     on_gpu = compute.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda", torch.distributed.get_node_local_rank(0)) if on_gpu else torch.device("cpu")
     for name in ("cuda_graph", "sync_batchnorm"):

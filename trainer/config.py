@@ -313,8 +313,7 @@ def from_dict(saved: Mapping, default: Any) -> Any:
 
 def restored(saved: Mapping) -> Config:
     """The config that :func:`as_dict` made ``saved`` of, perhaps before some of today's fields existed."""
-    kinds = {kind: select(kind, saved[kind]["name"])() for kind in PACKAGES}
-    return from_dict(saved, Config(**kinds))
+    return from_dict(saved, Config(**{kind: select(kind, saved[kind]["name"])() for kind in PACKAGES}))
 
 
 def select(kind: str, name: str) -> type:

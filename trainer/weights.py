@@ -183,8 +183,7 @@ def _torch(path: Path) -> Weights:
     content = torch.load(path, weights_only=True, map_location="cpu")
     if {"config", "identity", "model"} <= content.keys():  # a checkpoint of a run
         about = {"recipe": "scratch", **content.get("weights", {})}
-        tensors = _stripped(content.get("average") or content["model"])
-        return Weights(path, tensors, about["recipe"], True, digest(path))
+        return Weights(path, _stripped(content.get("average") or content["model"]), about["recipe"], True, digest(path))
     content = next((content[key] for key in INSIDE if isinstance(content.get(key), dict)), content)
     return recognised(path, {str(n): t.detach() for n, t in content.items() if isinstance(t, Tensor)})
 

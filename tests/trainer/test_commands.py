@@ -6,6 +6,8 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import timm
 import torch
 from PIL import Image
 from support import runs
+from support.machine import ROOT
 
 from trainer import checkpoint, figures
 from trainer.__main__ import main
@@ -153,6 +156,25 @@ def test_other_classes_are_refused(top, tmp_path, capsys):
 def test_a_path_is_refused_where_the_data_has_none(finished, capsys):
     assert call("evaluate", finished, "--path=/faces") == 2
     assert "path: got '/faces', expected none: the run's data is synthetic" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_or_closed_standard_output_is_one_line(finished):
+    command = [sys.executable, "-m", "trainer", "evaluate", str(finished), "--device=cpu"]
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (run.returncode, run.stderr) == (2, "error: standard output: No space left on device\n")
+    read, write = os.pipe()
+    os.close(read)
+    run = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (run.returncode, run.stderr) == (2, "error: standard output: Broken pipe\n")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_missing_is_named_as_it_was_asked_for(finished, capsys):
+    assert main(["evaluate", str(finished), "--device=cuda"]) == 2
+    assert "error: device: got 'cuda', expected 'cpu' or 'auto': PyTorch sees no CUDA" in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_is_missing_or_foreign_is_named(tmp_path, capsys):

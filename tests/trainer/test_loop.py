@@ -190,13 +190,17 @@ def test_a_float16_step_that_overflows_is_skipped_and_the_scale_halved(faces):
 
 @pytest.mark.parametrize("method", ["rebalanced", "eac"])
 def test_two_hundred_steps_by_the_fused_operators_are_those_by_the_reference(method):
+    """To 1e-4, or to twice what a last bit of the weights it starts with is worth: training multiplies it."""
     if rk.backends()["cpu"] != "available":
         pytest.skip(rk.backends()["cpu"])
     faces = synthetic.draw([6, 2, 4, 20, 6, 4, 14], 32, seed=0)
 
-    def curve(backend: str) -> torch.Tensor:
+    def curve(backend: str, nudge: float = 0.0) -> torch.Tensor:
         c = config(method=found("methods")[method](), compute=Compute(device="cpu", backend=backend))
         step, rate = Step(c, built := loop.build(c, tuple(faces.counts(7)), CPU), CPU), presets.paper().learning_rate
+        with torch.no_grad():
+            for i, weight in enumerate(built.parameters()):
+                weight *= 1 + nudge * torch.randint(-1, 2, weight.shape, generator=torch.Generator().manual_seed(i))
         source, losses = Source(faces, c, built.backbone, CPU), []
         for epoch in range(25):
             for rows in order(len(source), 7, c.seed, epoch, least=2):
@@ -204,11 +208,14 @@ def test_two_hundred_steps_by_the_fused_operators_are_those_by_the_reference(met
         assert step.names == ["loss", "classification", "consistency"]
         return torch.stack(losses)
 
-    fused, reference = curve("cpu"), curve("reference")
+    fused, reference, nudged = curve("cpu"), curve("reference"), curve("reference", nudge=2.0**-23)
     assert len(fused) == 200
     assert reference[-8:, 0].mean() < 0.97 * reference[:8, 0].mean()  # it learns
-    torch.testing.assert_close(fused[:, :2], reference[:, :2], rtol=1e-4, atol=0)
-    torch.testing.assert_close(fused[:, 2], reference[:, 2], rtol=2e-3, atol=0)  # a difference of two near maps
+    # The consistency is a difference of two near maps.
+    for column, tolerance in ((0, 1e-4), (1, 1e-4), (2, 2e-3)):
+        ours, of_a_bit = ((x[:, column] / reference[:, column] - 1).abs() for x in (fused, nudged))
+        assert ours[:100].max() < tolerance and of_a_bit.max() < 50 * tolerance  # or the test would say nothing
+        assert (ours < tolerance + 2 * of_a_bit.cummax(0).values).all(), (column, ours.max(), of_a_bit.max())
 
 
 def test_a_compiled_backbone_trains_as_an_eager_one(faces, monkeypatch):

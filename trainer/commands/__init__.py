@@ -51,14 +51,14 @@ def load(path: str, device: str) -> Trained:
     options = Compute(device=device, **kept)  # the rest is about training, and may need another machine
     config = dataclasses.replace(config, compute=options)
     identity = saved["identity"]
-    target = compute.device_of(options)
+    target = compute.device_of(options, "device")
     compute.try_backend(options, target)
     backbone = backbones.create(config, saved.get("weights", {}))
     method = loop.build(config, tuple(identity["counts"]["train"]), target, backbone)
     method.load_state_dict(saved.get("average") or saved["model"])
-    epoch = saved["epoch"]  # of last.pt: how many are done
-    best = f"epoch {epoch + 1}, the best on {saved['chooser']}" if "score" in saved else f"epoch {epoch}"
-    return Trained(config, tuple(identity["classes"]), method, f"{config.name}, {best}", saved)
+    # Of last.pt: how many are done.
+    epoch = f"{saved['epoch'] + 1}, the best on {saved['chooser']}" if "score" in saved else saved["epoch"]
+    return Trained(config, tuple(identity["classes"]), method, f"{config.name}, epoch {epoch}", saved)
 
 
 def new_file(path: str, overwrite: bool, name: str = "out") -> Path:

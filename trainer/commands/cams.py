@@ -30,6 +30,5 @@ class Options(OfCheckpoint):
             raise UserError(f"classes: got {', '.join(unknown)}, expected some of {', '.join(trained.classes)}")
         only = [trained.classes.index(name) for name in self.classes] or None
         images, labels = sets.splits[name].one_of_each(only)
-        title = f"{trained.about}, {name} images"
-        figures.activation_maps(out, trained.method, images, labels, trained.classes, title)
+        figures.activation_maps(out, trained.method, images, labels, trained.classes, f"{trained.about}, {name} images")
         print(out)

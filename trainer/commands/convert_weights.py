@@ -64,8 +64,7 @@ def onnx_tensors(path: Path) -> weights.Tensors:
             known |= zip(node.output, outputs, strict=True)
         for kind, name in zip(KINDS.get(node.op_type, ()), node.input[1:], strict=False):
             if name in known:
-                slopes = node.op_type == "PRelu"  # (C, 1, 1)
-                value = known[name].flatten() if slopes else known[name].copy()
+                value = known[name].flatten() if node.op_type == "PRelu" else known[name].copy()  # slopes: (C, 1, 1)
                 tensors[f"{node.output[0]}.{kind}"] = torch.from_numpy(value)
     return tensors
 
