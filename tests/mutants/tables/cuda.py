@@ -175,7 +175,7 @@ MUTANTS = [
         "CUDA: the next pair has the weight of the channels behind the last",
         "csrc/cuda/kernels_forward.cuh",
         "if (kTurns && last) {",
-        "if (false) {",
+        "if (kTurns && last && L < 0) {",
         "emulator/test_cuda_kernels.py::test_clusters_that_serve_several_pairs",
     ),
     Mutant(
