@@ -15,6 +15,7 @@ import torch
 
 import rebalfer_kernels as rk
 from rebalfer_kernels.doctor.environment import environment as machine
+from rebalfer_kernels.doctor.environment import without_home
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).with_name("results")
@@ -97,11 +98,20 @@ def file_name(program: str, result: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower()).strip("-") + ".json"
 
 
+def portable(text: str) -> str:
+    """Without the places that the checkout and the user's folder have on this machine.
+
+    >>> portable(f"{ROOT}/bench/op.py, {Path.home()}/.cache")
+    'bench/op.py, ~/.cache'
+    """
+    return without_home(text.replace(f"{ROOT}/", ""))
+
+
 def write(result: dict[str, Any], path: Path) -> Path:
-    """Write a result whole or not at all; its path."""
+    """Write a result whole or not at all, :func:`portable`; its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    part.write_text(portable(json.dumps(result, indent=1, allow_nan=False)) + "\n")
     os.replace(part, path)
     return path
 

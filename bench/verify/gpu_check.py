@@ -102,11 +102,11 @@ class Check:
         last = outcome.output.strip().splitlines()[-1:]
         return {
             "state": state,
-            "reason": None if outcome.failure is None else portable(": ".join([outcome.failure, *last])[:500]),
+            "reason": None if outcome.failure is None else results.portable(": ".join([outcome.failure, *last])[:500]),
             "seconds": round(outcome.seconds, 1),
             "limit_s": round(limit, 1),
-            "command": [portable(part.replace(PYTHON, "python")) for part in command],
-            "output": portable(outcome.output[-TAIL:]),
+            "command": [results.portable(part.replace(PYTHON, "python")) for part in command],
+            "output": results.portable(outcome.output[-TAIL:]),
         }
 
     def _open_log(self, line: str) -> Path | None:
@@ -131,15 +131,6 @@ class Check:
             results.write(self.summary, self.path)
         except OSError as error:
             print(f"{self.path.name} cannot be written: {error}", flush=True)
-
-
-def portable(text: str) -> str:
-    """Without the places that the checkout and the user's folder have on this machine.
-
-    >>> portable(f"{results.ROOT}/bench/op.py, {Path.home()}/.cache")
-    'bench/op.py, ~/.cache'
-    """
-    return text.replace(f"{results.ROOT}/", "").replace(str(Path.home()), "~")
 
 
 def _record(piece: Piece) -> dict[str, Any]:

@@ -60,7 +60,6 @@ Granted prepare() {
     granted = {granted_cluster_bits(device),
                {attribute(cudaDevAttrMultiProcessorCount, device, "multiprocessors"),
                 attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device, "shared memory of a multiprocessor")},
-
                attribute(cudaDevAttrComputeCapabilityMajor, device, "compute capability") >= 9};
   } catch (...) {
     cudaThreadExchangeStreamCaptureMode(&mode);

@@ -70,9 +70,9 @@ template <typename T>
 Copies copies(const void* features, const Geometry& g) {
   const bool aligned =
       reinterpret_cast<uintptr_t>(features) % 16 == 0 && int64_t(g.C) * g.H * g.W * int64_t(sizeof(T)) % 16 == 0;
-  return !aligned                                                                             ? Copies::kElements
-         : g.C >> Channels::width_bits<T>(g.views) << Channels::width_bits<T>(g.views) == g.C ? Copies::kBulk
-                                                                                              : Copies::kVectors;
+  const int bits = Channels::width_bits<T>(g.views);
+  if (!aligned) return Copies::kElements;
+  return g.C % (1 << bits) == 0 ? Copies::kBulk : Copies::kVectors;
 }
 
 // Until the oldest of `stages` groups of this thread's copies has come.

@@ -25,8 +25,8 @@ inline bool serves(int64_t C, int64_t HW, int64_t L) {
 }
 
 // log2 of the number of blocks that share one pair's channels, from what a sample is, never from how many there are:
-// its sums keep their order in every batch. 24 KiB of each view a block or more: with 12 an H200 ran N = 32, C = 512 no
-// faster and more pairs slower. `granted`: the most that the device allows (prepare), 0 before sm_90.
+// its sums keep their order in every batch. 24 KiB of each view a block or more: with 12 an H200 ran N = 32, C = 512
+// alike to 2 %, and more pairs slower. `granted`: the most that the device allows (prepare), 0 before sm_90.
 inline int cluster_bits(int64_t C, int64_t HW, int64_t element_bytes, int granted) {
   constexpr int64_t kViewBytes = 24 * 1024;
   int bits = 0;
@@ -48,9 +48,7 @@ struct Multiprocessors {
 };
 
 // Which pairs the clusters of a grid serve: a cluster pairs `cluster`, cluster + clusters, ..., so that the features of
-// its next pair are under way while it ends with one. An H200 ran clusters of 2 so 5 to 11 % faster than a cluster for
-// each pair, but clusters of 4 slower by 3 to 20 %.
-constexpr int kMostTurnsBits = 1;
+// its next pair are under way while it ends with one.
 struct Turns {
   unsigned clusters = 0, each = 0, rest = 0;  // each pairs a cluster, the first `rest` of them one more
   unsigned ending = 0;                        // blocks that end with a pair at least: those of a cluster take turns
@@ -67,6 +65,10 @@ struct Turns {
 };
 
 enum class Storage { f32, bf16, f16 };
+
+// log2 of the blocks of the largest cluster that serves several pairs. An H200 ran clusters of 2 so 5 to 11 % faster
+// than a cluster for each pair, but clusters of 4 slower by 3 to 20 %.
+constexpr int kMostTurnsBits = 1;
 
 // Of features into shared memory: by the bulk copy engine, from sm_90 on, 16 bytes at a time, or by element.
 enum class Copies { kBulk, kVectors, kElements };

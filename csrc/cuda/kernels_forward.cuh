@@ -59,9 +59,10 @@ struct Forward {
     return inbox_offset(HW, stages) + (cluster_bits ? int64_t(sizeof(float[2][kMap])) << cluster_bits : 0);
   }
   // The clusters that find room at once.
-  static int64_t room(const Multiprocessors& on, int64_t shared_bytes, int cluster_bits) {
+  static int64_t room(const ForwardParams& p, const Multiprocessors& on) {
     constexpr int64_t kReserved = 1024;  // of each block's, by CUDA
-    return on.count * std::min<int64_t>(kResident, on.shared_bytes / (shared_bytes + kReserved)) >> cluster_bits;
+    const int64_t bytes = shared_bytes(p.g.H * p.g.W, p.stages, p.cluster_bits) + kReserved;
+    return on.count * std::min<int64_t>(kResident, on.shared_bytes / bytes) >> p.cluster_bits;
   }
 
   const ForwardParams& p;
@@ -545,7 +546,7 @@ struct Forward {
       if (channels.steps) source.wait();
       if (has_turns()) put(fetched);
       REBALFER_ROLLED
-      for (unsigned k = 0;; kTurns ? ++k : k) {
+      for (unsigned k = 0;; ++k) {
         Sums acc = {};
         REBALFER_ROLLED
         for (int step = 0; step < channels.steps; ++step) {
@@ -601,24 +602,21 @@ template <typename T>
 void launch_forward_as(const ForwardParams& p, const Multiprocessors& on, cudaStream_t stream) {
   const int HW = p.g.H * p.g.W;
   with_instance(p.g.channels_last, p.g.L, HW, [&]<bool kChannelsLast, int kBlocks, int kPositions>() {
-    const auto launch_as = [&]<bool kTurns>() {
+    const auto launch_as = [&]<bool kTurns>(int64_t clusters) {
       using Instance = Forward<T, kChannelsLast, kBlocks, kPositions, kTurns>;
-      const int64_t bytes = Instance::shared_bytes(HW, p.stages, p.cluster_bits);
-      const int64_t room = kTurns ? Instance::room(on, bytes, p.cluster_bits) : p.g.N;
       ForwardParams own = p;
       own.copies = copies<T>(p.features, p.g);
-      own.turns = Turns::of(p.g.N, room, 1u << p.cluster_bits);
+      own.turns = Turns::of(p.g.N, clusters, 1u << p.cluster_bits);
       launch(forward_kernel<T, kChannelsLast, kBlocks, kPositions, kTurns>, dim3(own.turns.clusters << p.cluster_bits),
-             dim3(kThreads), 1u << p.cluster_bits, size_t(bytes), stream, p.early, own);
+             dim3(kThreads), 1u << p.cluster_bits, size_t(Instance::shared_bytes(HW, p.stages, p.cluster_bits)), stream,
+             p.early, own);
     };
     if constexpr (kMayTakeTurns<T>) {
-      using Instance = Forward<T, kChannelsLast, kBlocks, kPositions, true>;
-      const int64_t bytes = Instance::shared_bytes(HW, p.stages, p.cluster_bits);
-      if (p.early && !p.cam_grad && p.cluster_bits <= kMostTurnsBits &&
-          p.g.N > Instance::room(on, bytes, p.cluster_bits))
-        return launch_as.template operator()<true>();
+      const int64_t room = Forward<T, kChannelsLast, kBlocks, kPositions, true>::room(p, on);
+      if (p.early && !p.cam_grad && p.cluster_bits <= kMostTurnsBits && p.g.N > room)
+        return launch_as.template operator()<true>(room);
     }
-    launch_as.template operator()<false>();
+    launch_as.template operator()<false>(p.g.N);
   });
 }
 
