@@ -137,7 +137,7 @@ def test_a_folder_without_train_is_evaluated_under_the_checkpoints_classes(top, 
     assert "images of train [" in capsys.readouterr().out
     (tmp_path / "flat/sad").rename(tmp_path / "flat/scared")
     assert call("evaluate", top / "runs/a", f"--path={tmp_path}/flat") == 2
-    assert "flat/scared, expected the classes of train: fear, sadness, anger" in capsys.readouterr().err
+    assert "flat/scared, expected one of the classes fear, sadness, anger" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "flat/scared")  # a class may be missing
     assert call("evaluate", top / "runs/a", f"--path={tmp_path}/flat") == 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,9 +49,9 @@ class Options(DataOptions):
         return Data(classes, splits, on_disk, tuple(notes))
 
     def without_train(self) -> bool:
-        """Whether the folder has no train, so that only a checkpoint can say what its classes are."""
+        """Whether the folder can be read and has no train, so that only a checkpoint can say what its classes are."""
         root = Path(self.path).expanduser()
-        return root.is_dir() and not any(name in _inside(root) for name in TRAIN)
+        return root.is_dir() and os.access(root, os.R_OK | os.X_OK) and not set(TRAIN) & _inside(root).keys()
 
     def read_evaluated(self, classes: tuple[str, ...], image_size: int) -> Data:
         """Of a folder without train, PATH/test/CLASS and the like, or PATH/CLASS, under these classes."""
@@ -73,7 +74,7 @@ class Options(DataOptions):
                 continue
             if not meaning or meaning not in names.values():
                 expected = ", ".join(dict.fromkeys(names.values()))
-                raise UserError(f"data: got the folder {folder / name}, expected the classes of train: {expected}")
+                raise UserError(f"data: got the folder {folder / name}, expected one of the classes {expected}")
             mapped[name] = meaning
         return mapped
 
