@@ -175,9 +175,8 @@ def _unknown(key: str, known: dict[str, Flag]) -> UserError:
     of_name = {k.rpartition(".")[2]: k for k in [*known, *inside]}
     close = difflib.get_close_matches(name, of_name, n=1, cutoff=0.7)
     whose = f"{group} {known[f'{group}.name'].value}" if group in PACKAGES and inside else "this command"
-    others = (
-        f"; did you mean {of_name[close[0]]}?" if close else f", expected one of {', '.join(inside)}" * bool(inside)
-    )
+    expected = f", expected one of {', '.join(inside)}" if inside else ""
+    others = f"; did you mean {of_name[close[0]]}?" if close else expected
     return UserError(f"{key or '--'}: got an option that {whose} does not have{others}")
 
 
@@ -222,8 +221,7 @@ def help_text(command: str, default: Any, wanted: str) -> str:
         elif not wanted:
             names = ", ".join(flag.key.removeprefix(f"{group}.") for flag in inside)
             rest += textwrap.wrap(f"{group}: {names}", 110, initial_indent="  ", subsequent_indent="    ")
-    if rest:
-        lines += ["", "more, each with --help GROUP, or --help all:", *rest]
+    lines += ["", "more, each with --help GROUP, or --help all:", *rest] if rest else []
     if hasattr(default, "config"):
         lines += ["", "--config FILE reads options from YAML, JSON or TOML, such as a run's config.json"]
     return "\n".join(lines)

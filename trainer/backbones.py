@@ -90,10 +90,9 @@ class Backbone(nn.Module):
         super().train(mode)
         for name in self.frozen:
             self.model.get_submodule(name).eval()
-        if self.frozen_batchnorm:
-            for module in self.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
+        for module in self.modules():
+            if self.frozen_batchnorm and isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
         return self
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import zlib
+from collections.abc import Callable
 
 import torch
 from timm.layers import convert_sync_batchnorm
@@ -20,6 +21,7 @@ from .run import Diverged, Run, Signals, Stopped
 from .state import State
 
 EVALUATED_AT_ONCE = 256  # images
+Measure = Callable[[State, Data], dict]  # of the epoch just trained, for its row of metrics.jsonl
 
 
 def build(
@@ -36,12 +38,13 @@ def build(
     return method.to(memory_format=backbone.layout)
 
 
-def fit(config: Config, method: Method, data: Data, run: Run, device: torch.device) -> State:
+def fit(config: Config, method: Method, data: Data, run: Run, measure: Measure = lambda *_: {}) -> State:
     """Train by epochs and evaluate after each; ``run`` keeps what must survive an interruption.
 
     Raises:
         Diverged: a loss or a logit that is not finite. Stopped: a signal came, and the state is saved.
     """
+    device = next(method.parameters()).device
     train = Source(data.train, config, method.backbone, device)
     logger.info("%s", train.describe())
     state = State(config, method, device)
@@ -56,7 +59,7 @@ def fit(config: Config, method: Method, data: Data, run: Run, device: torch.devi
             scores = {name: metrics.accuracies(_evaluate(state, name, data, run)) for name in data.evaluated}
             seconds = time.perf_counter() - started
             speed = len(train) * (steps - first) / steps / trained
-            row = {"epoch": state.epoch + 1, **state.means(len(train)), **scores}
+            row = {"epoch": state.epoch + 1, **state.means(len(train)), **scores, **measure(state, data)}
             state.finish_epoch(row | {"seconds": seconds, "images_per_s": speed}, scores[data.chooser]["mean"])
             run.finish_epoch(state)
             logger.info("%s %d/%d: %s", config.name, state.epoch, config.epochs, _summary(config, state, data))

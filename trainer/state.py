@@ -60,9 +60,9 @@ class State:
         self.begin_epoch(self.epoch + 1)
 
     def as_dict(self) -> dict:
-        plain = {key: getattr(self, key) for key in PLAIN}
-        plain |= {"taken": self.take.taken, "names": self.take.names, "sums": self.sums}
-        return {"average": None, **{key: part.state_dict() for key, part in self.parts.items()}, **plain}
+        plain = {key: getattr(self, key) for key in PLAIN} | {"taken": self.take.taken, "names": self.take.names}
+        parts = {key: part.state_dict() for key, part in self.parts.items()}
+        return {"average": None, **parts, **plain, "sums": self.sums}
 
     def restore(self, saved: dict) -> None:
         """From what :meth:`as_dict` made, to continue bit for bit."""

@@ -92,8 +92,7 @@ class _Losses(nn.Module):
 
 def _captured(step: Callable[[Batch], Tensor], batch: Batch) -> Callable[[Batch], Tensor]:
     """``step`` as a CUDA graph that reads the batch from memory of its own."""
-    held = batch.clone()
-    graph = torch.cuda.CUDAGraph()
+    held, graph = batch.clone(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         sums = step(held)
 

@@ -40,8 +40,10 @@ class Result:
         return f"{metrics.table(self.used.classes, self.used.counts, self.columns())}\n{how}\n{self.folder}"
 
 
-def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> Result:
-    """Run ``config`` into its folder, ``config.output.root/config.name``.
+def train(
+    config: Config, *, resume: bool = False, overwrite: bool = False, measure: loop.Measure = lambda *_: {}
+) -> Result:
+    """Run ``config`` into its folder, ``config.output.root/config.name``; ``measure`` adds to the row of each epoch.
 
     Raises:
         UserError: what the user can mend, by the name of its option. Stopped: a signal came; the state is saved.
@@ -71,7 +73,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> R
         if run.saved:  # its backbone has no weights yet, but kept activations are computed with them
             method.load_state_dict(run.saved["model"])
         used = frozen.kept(config, backbone, sets) if config.augment.versions else sets
-        state = loop.fit(config, method, used, run, device)
+        state = loop.fit(config, method, used, run, measure)
         if config.output.pictures:
             draw(config, state, used, sets, run)
     return Result(used, state.history, state.take.evaluated, run.folder)

@@ -81,11 +81,27 @@ def run(
 
 
 def _kill_session(session: int) -> None:
-    """Kill a session's leader and all its process groups: ninja puts each compiler into a group of its own."""
+    """Kill a session's leader and all its process groups: ninja puts each compiler into a group of its own.
+
+    Returns when all of them have ended, those included that were started meanwhile, or after KILLED_S.
+    """
     with contextlib.suppress(ProcessLookupError):
         os.killpg(session, signal.SIGKILL)
+    deadline = time.monotonic() + KILLED_S
+    while (running := _running(session)) and time.monotonic() < deadline:
+        for process in running:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def _running(session: int) -> list[int]:
+    """The processes of a session that have not ended (Linux; elsewhere none)."""
+    found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             # The fields after the name, which may contain anything: state, parent, group, session.
-            if int(stat.read_text().rpartition(")")[2].split()[3]) == session:
-                os.kill(int(stat.parent.name), signal.SIGKILL)
+            state, _, _, member_of = stat.read_text().rpartition(")")[2].split()[:4]
+            if int(member_of) == session and state not in "ZX":
+                found.append(int(stat.parent.name))
+    return found

@@ -13,8 +13,9 @@ from scipy import stats
 from support import child, runs
 from torch import nn
 
-from trainer import loop, presets
+from trainer import data, loop, presets
 from trainer.__main__ import main
+from trainer.commands import load
 from trainer.config import Backbone, UserError, found, from_dict
 from trainer.data import Split
 from trainer.data.views import views
@@ -180,6 +181,27 @@ def test_the_rows_of_a_study_are_the_runs_of_train(finished, tmp_path):
     assert record["device"] == "CPU"
     best = max(rows, key=lambda row: row["test"]["mean"])
     assert record["best"] == {**best["test"], "epoch": best["epoch"]}
+
+
+def test_the_share_of_the_gradient_is_recorded_over_training(finished, tmp_path):
+    """After epochs 1 and 2 of two; a run of one epoch has the same weights after it."""
+    options = ["--method=rac", "--method.consistency-weight=2", "--seed=5", "--epochs=1", "--learning-rate=0.002"]
+    assert runs.train(tmp_path, "--name=a", "--data.train-size=24", "--data.test-size=16", *options) == 0
+    trained = load(str(tmp_path / "a" / "last.pt"), "cpu")
+    after_one = measure.gradient_share(trained.method, data.prepare(trained.config).splits["test"])
+    record = records(finished)[-1]
+    whole = {"1": pytest.approx(after_one, rel=1e-4), "2": pytest.approx(record["gradient_share"], rel=1e-12)}
+    assert record["gradient_share_over"] == whole and after_one != pytest.approx(record["gradient_share"], rel=1e-3)
+    assert "gradient_share" not in record["losses"]
+    plain, first, second = table.of(grid.read(str(finished / "three.toml")), records(finished)).lines
+    assert not plain.gradient_share_over and [e.n for e in first.gradient_share_over.values()] == [2, 2]
+    values = [r["gradient_share_over"]["1"] for r in records(finished) if r["row"] == second.label]
+    mean = f"{sum(values) / 2:.2f}"
+    header, *cells = table.cells(table.of(grid.read(str(finished / "three.toml")), records(finished)))
+    column = header.index("the same after epoch 1, 2")
+    assert cells[0][column] == "" and cells[2][column].startswith(f"{mean}, ")
+    (*_, of_second) = csv.DictReader((finished / "runs" / "three" / "table.csv").read_text().splitlines())
+    assert float(of_second["gradient_share after epoch 1 mean"]) == pytest.approx(sum(values) / 2)
 
 
 def test_its_files_agree(finished, capsys):

@@ -89,8 +89,7 @@ def _exported(network: Network, images: Tensor) -> torch.export.ExportedProgram:
 def _program(network: Network, images: Tensor, about: dict) -> tuple[bytes, Run]:
     """The bytes of a .pt2 file with ``about`` inside as about.json, and what they do when they are read again."""
     file = io.BytesIO()
-    text = json.dumps(about, ensure_ascii=False, indent=1)
-    torch.export.save(_exported(network, images), file, extra_files={"about.json": text})
+    torch.export.save(_exported(network, images), file, extra_files={"about.json": json.dumps(about)})
     file.seek(0)
     return file.getvalue(), torch.export.load(file).module()
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from ..config import UserError
-from ..data import Split
+from ..data import Data, Split
 from ..data.views import views
 from ..methods import Method
 from ..methods.tables import TableMethod
+from ..state import State
 
 AT_ONCE = 256  # images
 WITH_GRADIENT = 32  # images: all activations of the whole backbone are held for them
@@ -63,3 +64,12 @@ def gradient_share(method: Method, split: Split) -> float | None:
         method.consistency_weight = consistency
     m, c = (twice - once).norm(), (2 * once - twice).norm()
     return float(100 * m / (c + m))
+
+
+def over_training(state: State, data: Data) -> dict[str, float]:
+    """The consistency's share of the gradient after epoch 1, 2, 4, 8 and so on, for the row of that epoch."""
+    epoch = state.epoch + 1
+    if epoch & (epoch - 1):
+        return {}
+    found = gradient_share(state.take.evaluated, data.splits[data.reported])
+    return {} if found is None else {"gradient_share": found}

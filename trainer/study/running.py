@@ -20,6 +20,7 @@ from ..train import Result, train
 from . import grid, measure, results
 
 NOT_PASSED = ("study", "processes", "table")  #: to the processes that share the runs
+NO_LOSSES = ("seconds", "images_per_s", "gradient_share")  #: of the numbers of an epoch
 WHOLE_STATE = ("last.pt", "previous.pt")  #: of a finished run, which best.pt and the log outlive
 
 
@@ -44,7 +45,7 @@ def run_missing(study: grid.Study, folder: Path, file: Path, at_most: int = 0) -
                 continue
             place = folder / run.config.name
             try:
-                result = train(run.config, resume=(place / "last.pt").is_file())
+                result = train(run.config, resume=(place / "last.pt").is_file(), measure=measure.over_training)
                 results.add(file, record(run, result))
             except Busy as busy:
                 logger.info("%s", busy)
@@ -110,9 +111,10 @@ def record(run: grid.Run, result: Result) -> dict:
         "images": hashlib.sha256(images.encode()).hexdigest()[:16],
         "last": last[name],
         "best": {**best[name], "epoch": best["epoch"]},
-        "losses": {k: v for k, v in last.items() if isinstance(v, float) and k not in ("seconds", "images_per_s")},
+        "losses": {k: v for k, v in last.items() if isinstance(v, float) and k not in NO_LOSSES},
         "view_difference": measure.view_difference(result.method, split),
         "gradient_share": measure.gradient_share(result.method, split),
+        "gradient_share_over": {r["epoch"]: r["gradient_share"] for r in result.history if "gradient_share" in r},
         "seconds": sum(row["seconds"] for row in result.history),
         "device": _described(next(result.method.parameters()).device),
     }

@@ -61,6 +61,7 @@ class Line(NamedTuple):
     best: Estimate  #: mean accuracy of the best epoch, chosen by the images that it is of
     view_difference: Estimate  #: in percent of the maps
     gradient_share: Estimate  #: of the consistency, in percent
+    gradient_share_over: dict[int, Estimate]  #: the same after some epochs, of the runs that have it
     difference: Estimate  #: of ``mean`` from the row compared with, run by run
     p: float  #: of the paired t-test that it is 0
     overall_difference: Estimate  #: as ``difference``, of ``overall``
@@ -113,6 +114,7 @@ def of(study: Study, records: list[dict]) -> Table:
                 best=estimate([r["best"]["mean"] for r in mine]),
                 view_difference=estimate(_there(r["view_difference"] for r in mine)),
                 gradient_share=estimate(_there(r.get("gradient_share") for r in mine)),
+                gradient_share_over=_over(mine),
                 difference=estimate(differences),
                 p=_p(differences),
                 overall_difference=estimate(of_overall),
@@ -123,6 +125,14 @@ def of(study: Study, records: list[dict]) -> Table:
         )
     names, split = (whole[0]["classes"], whole[0]["split"]) if whole else ([], "test")
     return Table(study, names, split, found, Counter(r.get("device", "") for r in whole))
+
+
+def _over(records: list[dict]) -> dict[int, Estimate]:
+    found: dict[int, list[float]] = {}
+    for record in records:
+        for epoch, value in record.get("gradient_share_over", {}).items():
+            found.setdefault(int(epoch), []).append(value)
+    return {epoch: estimate(values) for epoch, values in sorted(found.items())}
 
 
 def _there(values) -> list[float]:
@@ -151,10 +161,12 @@ def cells(table: Table) -> list[list[str]]:
     differ = any(line.difference.n for line in table.lines)
     maps = any(line.view_difference.n for line in table.lines)
     pull = any(line.gradient_share.n for line in table.lines)
+    over = sorted({epoch for line in table.lines for epoch in line.gradient_share_over})
     head = ["", "runs", *table.classes, "overall", "mean", "mean, best epoch"]
     head += [f"mean - {table.study.compare}", "p", f"overall - {table.study.compare}"] if differ else []
     head += ["maps differ by %"] if maps else []
     head += ["consistency's share of the gradient, %"] if pull else []
+    head += [f"the same after epoch {', '.join(map(str, over))}"] if over else []
     head += ["paper: overall", "mean"] if paper else []
     rows = [head]
     for line in table.lines:
@@ -170,10 +182,20 @@ def cells(table: Table) -> list[list[str]]:
         if pull:
             fewer = 0 < line.gradient_share.n < line.runs
             row.append(f"{line.gradient_share}" + f" ({line.gradient_share.n} runs)" * fewer)
+        if over:
+            row.append(_course(line, over))
         if paper:
             row += [f"{line.paper[k]:.2f}" if k in line.paper else "-" for k in ("overall", "mean")]
         rows.append(row)
     return rows
+
+
+def _course(line: Line, epochs: list[int]) -> str:
+    """The mean shares of the gradient after these epochs, and of how many runs where not all have them."""
+    there = line.gradient_share_over
+    runs = max((e.n for e in there.values()), default=0)
+    values = ", ".join(f"{there[epoch].mean:.2f}" if epoch in there else "-" for epoch in epochs)
+    return (values + f" ({runs} runs)" * (runs < line.runs)) if there else ""
 
 
 def _signed(d: Estimate) -> str:
@@ -232,14 +254,17 @@ def as_csv(table: Table) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     names = ["overall", "mean", "f1", "best", "view_difference", "gradient_share", "difference", "overall_difference"]
+    over = sorted({epoch for line in table.lines for epoch in line.gradient_share_over})
+    titles = [*table.classes, *names, *(f"gradient_share after epoch {epoch}" for epoch in over)]
     writer.writerow(
-        ["row", "runs", "diverged", *(f"{c} {k}" for c in (*table.classes, *names) for k in ("mean", "half"))]
+        ["row", "runs", "diverged", *(f"{title} {k}" for title in titles for k in ("mean", "half"))]
         + ["p", "seconds", "paper overall", "paper mean"]
     )
     for line in table.lines:
         estimates = [*line.per_class, *(getattr(line, name) for name in names)]
+        estimates += [line.gradient_share_over.get(epoch, estimate([])) for epoch in over]
         there = [v for e in estimates for v in (e.mean, e.half)]
-        numbers = there if line.runs else [""] * 2 * (len(table.classes) + len(names))
+        numbers = there if line.runs else [""] * 2 * len(titles)
         tail = [line.p, line.seconds, line.paper.get("overall", ""), line.paper.get("mean", "")]
         writer.writerow([line.label, line.runs, line.failed, *numbers, *tail])
     return out.getvalue()
