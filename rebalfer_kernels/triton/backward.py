@@ -18,7 +18,7 @@ from .common import (
     twin_rows,
     weight_tile,
 )
-from .cross_entropy import Targets, Upstream, cross_entropy_gradient, load_upstream
+from .cross_entropy import Targets, Upstream, cross_entropy_gradient, load_upstream, row_sums
 
 
 class Upstreams(NamedTuple):
@@ -40,15 +40,23 @@ def residual_upstream(up, samples, ok):
 
 
 @inlined
-def logits_gradient(
-    up, targets, logits, rows, ok, N, k, L: tl.constexpr, BOTH_VIEWS: tl.constexpr, B_ALL: tl.constexpr
-):
+def softmax_of(up, targets, logits, rows, ok, N, L: tl.constexpr, B_ALL: tl.constexpr):
+    """What dz of these rows needs of all classes, once for all blocks of classes."""
+    if up.d_loss.data is not None or up.d_classification.data is not None:
+        return row_sums(logits, targets, rows, tl.where(rows < N, rows, rows - N), ok, L, B_ALL)
+    else:
+        none = tl.zeros([rows.shape[0]], tl.float32)
+        return none, none, none
+
+
+@inlined
+def logits_gradient(up, softmax, targets, logits, rows, ok, N, k, L: tl.constexpr, BOTH_VIEWS: tl.constexpr):
     """(rows, classes k) of dz, zero beyond L. Rows below N are images, the others twins."""
     samples = tl.where(rows < N, rows, rows - N)
     dz = tl.zeros([rows.shape[0], k.shape[0]], tl.float32)
     if up.d_loss.data is not None or up.d_classification.data is not None:
         g = (load_upstream(up.d_loss, samples, ok) + load_upstream(up.d_classification, samples, ok)) * up.share
-        of_loss = cross_entropy_gradient(g, logits, targets, rows, samples, ok, k, L, B_ALL)
+        of_loss = cross_entropy_gradient(g, softmax, logits, targets, rows, samples, ok, k, L)
         wanted = ok[:, None] & (k < L)[None, :]
         if not BOTH_VIEWS:
             wanted = wanted & (rows < N)[:, None]
@@ -102,7 +110,8 @@ def weight_gradient(
             ok = n < end
             for view in tl.static_range(2):
                 m = n + view * N
-                dz = logits_gradient(up, targets, logits, m, ok, N, k, L, BOTH_VIEWS, CUT.all_classes)
+                softmax = softmax_of(up, targets, logits, m, ok, N, L, CUT.all_classes)
+                dz = logits_gradient(up, softmax, targets, logits, m, ok, N, k, L, BOTH_VIEWS)
                 sum_dz += tl.sum(dz, 0)
                 if d_weight is not None:
                     means = tl.load(
@@ -198,6 +207,8 @@ def features_gradient(
     g = residual_upstream(up, sample, sample >= 0) * (1.0 / (L * HW))
     slot = tl.arange(0, PARTS * B_L)
     view = tl.arange(0, 2)
+    if logits is not None:
+        softmax = softmax_of(up, targets, logits, i + view * N, view < 2, N, L, CUT.all_classes)
     u = tl.zeros([B_ROWS, B_C], tl.float32)
     q = tl.zeros([B_C], tl.float32)  # W^T dz / HW, one number a channel
     q_twin = q
@@ -210,7 +221,7 @@ def features_gradient(
             k = l0 + tl.arange(0, B_L)
             w = tl.load(weight + k[:, None] * C + c[None, :], mask=(k < L)[:, None] & (c < C)[None, :], other=0.0)
             w = w.to(tl.float32) * (1.0 / HW)
-            dz = logits_gradient(up, targets, logits, i + view * N, view < 2, N, k, L, BOTH_VIEWS, CUT.all_classes)
+            dz = logits_gradient(up, softmax, targets, logits, i + view * N, view < 2, N, k, L, BOTH_VIEWS)
             both = tl.sum(dz[:, :, None] * w[None, :, :], 1)
             q += tl.sum(tl.where((view == 0)[:, None], both, 0.0), 0)
             q_twin += tl.sum(tl.where((view == 1)[:, None], both, 0.0), 0)

@@ -56,11 +56,17 @@ def cross_entropy(z, t, k, L: tl.constexpr):  # (rows, all classes) both
 
 
 @inlined
-def cross_entropy_gradient(g, logits, targets, rows, samples, ok, k, L: tl.constexpr, B_ALL: tl.constexpr):
-    """(rows, classes k) g ((sum t) softmax(z)_l - t_l): the rows of the target table need not sum to 1."""
+def row_sums(logits, targets, rows, samples, ok, L: tl.constexpr, B_ALL: tl.constexpr):
+    """What the gradient needs of all classes of each row: log_sum_exp of the logits and the sum of the targets."""
     every = tl.arange(0, B_ALL)
     lse, top = log_sum_exp(load_logits(logits, rows, ok, every, L), every, L)
-    total = tl.sum(target_rows(targets, samples, ok, every, L), 1)
+    return lse, top, tl.sum(target_rows(targets, samples, ok, every, L), 1)
+
+
+@inlined
+def cross_entropy_gradient(g, sums, logits, targets, rows, samples, ok, k, L: tl.constexpr):
+    """(rows, classes k) g ((sum t) softmax(z)_l - t_l): the rows of the target table need not sum to 1."""
+    lse, top, total = sums
     t = target_rows(targets, samples, ok, k, L)
     z = load_logits(logits, rows, ok, k, L)
     return g[:, None] * (total[:, None] * tl.exp(z - top[:, None] - lse[:, None]) - t)
@@ -119,7 +125,8 @@ def cross_entropy_backward_kernel(
     ok = m < M
     k = tl.arange(0, B_ALL)
     g = load_upstream(Upstream(d_loss, d_loss_stride), m, ok) * share
-    dz = cross_entropy_gradient(g, logits, Targets(targets, target_table), m, m, ok, k, L, B_ALL)
+    of = Targets(targets, target_table)
+    dz = cross_entropy_gradient(g, row_sums(logits, of, m, m, ok, L, B_ALL), logits, of, m, m, ok, k, L)
     mask = ok[:, None] & (k < L)[None, :]
     tl.store(d_logits + m[:, None] * L + k[None, :], narrow(dz, d_logits.dtype.element_ty), mask=mask)
 

@@ -48,7 +48,7 @@ class Policy(NamedTuple):
     forward: Tiles  #: of the features, read
     backward: Tiles  #: of their gradient, written
     weight: Tiles  #: of features read again where they meet a gradient of maps; channels and classes of dW
-    all_classes: int  #: L padded: a row of logits
+    all_classes: int  #: L padded: a row of logits; where it is one block of the backward's classes, it is loaded once
     batch: int  #: rows of logits at once, in sums over the batch
     pool_by_mma: bool  #: the means of features over positions are products of tensor cores, in a program of one tile
 
@@ -115,7 +115,7 @@ def policy(problem: Problem) -> Policy:
         Tiles(rows, channels, every if one_tile else min(every, 64), warps, stages),
         Tiles(min(rows, 64), min(back_channels, widest), classes, back_warps, 1),
         Tiles(min(rows, 64), min(64, widest), classes, 4, 2),
-        every,
+        max(every, classes),
         max(16, min(64, 2048 // every)),
         row.pool_by_mma,
     )

@@ -97,6 +97,30 @@ def test_shared_memory_is_waited_for_too():
     assert model.schedule(launch({**PART, "wavefronts": 50}, resident=5), 1) == [1600]
 
 
+def test_tritons_kernels_keep_to_the_bounds_or_are_faster_by_the_model(monkeypatch):
+    figures = launch(registers=169, resident=3, kernel="head_forward")
+    fast, slow = (launch({**PART, "cycles": cycles}, tiles=[32, 4, 3]) for cycles in (999_000, 1_001_000))
+    of = {"launches": {"forward N32 C512 nchw": [figures]}, "alternatives": {}}
+    monkeypatch.setattr(model, "triton", lambda: {"3.9": of})
+    figures["parts"] = [{**PART, "cycles": 1_000_000}]
+    us = model.predict(figures, model.H100).us
+    for others, met, says in (
+        ([], False, "no tiles are known"),
+        (
+            [slow],
+            True,
+            f"{us:.1f} µs; with 168 at most and 3 at least, the best tiles (32, 4, 3) take {us + 1000 / 1980:.1f}",
+        ),
+        ([fast], False, f"the best tiles (32, 4, 3) take {us - 1000 / 1980:.1f}"),
+    ):
+        of["alternatives"] = {"forward N32 C512 nchw": others}
+        (found,) = (goal for goal in model.goals(model.present()) if "Triton" in goal[0])
+        assert says in found[0] and "169 registers, 3 blocks" in found[0] and found[1] is met
+    for few in ({"registers": 168, "resident": 3}, {"registers": 40, "resident": 9}):
+        of["launches"]["forward N32 C512 nchw"] = [figures | few]
+        assert not [goal for goal in model.goals(model.present()) if "Triton" in goal[0]]
+
+
 def test_a_kernel_takes_as_long_as_the_slowest_of_waiting_and_memory():
     gpu = model.Gpu("", 5, 1.0, 1000.0)
     once = model.predict(launch(fetched=100, last=50), gpu)

@@ -12,6 +12,8 @@ import pytest
 from support import child
 from support.machine import ROOT
 
+from bench import model
+
 pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
@@ -68,3 +70,11 @@ def test_a_regression_is_named():
     assert list(complaints(good, good)) == []
     worse = {"counts": {"forward C512": {"instructions": 1031, "wavefronts": 50}}, "launches": {}}
     assert list(complaints(worse, good)) == ["forward C512: 1031 instructions a pair, known 1000"]
+
+
+def test_a_kernel_with_many_registers_or_few_blocks_is_compared_with_the_best_of_other_tiles():
+    for version, of in GOLDEN.items():
+        crowded = {name for name, (head, *_) in of["launches"].items() if not model.roomy(head)}
+        assert crowded == set(of["alternatives"]), version
+        for (other,) in of["alternatives"].values():
+            assert model.roomy(other) and len(other["tiles"]) == 3

@@ -1,7 +1,7 @@
 """What the head's Triton kernels issue and wait for, counted like the CUDA kernels: their code executed on a CPU.
 
     python tests/resources/triton_launches.py            writes the golden file's part of the installed Triton anew
-    python tests/resources/triton_launches.py --print    prints it as JSON
+    python tests/resources/triton_launches.py --print    prints it as JSON, without the alternatives
 
 The operators are called on a CPU's tensors; what they would launch is compiled for sm_90 and executed on those
 (tests/resources/sass), so that the outputs can be compared with float64.
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-sys.path[:0] = [str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 import cubin  # noqa: E402
 import issue_budgets  # noqa: E402
@@ -35,13 +35,24 @@ from sass.machine import Program, Run  # noqa: E402
 from torch import Tensor  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
+from bench import model  # noqa: E402
 from rebalfer_kernels import transforms  # noqa: E402
-from rebalfer_kernels.triton import host  # noqa: E402
+from rebalfer_kernels.triton import host, tiles  # noqa: E402
 
 GOLDEN = Path(__file__).with_suffix(".json")
 ARCHITECTURE = "sm_90"
 LAYOUTS = ("nchw", "channels_last")
 SIZES = ((32, 512), (64, 512), (512, 2048))  #: N and C
+#: Channels, warps and stages of a forward's tile, warps and channels of a backward's, in place of a kernel's that takes
+#: more registers or leaves room for fewer blocks than it should.
+OTHERS = {
+    "forward": tuple(itertools.product((32, 64, 128), (4, 8), (2, 3))),
+    "backward": tuple(itertools.product((32, 64, 128), (2, 4, 8))),
+}
+
+
+class Spills(RuntimeError):
+    """A kernel that keeps numbers outside of its registers, which the machine does not execute."""
 
 
 class Kernel:
@@ -63,6 +74,8 @@ class Kernel:
         self._program = Program(self.instructions)
 
     def run(self, program: int) -> Run:
+        if self.usage.stack or self.usage.local:
+            raise Spills(self.name)
         return self._program.run(self.launch, self.tensors, cold=self.cold, blocks=(program, 1))
 
     def figures(self, parts: list[tuple[int, Run]]) -> dict[str, Any]:
@@ -190,12 +203,36 @@ def count(channels: int, layout: str, dtype: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def launches(channels: int, layout: str, n: int) -> dict[str, list[dict[str, Any]]]:
+def launches(
+    channels: int, layout: str, n: int, ways: tuple[str, ...] = ("forward", "backward")
+) -> dict[str, list[dict[str, Any]]]:
     """ "pass size layout" -> figures of each kernel that it launches, with bfloat16."""
     head, found = Head(channels, layout, "bfloat16", n), {}
-    for way, of in (("forward", head.forward()), ("backward", head.backward())):
+    for way in ways:
+        of = getattr(head, way)()
         kernels = head.of_forward if way == "forward" else head.of_backward
         found[f"{way} N{n} C{channels} {layout}"] = [kernel.figures(of[kernel.name]) for kernel in kernels]
+    return found
+
+
+def alternatives(of: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """ "pass size layout" of each head's kernel that is not :func:`bench.model.roomy` -> the tiles and figures of the
+    one that is and, by the model, takes the least time on an H100."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, (head, *_) in of.items():
+        if model.roomy(head):
+            continue
+        way, n, channels, layout = name.split()
+        for cut in OTHERS[way]:
+            rows = (row._replace(**{way: cut}) if row.arch == ARCHITECTURE else row for row in tiles.TABLE)
+            with mock.patch.object(tiles, "TABLE", tuple(rows)):
+                try:
+                    (figures, *_) = launches(int(channels[1:]), layout, int(n[1:]), (way,))[name]
+                except Spills:
+                    continue
+            if model.roomy(figures):
+                figures["tiles"] = cut
+                found[name] = min(found.get(name, figures), figures, key=lambda f: model.predict(f, model.H100).us)
     return found
 
 
@@ -216,6 +253,7 @@ def main() -> None:
     if options.print:
         print(json.dumps({triton.__version__: measured}))
         return
+    measured["alternatives"] = {k: [v] for k, v in alternatives(measured["launches"]).items()}
     golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
     golden[triton.__version__] = measured
     parts = []
