@@ -4,6 +4,7 @@ import ast
 import io
 import re
 import shutil
+import subprocess
 import tokenize
 from pathlib import Path
 
@@ -262,6 +263,16 @@ def lines_of_code(file: Path) -> int:
 
 
 NO_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+
+
+def test_nothing_that_is_built_or_left_behind_is_tracked():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("no git repository here")
+    tracked = [Path(name) for name in listed.stdout.split("\0") if name]
+    folders = {path.parts[0] for path in tracked if len(path.parts) > 1}
+    assert folders == {*PARTS, ".ci", ".github"}
+    assert not [path for path in tracked if path.suffix in (".so", ".o", ".pyc", ".pt", ".npy", ".lock")]
 
 
 def test_the_loop_is_read_at_a_glance():

@@ -107,7 +107,18 @@ struct ForwardParams {
   unsigned* ticket;                            // zero before and after
   float *logits, *maps, *residual, *pooled;    // (2N, L), (views N, L, H, W), (N, L, H, W), (2N, C)
   float* cam_grad;                             // (N, L, C)
-  const float* d_maps;                         // (N, L, H, W): nothing but cam_grad, of these, is computed; one view
+};
+
+// Of single views, by the gradient of their maps.
+struct CamWeightParams {
+  Geometry g;
+  const void* features;  // (N, C, H, W)
+  const float* d_maps;   // (N, L, H, W)
+  float* cam_grad;       // (N, L, C)
+  int split_bits;        // 2^split_bits blocks of one view
+  int stages;            // ring_stages
+  bool early;            // Granted::early
+  Copies copies;         // set by the launch
 };
 
 struct Upstream {  // absent, a scalar (stride 0), or one a sample
@@ -147,6 +158,7 @@ struct CrossEntropyParams {
 };
 
 void launch_forward(Storage storage, const ForwardParams& p, const Multiprocessors& on, cudaStream_t stream);
+void launch_cam_weight(Storage storage, const CamWeightParams& p, cudaStream_t stream);
 void launch_backward(Storage storage, const BackwardParams& p, cudaStream_t stream);
 void launch_cross_entropy_forward(Storage storage, const CrossEntropyParams& p, cudaStream_t stream);
 void launch_cross_entropy_backward(Storage storage, const CrossEntropyParams& p, cudaStream_t stream);
@@ -169,6 +181,8 @@ Granted prepare();
 template <typename T>
 void launch_forward_as(const ForwardParams& p, const Multiprocessors& on, cudaStream_t stream);
 template <typename T>
+void launch_cam_weight_as(const CamWeightParams& p, cudaStream_t stream);
+template <typename T>
 void launch_backward_as(const BackwardParams& p, cudaStream_t stream);
 
 // Each kernel once at least; of one that runs in clusters, the shared memory that it needs at most, else 0.
@@ -176,6 +190,8 @@ using Visit = std::function<void(const void* kernel, size_t cluster_shared_bytes
 void visit_kernels(const Visit& visit);
 template <typename T>
 void visit_forward_kernels_as(const Visit& visit);
+template <typename T>
+void visit_cam_weight_kernels_as(const Visit& visit);
 template <typename T>
 void visit_backward_kernels_as(const Visit& visit);
 

@@ -77,6 +77,10 @@ void launch_forward(Storage storage, const ForwardParams& p, const Multiprocesso
   with_type(storage, [&]<typename T>() { launch_forward_as<T>(p, on, stream); });
 }
 
+void launch_cam_weight(Storage storage, const CamWeightParams& p, cudaStream_t stream) {
+  with_type(storage, [&]<typename T>() { launch_cam_weight_as<T>(p, stream); });
+}
+
 void launch_backward(Storage storage, const BackwardParams& p, cudaStream_t stream) {
   with_type(storage, [&]<typename T>() { launch_backward_as<T>(p, stream); });
 }
@@ -85,6 +89,7 @@ void visit_kernels(const Visit& visit) {
   for (const Storage storage : {Storage::f32, Storage::bf16, Storage::f16}) {
     with_type(storage, [&]<typename T>() {
       visit_forward_kernels_as<T>(visit);
+      visit_cam_weight_kernels_as<T>(visit);
       visit_backward_kernels_as<T>(visit);
       visit(reinterpret_cast<const void*>(cross_entropy_forward<T>), 0);
       visit(reinterpret_cast<const void*>(cross_entropy_backward<T>), 0);

@@ -20,7 +20,7 @@
 // Order of the sums: channels of a warp, warps, blocks of the cluster; it depends only on C, H W, L, layout and dtype.
 #pragma once
 
-#include "features.cuh"
+#include "correlation.cuh"
 
 namespace rebalfer::gpu {
 
@@ -32,9 +32,11 @@ struct ForwardShared {  // the fixed part of a block's shared memory
   int twin[kMaxPositions], last;
 };
 
-// kPositions: H W where it is known when this is compiled, else 0. kTurns: a cluster serves several pairs.
-template <typename T, bool kChannelsLast, int kBlocks, int kPositions, bool kTurns>
+// kPositions: H W where it is known when this is compiled, else 0. kTurns: a cluster serves several pairs. kCamGrad:
+// one pair, whose features are needed once more, for the gradient of the CAM's weight.
+template <typename T, bool kChannelsLast, int kBlocks, int kPositions, bool kTurns, bool kCamGrad>
 struct Forward {
+  static_assert(!kTurns || !kCamGrad);
   static constexpr int kTiles = ((kPositions ? kPositions : kMaxPositions) + 7) / 8;
   static constexpr int kPitch = 8 * kTiles + (kTiles % 4 ? 0 : 8);  // of a map's row: 8 rows apart hit different banks
   static constexpr int kSlots = 16 / sizeof(T);                     // channels of a lane
@@ -45,7 +47,10 @@ struct Forward {
   static constexpr bool kMany = kPositions && (kTensorCore || kChannelsLast);
   static constexpr int kResident = kBlocks == 2 ? 2 : kMany ? 4 : 3;
   // As the compiler has it: before sm_90 some have too few registers for that.
-  static constexpr int kBound = kMany && !REBALFER_HAS_BULK && (kTurns || !kTensorCore) ? 3 : kResident;
+  static constexpr int kBound = kMany && !REBALFER_HAS_BULK && (kTurns || kCamGrad || !kTensorCore) ? 3 : kResident;
+  // Whether a step's place is given to the next before the means of its channels are written; elsewhere the compiler
+  // has too few registers for that too.
+  static constexpr bool kFetchFirst = kChannelsLast || kTurns;
   using Map = float[kClasses][kPitch];
   using Source = std::conditional_t<kChannelsLast, LaneRing<T, kTiles>, SlabRing<T, kTiles>>;
 
@@ -91,10 +96,10 @@ struct Forward {
   // have one where the features are needed once more.
   __device__ __forceinline__ unsigned size() const { return 1u << p.cluster_bits; }
   __device__ __forceinline__ bool has_turn(unsigned k) const {
-    return p.cam_grad || (k & (size() - 1)) == unsigned(rank);
+    return kCamGrad || (k & (size() - 1)) == unsigned(rank);
   }
   __device__ __forceinline__ bool has_turns() const {  // from the first pair on
-    return p.cam_grad || (kTurns ? pair + rank * p.turns.clusters < p.g.N : rank == 0);
+    return kCamGrad || (kTurns ? pair + rank * p.turns.clusters < p.g.N : rank == 0);
   }
   __device__ __forceinline__ unsigned parity(unsigned k) const { return k >> p.cluster_bits & 1; }
 
@@ -105,7 +110,7 @@ struct Forward {
     const int l = threadIdx.x % kMaxClasses;
     float fetched = 0;
     switch (threadIdx.x / kMaxClasses) {
-      case kTarget: fetched = target(p.cam_grad ? pair : pair + rank * p.turns.clusters, l); break;
+      case kTarget: fetched = target(kCamGrad ? pair : pair + rank * p.turns.clusters, l); break;
       case kBias: fetched = p.bias.data ? Weights<T>(p.bias, L, 1).at(l, 0) : 0.0f; break;
       case kMapWeight: fetched = l < L && p.map_weights ? __ldg(p.map_weights + l) : 0.0f; break;
       default: break;
@@ -338,7 +343,7 @@ struct Forward {
       float4* const inbox =
           reinterpret_cast<float4*>(reinterpret_cast<unsigned char*>(&shared) + inbox_offset(HW, p.stages));
       if (k == 0) cluster_wait();  // for the other blocks' first expect()
-      const int first = p.cam_grad ? 0 : int(k & (size() - 1)), receivers = p.cam_grad ? int(size()) : 1;
+      const int first = kCamGrad ? 0 : int(k & (size() - 1)), receivers = kCamGrad ? int(size()) : 1;
       REBALFER_ROLLED
       for (int r = first; r < first + receivers; ++r)
         for_own_vectors(sums, thread, [&](int e, const float4& sum) {
@@ -463,45 +468,23 @@ struct Forward {
     if (at.thread == 0) write_losses();
   }
 
-  // K = <d, F> (minus the twin's): d (L, HW) of this warp's view meets each channel, a few classes at a time.
+  // K = <d, F> - <d~, F~>, of the features of a step: d (L, HW) of this warp's view meets each channel.
   __device__ __forceinline__ void correlate(const Map& d, const uint4 (&f)[kTiles], int c) const {
-    constexpr int kTogether = 32 / kSlots;  // classes; 32 sums, of which a lane keeps 4 consecutive ones
+    using Products = Correlation<T, kChannelsLast, kTiles>;
     REBALFER_ROLLED
-    for (int l0 = 0; l0 < L; l0 += kTogether) {
-      float sums[kTogether][kSlots] = {};
+    for (int l0 = 0; l0 < L; l0 += Products::kTogether) {
+      float own[4];
+      Products::sums(d, f, l0, at, own);
+      float* exchange = &maps[0][0][0] + at.slice * 128 + at.lane;
+      __syncthreads();
+      if (at.view == 1)
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j) {
-        float x[kSlots];
-        unpack<T>(f[j], x);
+        for (int i = 0; i < 4; ++i) exchange[32 * i] = own[i];
+      __syncthreads();
+      if (at.view == 1) continue;
 #pragma unroll
-        for (int l = 0; l < kTogether; ++l) {
-          const float factor = d[l0 + l][8 * j + at.group];
-#pragma unroll
-          for (int i = 0; i < kSlots; ++i) sums[l][i] = fmaf(factor, x[i], sums[l][i]);
-        }
-      }
-      sum_and_spread<16, 4, 32>(&sums[0][0], at.lane);
-      float* own = &sums[0][0];
-      if (views == 2) {
-        float* exchange = &maps[0][0][0] + at.slice * 128 + at.lane;
-        __syncthreads();
-        if (at.view == 1)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) exchange[32 * i] = own[i];
-        __syncthreads();
-        if (at.view == 1) continue;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) own[i] += exchange[32 * i];
-      }
-      const int l = l0 + 4 * at.group / kSlots;
-      if (l >= L) continue;
-      float* to = p.cam_grad + (int64_t(pair) * L + l) * p.g.C;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int slot = 4 * at.group % kSlots + i;
-        const int channel = c + (kTensorCore ? 2 * pair_of_word<kChannelsLast>(slot / 2) + slot % 2 : slot);
-        if (channel < p.g.C) to[channel] = own[i];
-      }
+      for (int i = 0; i < 4; ++i) own[i] += exchange[32 * i];
+      Products::write(p.cam_grad + int64_t(pair) * L * p.g.C, p.g, l0, c, at, own);
     }
   }
 
@@ -512,11 +495,7 @@ struct Forward {
     for (int e = threadIdx.x; e < kMap; e += kThreads) {
       const int l = e / kPitch, x = e % kPitch;
       if (l >= L || x >= HW) {
-        total[0][l][x] = total[views - 1][l][x] = 0;
-        continue;
-      }
-      if (p.d_maps) {
-        total[0][l][x] = p.d_maps[(int64_t(pair) * L + l) * HW + x];
+        total[0][l][x] = total[1][l][x] = 0;
         continue;
       }
       const float d = consistency_gradient(shared.map_weights[l], total[0][l][x], p.p) / float(L * HW);
@@ -527,49 +506,52 @@ struct Forward {
   }
 
   __device__ __forceinline__ void run(unsigned char* memory) {
-    const bool forward = !p.d_maps;
-    if (forward && p.cluster_bits && threadIdx.x == 0) {
+    if (p.cluster_bits && threadIdx.x == 0) {
       mbarrier_init(&shared.gathered, 1);
       mbarrier_fence_init();
       expect();
     }
+    // Pairs of a cluster. For channels_last this is asked, though kTurns says it: the code takes fewer registers so.
+    const bool several = kChannelsLast ? p.g.N > p.turns.clusters : kTurns;
     Source source(p.g, static_cast<const T*>(p.features), pair, channels, at, HW,
-                  p.cam_grad ? 1 + forward : p.turns.each + (pair < p.turns.rest),
-                  kTurns && !p.cam_grad ? p.turns.clusters : 0, p.stages, memory + ring_offset(), shared.full,
-                  p.copies);
-    if (forward && p.cluster_bits) cluster_arrive();
-    if (forward) {
-      WeightCursor<T> cursor(weights, kTensorCore ? at.group : 0, lane_channel(), channels.width);
-      Rows w = rows(cursor);
-      const float fetched = has_turns() ? fetch() : 0.0f;
-      Pool pool(*this);
-      if (channels.steps) source.wait();
-      if (has_turns()) put(fetched);
+                  kCamGrad ? 2 : p.turns.each + (pair < p.turns.rest), several ? p.turns.clusters : 0, p.stages,
+                  memory + ring_offset(), shared.full, p.copies);
+    if (p.cluster_bits) cluster_arrive();
+    WeightCursor<T> cursor(weights, kTensorCore ? at.group : 0, lane_channel(), channels.width);
+    Rows w = rows(cursor);
+    const float fetched = has_turns() ? fetch() : 0.0f;
+    Pool pool(*this);
+    if (channels.steps) source.wait();
+    if (has_turns()) put(fetched);
+    REBALFER_ROLLED
+    for (unsigned k = 0;; ++k) {
+      Sums acc = {};
       REBALFER_ROLLED
-      for (unsigned k = 0;; ++k) {
-        Sums acc = {};
-        REBALFER_ROLLED
-        for (int step = 0; step < channels.steps; ++step) {
-          source.wait();
-          accumulate(acc, pool, source, w, cursor, step + 1 == channels.steps);
-          pool.write(*this);
-          source.release();
-        }
-        if (k) __syncthreads();  // the maps of the pair before have been used
-        const Place now(views, thread_index_anew());
-        store(acc, cursor.floats, now);
-        combine(k, now.thread);
-        if (has_turn(k)) finish(k, !p.cam_grad || rank == 0, now);
-        if (!kTurns || pair + p.turns.clusters >= p.g.N) {
-          if (p.ticket && unsigned(rank) <= k) write_means();
-          break;
-        }
-        pair += p.turns.clusters;
-        pool.rewind(*this);
+      for (int step = 0; step < channels.steps; ++step) {
+        source.wait();
+        accumulate(acc, pool, source, w, cursor, step + 1 == channels.steps);
+        if (kFetchFirst) source.release();
+        pool.write(*this);
+        if (!kFetchFirst) source.release();
       }
-      source.rewind();
+      if (k) __syncthreads();  // the maps of the pair before have been used
+      const Place now(views, thread_index_anew());
+      store(acc, cursor.floats, now);
+      combine(k, now.thread);
+      if (has_turn(k)) finish(k, !kCamGrad || rank == 0, now);
+      if (!kTurns || pair + p.turns.clusters >= p.g.N) {
+        if (p.ticket && unsigned(rank) <= k) write_means();
+        break;
+      }
+      pair += p.turns.clusters;
+      pool.rewind(*this);
     }
-    if (!p.cam_grad) return;
+    if constexpr (kCamGrad) add_cam_gradient(source);
+  }
+
+  // After the maps: the features once more, for the gradient of the CAM's weight.
+  __device__ __forceinline__ void add_cam_gradient(Source& source) const {
+    source.rewind();
     __syncthreads();
     differentiate();
     REBALFER_ROLLED
@@ -584,14 +566,14 @@ struct Forward {
   }
 };
 
-template <typename T, bool kChannelsLast, int kBlocks, int kPositions, bool kTurns>
+template <typename T, bool kChannelsLast, int kBlocks, int kPositions, bool kTurns, bool kCamGrad>
 __global__ __launch_bounds__(kThreads,
-                             Forward<T, kChannelsLast, kBlocks, kPositions,
-                                     kTurns>::kBound) void forward_kernel(const __grid_constant__ ForwardParams p) {
+                             Forward<T, kChannelsLast, kBlocks, kPositions, kTurns,
+                                     kCamGrad>::kBound) void forward_kernel(const __grid_constant__ ForwardParams p) {
   REBALFER_DYNAMIC_SHARED(unsigned char, memory);
   wait_for_previous();
   next_may_start();
-  Forward<T, kChannelsLast, kBlocks, kPositions, kTurns>(p, memory).run(memory);
+  Forward<T, kChannelsLast, kBlocks, kPositions, kTurns, kCamGrad>(p, memory).run(memory);
 }
 
 // Of float32 the sums need all registers: there a cluster always serves one pair, and so before sm_90.
@@ -602,34 +584,36 @@ template <typename T>
 void launch_forward_as(const ForwardParams& p, const Multiprocessors& on, cudaStream_t stream) {
   const int HW = p.g.H * p.g.W;
   with_instance(p.g.channels_last, p.g.L, HW, [&]<bool kChannelsLast, int kBlocks, int kPositions>() {
-    const auto launch_as = [&]<bool kTurns>(int64_t clusters) {
-      using Instance = Forward<T, kChannelsLast, kBlocks, kPositions, kTurns>;
+    const auto launch_as = [&]<bool kTurns, bool kCamGrad>(int64_t clusters) {
+      using Instance = Forward<T, kChannelsLast, kBlocks, kPositions, kTurns, kCamGrad>;
       ForwardParams own = p;
       own.copies = copies<T>(p.features, p.g);
       own.turns = Turns::of(p.g.N, clusters, 1u << p.cluster_bits);
-      launch(forward_kernel<T, kChannelsLast, kBlocks, kPositions, kTurns>, dim3(own.turns.clusters << p.cluster_bits),
-             dim3(kThreads), 1u << p.cluster_bits, size_t(Instance::shared_bytes(HW, p.stages, p.cluster_bits)), stream,
-             p.early, own);
+      launch(forward_kernel<T, kChannelsLast, kBlocks, kPositions, kTurns, kCamGrad>,
+             dim3(own.turns.clusters << p.cluster_bits), dim3(kThreads), 1u << p.cluster_bits,
+             size_t(Instance::shared_bytes(HW, p.stages, p.cluster_bits)), stream, p.early, own);
     };
+    if (p.cam_grad) return launch_as.template operator()<false, true>(p.g.N);
     if constexpr (kMayTakeTurns<T>) {
-      const int64_t room = Forward<T, kChannelsLast, kBlocks, kPositions, true>::room(p, on);
-      if (p.early && !p.cam_grad && p.cluster_bits <= kMostTurnsBits && p.g.N > room)
-        return launch_as.template operator()<true>(room);
+      const int64_t room = Forward<T, kChannelsLast, kBlocks, kPositions, true, false>::room(p, on);
+      if (p.early && p.cluster_bits <= kMostTurnsBits && p.g.N > room)
+        return launch_as.template operator()<true, false>(room);
     }
-    launch_as.template operator()<false>(p.g.N);
+    launch_as.template operator()<false, false>(p.g.N);
   });
 }
 
 template <typename T>
 void visit_forward_kernels_as(const Visit& visit) {
   with_every_instance([&]<bool kChannelsLast, int kBlocks, int kPositions>(int HW) {
-    const auto visit_as = [&]<bool kTurns>() {
-      using Instance = Forward<T, kChannelsLast, kBlocks, kPositions, kTurns>;
-      visit(reinterpret_cast<const void*>(forward_kernel<T, kChannelsLast, kBlocks, kPositions, kTurns>),
+    const auto visit_as = [&]<bool kTurns, bool kCamGrad>() {
+      using Instance = Forward<T, kChannelsLast, kBlocks, kPositions, kTurns, kCamGrad>;
+      visit(reinterpret_cast<const void*>(forward_kernel<T, kChannelsLast, kBlocks, kPositions, kTurns, kCamGrad>),
             size_t(Instance::shared_bytes(HW, kMostStages, kMaxClusterBits)));
     };
-    visit_as.template operator()<false>();
-    if constexpr (kMayTakeTurns<T>) visit_as.template operator()<true>();
+    visit_as.template operator()<false, false>();
+    visit_as.template operator()<false, true>();
+    if constexpr (kMayTakeTurns<T>) visit_as.template operator()<true, false>();
   });
 }
 

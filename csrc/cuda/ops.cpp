@@ -184,20 +184,14 @@ HeadGradients head_backward(const HeadBackwardArguments& a) {
   return out;
 }
 
-// What both launches over single views start from.
-ForwardParams single_views(const Tensor& features, const Tensor& weight, const Device& device) {
+Tensor cam_forward(Tensor features, Tensor weight) {
   const int64_t C = features.size(1), H = features.size(2), W = features.size(3);
+  const Device device(features);
   ForwardParams params{};
   params.g = geometry(features.size(0), C, H, W, weight.size(0), 1, is_channels_last(features), {});
   params.features = data<void>(features);
   params.weight = parameter(weight);
   share(params, storage_of(features.scalar_type()), device);
-  return params;
-}
-
-Tensor cam_forward(Tensor features, Tensor weight) {
-  const Device device(features);
-  ForwardParams params = single_views(features, weight, device);
   Tensor maps = output(features, {params.g.N, params.g.L, params.g.H, params.g.W}, ScalarType::Float);
   params.maps = data(maps);
   if (params.g.N)
@@ -212,15 +206,22 @@ std::tuple<Tensor, Tensor> cam_backward(Tensor d_maps, Tensor features, Tensor w
   Tensor d_features = feature_output(weight, {M, C, H, W}, dtype, channels_last, need_features);
   Tensor d_weight = output(weight, {L, C}, weight.scalar_type(), need_weight);
   Tensor cam_grad = output(weight, {M, L, C}, ScalarType::Float, need_weight);
+  const Geometry g = geometry(M, C, H, W, L, 1, channels_last, {});
+  const Granted& granted = device.granted();
   if (need_weight && M) {
-    ForwardParams params = single_views(features, weight, device);
+    CamWeightParams params{};
+    params.g = g;
+    params.features = data<void>(features);
     params.d_maps = data(d_maps);
     params.cam_grad = data(cam_grad);
-    launch_forward(storage_of(dtype), params, device.granted().multiprocessors, device.stream());
+    params.split_bits = cluster_bits(C, H * W, dtype == ScalarType::Float ? 4 : 2, kMaxClusterBits);
+    params.stages = ring_stages(M << params.split_bits, granted.multiprocessors.count);
+    params.early = granted.early;
+    launch_cam_weight(storage_of(dtype), params, device.stream());
   }
   BackwardParams params{};
-  params.early = device.granted().early;
-  params.g = geometry(M, C, H, W, L, 1, channels_last, {});
+  params.early = granted.early;
+  params.g = g;
   params.weight = parameter(weight);
   params.d_maps = data(d_maps);
   params.cam_grad = data(cam_grad);

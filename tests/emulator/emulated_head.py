@@ -91,7 +91,7 @@ def forward(
         of_class(out["classification"]), out["consistency"], per_sample if mean else None,
         ticket if mean else None, of_class(out["logits"]),
         out["maps"] if maps else None, out["residual"] if save else None, out["pooled"] if save else None,
-        None if detach else out["cam_grad"], None, order=order,
+        None if detach else out["cam_grad"], order=order,
     )  # fmt: skip
     assert ticket.item() == 0
     return out, counters

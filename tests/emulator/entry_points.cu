@@ -40,7 +40,7 @@ const char* run_forward(int64_t storage, int64_t N, int64_t C, int64_t H, int64_
                         const float* table, const float* map_weights, float consistency_weight, int64_t p,
                         int64_t both_views, int64_t cluster, int64_t stages, int64_t multiprocessors, float* loss,
                         float* classification, float* consistency, float* per_sample, unsigned* ticket, float* logits,
-                        float* maps, float* residual, float* pooled, float* cam_grad, const float* d_maps) {
+                        float* maps, float* residual, float* pooled, float* cam_grad) {
   return attempt([&] {
     const ForwardParams params{geometry(N, C, H, W, L, views, channels_last, twin),
                                features,
@@ -65,9 +65,25 @@ const char* run_forward(int64_t storage, int64_t N, int64_t C, int64_t H, int64_
                                maps,
                                residual,
                                pooled,
-                               cam_grad,
-                               d_maps};
+                               cam_grad};
     launch_forward(Storage(storage), params, {int(multiprocessors), 228 * 1024}, nullptr);
+  });
+}
+
+const char* run_cam_weight(int64_t storage, int64_t N, int64_t C, int64_t H, int64_t W, int64_t L,
+                           int64_t channels_last, const void* features, const float* d_maps, float* cam_grad,
+                           int64_t blocks, int64_t stages) {
+  return attempt([&] {
+    const int64_t none[6] = {};
+    const CamWeightParams params{geometry(N, C, H, W, L, 1, channels_last, none),
+                                 features,
+                                 d_maps,
+                                 cam_grad,
+                                 std::countr_zero(uint64_t(blocks)),
+                                 int(stages),
+                                 true,
+                                 {}};
+    launch_cam_weight(Storage(storage), params, nullptr);
   });
 }
 

@@ -312,22 +312,28 @@ def test_class_activation_maps(dtype, layout):
         none = (None,) * 4
         start = (*case.geometry(views=1, n=m), case.features, case.weight, is_float, None, *none)
         options = (0.0, 2, 1, case.cluster(False), 2 * n, 132, *(None,) * 6)
-        library()("run_forward", *start, *options, maps, None, None, None, None)
+        library()("run_forward", *start, *options, maps, None, None, None)
         in_turns = nans(m, classes, h, w)
         on_one = (0.0, 2, 1, min(2, case.cluster(False)), 2 * n, 1, *(None,) * 6)
-        library()("run_forward", *start, *on_one, in_turns, None, None, None, None)
+        library()("run_forward", *start, *on_one, in_turns, None, None, None)
         oracle.assert_close(in_turns, maps.double(), TOLERANCE)
         flat, weight = case.features[:m].double().reshape(m, c, h * w), case.weight.double()
         oracle.assert_close(maps, (weight @ flat).reshape(maps.shape), TOLERANCE)
 
         d_maps = torch.randn(maps.shape, generator=g)
         cam_grad, d_features, d_weight = nans(m, classes, c), case.feature_output(m), nans(classes, c, dtype=dtype)
-        library()("run_forward", *start, *options, None, None, None, cam_grad, d_maps)
+        *sizes, _, channels_last, _ = case.geometry(views=1, n=m)
+        of = (*sizes, channels_last, case.features, d_maps)
+        for blocks, stages in ((1, 2), (4, 4), (2, 2)):  # no sum is over channels: the same bits
+            before = cam_grad.clone()
+            library()("run_cam_weight", *of, cam_grad, blocks, stages)
+            assert blocks == 1 or torch.equal(cam_grad, before)
         library()(
             "run_backward", *case.geometry(views=1, n=m), *(None, 0) * 3, None, case.weight, is_float, *none, None,
             None, None, cam_grad, d_maps, 0.0, 1.0, 2, 1, d_features, d_weight, None,
         )  # fmt: skip
         flat_d = d_maps.double().reshape(m, classes, h * w)
+        oracle.assert_close(cam_grad, flat_d @ flat.transpose(1, 2), TOLERANCE)
         oracle.assert_close(d_features, (weight.T @ flat_d).reshape(d_features.shape), ROUNDING[dtype])
         oracle.assert_close(d_weight, (flat_d @ flat.transpose(1, 2)).sum(0), ROUNDING[dtype])
 

@@ -154,17 +154,19 @@ def launches() -> dict[str, dict[str, tuple[int, int]]]:
             cluster = torch.zeros(1, dtype=torch.int64)
             granted = 0 if architecture == "sm_80" else 2
             kernels.library()("get_cluster_blocks", 512, 49, dtype.itemsize, granted, cluster)
+            _, cam_grad = kernels.forward(case, cluster=int(cluster), stages=2, detach=False)
             saved, forward = kernels.forward(case, cluster=int(cluster), stages=2)
             _, backward = kernels.backward(case, saved, kernels.upstreams(case, True))
             positions = 49 if blocks == 1 else 0
             taken = [
-                (f"forward_kernel{instance}, {positions}, false>", forward),
+                (f"forward_kernel{instance}, {positions}, false, false>", forward),
+                (f"forward_kernel{instance}, {positions}, false, true>", cam_grad),
                 (f"backward_kernel{instance}, {positions}>", backward),
             ]
             if dtype.itemsize == 2:
                 many = kernels.Case(5, 512, 7, 7, classes, dtype, layout)
                 _, turns = kernels.forward(many, cluster=int(cluster), stages=2, multiprocessors=1)
-                taken.append((f"forward_kernel{instance}, {positions}, true>", turns))
+                taken.append((f"forward_kernel{instance}, {positions}, true, false>", turns))
             for name, counters in taken:
                 found.setdefault(name, {})[architecture] = counters["threads"], counters["shared_bytes"]
     return found

@@ -75,7 +75,7 @@ MUTANTS = [
     ),
     Mutant(
         "CUDA: dK of NCHW in the order of channels_last",
-        "csrc/cuda/kernels_forward.cuh",
+        "csrc/cuda/correlation.cuh",
         "2 * pair_of_word<kChannelsLast>(slot / 2)",
         "2 * pair_of_word<true>(slot / 2)",
         "emulator/test_cuda_kernels.py::test_options",
@@ -139,7 +139,7 @@ MUTANTS = [
     Mutant(
         "CUDA: with the CAM's weight gradient only the first block gets the maps",
         "csrc/cuda/kernels_forward.cuh",
-        "receivers = p.cam_grad ? int(size()) : 1;",
+        "receivers = kCamGrad ? int(size()) : 1;",
         "receivers = 1;",
         "emulator/test_cuda_kernels.py::test_every_cluster_size_and_slabs_that_come_twice",
     ),
@@ -167,7 +167,7 @@ MUTANTS = [
     Mutant(
         "CUDA: the maps of the pair before are overwritten while they are read",
         "csrc/cuda/kernels_forward.cuh",
-        "        if (k) __syncthreads();  // the maps of the pair before have been used\n",
+        "      if (k) __syncthreads();  // the maps of the pair before have been used\n",
         "",
         "emulator/test_cuda_kernels.py::test_clusters_that_serve_several_pairs",
     ),
@@ -188,7 +188,7 @@ MUTANTS = [
     Mutant(
         "CUDA: the first block has every turn's inbox",
         "csrc/cuda/kernels_forward.cuh",
-        "const int first = p.cam_grad ? 0 : int(k & (size() - 1)),",
+        "const int first = kCamGrad ? 0 : int(k & (size() - 1)),",
         "const int first = 0,",
         "emulator/test_cuda_kernels.py::test_clusters_that_serve_several_pairs",
     ),
@@ -338,5 +338,33 @@ MUTANTS = [
         "u.data + i * u.stride",
         "u.data + i",
         "emulator/test_cuda_kernels.py::test_options",
+    ),
+    Mutant(
+        "CUDA: the CAM's weight gradient of one view reads the maps' gradient of the next",
+        "csrc/cuda/kernels_cam_weight.cuh",
+        "p.d_maps + (view * p.g.L + l) * HW + x",
+        "p.d_maps + ((view + 1) * p.g.L + l) * HW + x",
+        "emulator/test_cuda_kernels.py::test_class_activation_maps",
+    ),
+    Mutant(
+        "CUDA: the CAM's weight gradient of the first classes only",
+        "csrc/cuda/kernels_cam_weight.cuh",
+        "l0 < p.g.L; l0 += Products::kTogether",
+        "l0 < p.g.L; l0 += 16 * Products::kTogether",
+        "emulator/test_cuda_kernels.py::test_class_activation_maps",
+    ),
+    Mutant(
+        "CUDA: each block of a view writes the first channels",
+        "csrc/cuda/kernels_cam_weight.cuh",
+        "int c = channels.first +",
+        "int c =",
+        "emulator/test_cuda_kernels.py::test_class_activation_maps",
+    ),
+    Mutant(
+        "CUDA: the CAM's weight gradient begins before the maps' gradient is there",
+        "csrc/cuda/kernels_cam_weight.cuh",
+        "    __syncthreads();\n    float* const K",
+        "    float* const K",
+        "emulator/test_cuda_kernels.py::test_class_activation_maps",
     ),
 ]
