@@ -5,8 +5,8 @@
 
 namespace rebalfer::gpu {
 
-// Of 8 classes or fewer at a time: each lane multiplies the positions and channels that it has (features.cuh), then a
-// warp's lanes exchange what they have of 32 sums, of which each keeps 4.
+// Of kTogether classes at a time: each lane multiplies the positions and channels that it has (features.cuh), then the
+// lanes of a warp exchange what they have of 32 sums, of which each keeps 4.
 template <typename T, bool kChannelsLast, int kTiles>
 struct Correlation {
   static constexpr int kSlots = 16 / sizeof(T);  // channels of a lane
