@@ -200,7 +200,7 @@ def goals(launches: Launches) -> list[tuple[str, bool]]:
         for name, kernels in of["launches"].items():
             for figures in kernels:
                 if not roomy(figures):
-                    says, met = _against_roomy(figures, of["alternatives"].get(name, []))
+                    says, met = _against_roomy(figures, of["alternatives"].get(name))
                     found.append((f"Triton {version}, {figures['kernel']} of {name}: {says}", met))
     return found
 
@@ -210,15 +210,15 @@ def roomy(figures: dict[str, Any]) -> bool:
     return figures["registers"] <= REGISTERS and figures["resident"] >= RESIDENT
 
 
-def _against_roomy(figures: dict[str, Any], others: list[dict[str, Any]]) -> tuple[str, bool]:
+def _against_roomy(figures: dict[str, Any], other: dict[str, Any] | None) -> tuple[str, bool]:
     """What a kernel that is not :func:`roomy` takes, and whether the model has it faster than the best one that is."""
     mine = predict(figures, H100).us
     says = f"{figures['registers']} registers, {figures['resident']} blocks on a multiprocessor, {mine:.1f} µs; "
     says += f"with {REGISTERS} at most and {RESIDENT} at least, "
-    for other in others:
-        best = predict(other, H100).us
-        return f"{says}the best tiles ({', '.join(map(str, other['tiles']))}) take {best:.1f}", mine <= best
-    return f"{says}no tiles are known", False
+    if other is None:
+        return f"{says}no tiles are known", False
+    best = predict(other, H100).us
+    return f"{says}the best tiles ({', '.join(map(str, other['tiles']))}) take {best:.1f}", mine <= best
 
 
 def present() -> Launches:

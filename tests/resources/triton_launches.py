@@ -253,7 +253,7 @@ def main() -> None:
     if options.print:
         print(json.dumps({triton.__version__: measured}))
         return
-    measured["alternatives"] = {k: [v] for k, v in alternatives(measured["launches"]).items()}
+    measured["alternatives"] = alternatives(measured["launches"])
     golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
     golden[triton.__version__] = measured
     parts = []

@@ -135,6 +135,11 @@ def _over(records: list[dict]) -> dict[int, Estimate]:
     return {epoch: estimate(values) for epoch, values in sorted(found.items())}
 
 
+def _epochs(table: Table) -> list[int]:
+    """After which the share of the gradient is known of some row."""
+    return sorted({epoch for line in table.lines for epoch in line.gradient_share_over})
+
+
 def _there(values) -> list[float]:
     return [v for v in values if v is not None]
 
@@ -161,7 +166,7 @@ def cells(table: Table) -> list[list[str]]:
     differ = any(line.difference.n for line in table.lines)
     maps = any(line.view_difference.n for line in table.lines)
     pull = any(line.gradient_share.n for line in table.lines)
-    over = sorted({epoch for line in table.lines for epoch in line.gradient_share_over})
+    over = _epochs(table)
     head = ["", "runs", *table.classes, "overall", "mean", "mean, best epoch"]
     head += [f"mean - {table.study.compare}", "p", f"overall - {table.study.compare}"] if differ else []
     head += ["maps differ by %"] if maps else []
@@ -254,7 +259,7 @@ def as_csv(table: Table) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     names = ["overall", "mean", "f1", "best", "view_difference", "gradient_share", "difference", "overall_difference"]
-    over = sorted({epoch for line in table.lines for epoch in line.gradient_share_over})
+    over = _epochs(table)
     titles = [*table.classes, *names, *(f"gradient_share after epoch {epoch}" for epoch in over)]
     writer.writerow(
         ["row", "runs", "diverged", *(f"{title} {k}" for title in titles for k in ("mean", "half"))]
