@@ -19,6 +19,8 @@ namespace {
 
 constexpr int64_t kBlockBytes = 8 * 1024;  // of one view: the block of a pair stays in an L1 cache
 constexpr int64_t kMaxColumns = 4;
+constexpr int64_t kAhead = 4 * 1024;  // bytes from what is read or written to what is fetched
+constexpr int64_t kRowsAhead = 8;  // the same in rows of channels_last: past a map's row, which a flip visits backwards
 constexpr int kTile = kAccumulators >= 24 ? 3 : 2;  // vectors of positions, or rows of channels_last
 
 // The kernels for features stored as T. Template parameters that count: LG classes, TV vectors of positions, HT rows of
@@ -27,7 +29,6 @@ template <typename T>
 struct KernelsOf {
   using A = typename Compute<T>::type;
   using V = Vec<A>;
-  using LaneBits = decltype(V{} < V{});
   static constexpr int kN = kLanes<A>;
 
   static int64_t pitch(int64_t n) { return round_up(n, kN); }
@@ -73,6 +74,19 @@ struct KernelsOf {
            (block * (pitch(g.HW) + 2 * kN + 3) + 2 * kN) * of_a + kMaxColumns * g.L * kN * of_a + 16 * 64;
   }
 
+  // What follows kAhead behind p, in as many vectors and the start of a cache line more: a row of positions.
+  template <int Vectors>
+  static void prefetch_ahead(const T* p) {
+    constexpr int lines = Vectors * kN * int(sizeof(T)) / kCacheLine + 1;
+    for (int i = 0; i < lines; ++i) prefetch(reinterpret_cast<const char*>(p) + kAhead + i * kCacheLine);
+  }
+
+  // The same of channels_last, a vector of a row's channels: the cache line that begins at channel c, if one does.
+  static void prefetch_row_ahead(const T* p, int64_t C, int64_t c) {
+    constexpr int64_t line = kCacheLine / sizeof(T);
+    if (kN >= line || c % line == 0) prefetch(p + kRowsAhead * C);
+  }
+
   // ------------------------------------------------------------------------------------------------ maps, NCHW
 
   // What the maps are summed over: the features of one view, or the difference of a pair's. A load gives that
@@ -80,9 +94,13 @@ struct KernelsOf {
   struct OneView {
     static constexpr int kViews = 1;
     const T* features[1];
-    V load(int64_t offset, int64_t t, V (&own)[1]) const {
-      return own[0] = rebalfer::load(features[0] + offset + t * kN);
-    }
+    // TV vectors of the rows from t on, with what is the same for all rows at hand.
+    template <int TV>
+    struct Tile {
+      const T* features;
+      Tile(const OneView& of, int64_t t) : features(of.features[0] + t * kN) {}
+      V load(int64_t offset, int i, V (&own)[1]) const { return own[0] = rebalfer::load(features + offset + i * kN); }
+    };
     A at(int64_t offset, int64_t x, A (&own)[1]) const { return own[0] = widen(features[0][offset + x]); }
     const T* row(int64_t C, int64_t x, int) const { return features[0] + x * C; }
   };
@@ -90,12 +108,22 @@ struct KernelsOf {
     static constexpr int kViews = 2;
     const T* features[2];
     Permutation undo;
-    V load(int64_t offset, int64_t t, V (&own)[2]) const {
-      const T* twin = features[1] + offset + undo.base[t];
-      own[0] = rebalfer::load(features[0] + offset + t * kN);
-      own[1] = permute(rebalfer::load(twin), rebalfer::load(twin + kN), undo.lanes + t * kN);
-      return own[0] - own[1];
-    }
+    template <int TV>
+    struct Tile {
+      const T *original, *twin[TV];
+      LaneIndex index[TV];
+      Tile(const Pair& of, int64_t t) : original(of.features[0] + t * kN) {
+        for (int i = 0; i < TV; ++i) {
+          twin[i] = of.features[1] + of.undo.base[t + i];
+          index[i] = load_index(of.undo.lanes + (t + i) * kN);
+        }
+      }
+      V load(int64_t offset, int i, V (&own)[2]) const {
+        own[0] = rebalfer::load(original + offset + i * kN);
+        own[1] = permute(rebalfer::load(twin[i] + offset), rebalfer::load(twin[i] + offset + kN), index[i]);
+        return own[0] - own[1];
+      }
+    };
     A at(int64_t offset, int64_t x, A (&own)[2]) const {
       own[0] = widen(features[0][offset + x]);
       own[1] = widen(features[1][offset + undo.index[x]]);
@@ -126,28 +154,44 @@ struct KernelsOf {
     const A* weight_columns = nullptr;  // (channels, L)
   };
 
-  // The maps of LG classes from l on and TV vectors of positions from t on.
-  template <int LG, int TV, bool kPool, typename Source>
-  static void maps_tile(MapsBlock<Source> block, int64_t l, int64_t t) {
+  // The maps of LG classes from l on and TV vectors of positions from t on, the first classes' fetching what comes
+  // next.
+  template <int LG, int TV, bool kFirst, bool kPool, typename Source>
+  [[gnu::always_inline]] static void maps_tile(const MapsBlock<Source>& block, int64_t l, int64_t t) {
     constexpr int kViews = Source::kViews;
-    const int64_t HW = block.g.HW, L = block.g.L, map_pitch = block.map_pitch;
+    const int64_t HW = block.g.HW, L = block.g.L, map_pitch = block.map_pitch, channels = block.channels;
     const A* weight = block.weight_columns + l;
     A* maps = block.maps + l * map_pitch + t * kN;
-    const int64_t partial = HW - (t + TV - 1) * kN;  // lanes of the tile's last vector
-    LaneBits keep;
-    for (int i = 0; i < kN; ++i) keep[i] = i < partial ? -1 : 0;
+    const LaneMask in_row = first_lanes<A>(HW - (t + TV - 1) * kN);  // of the tile's last vector
+    const typename Source::template Tile<TV> tile(block.source, t);
+    A* pool[kViews];
+    const T* features[kViews];
+    for (int view = 0; view < kViews; ++view) {
+      pool[view] = block.pool[view].vectors;
+      features[view] = block.source.features[view] + t * kN;
+    }
     V sums[LG][TV];
     for (int j = 0; j < LG; ++j)
       for (int i = 0; i < TV; ++i) sums[j][i] = load(maps + j * map_pitch + i * kN);
-    for (int64_t c = 0; c < block.channels; ++c, weight += L) {
-      V difference[TV], own[TV][kViews];
-      for (int i = 0; i < TV; ++i) difference[i] = block.source.load(c * HW, t + i, own[i]);
+    for (int64_t c = 0; c < channels; ++c, weight += L) {
+      if constexpr (kFirst) {  // written out: of a loop over the views, GCC 12 moves the sums to memory
+        prefetch_ahead<TV>(features[0] + c * HW);
+        if constexpr (kViews == 2) prefetch_ahead<TV>(features[1] + c * HW);
+      }
+      V difference[TV], pooled[kViews];
+      for (int i = 0; i < TV; ++i) {
+        V own[kViews];
+        difference[i] = tile.load(c * HW, i, own);
+        if constexpr (kPool)
+          for (int view = 0; view < kViews; ++view) {
+            const V kept = i == TV - 1 ? masked(in_row, own[view]) : own[view];
+            pooled[view] = i ? pooled[view] + kept : kept;
+          }
+      }
       if constexpr (kPool)
         for (int view = 0; view < kViews; ++view) {
-          V sum = (V)((LaneBits)own[TV - 1][view] & keep);
-          for (int i = 0; i < TV - 1; ++i) sum += own[i][view];
-          A* to = block.pool[view].vectors + c * kN;
-          store(to, t ? load(to) + sum : sum);
+          A* to = pool[view] + c * kN;
+          store(to, t ? load(to) + pooled[view] : pooled[view]);
         }
       for (int j = 0; j < LG; ++j)
         for (int i = 0; i < TV; ++i) sums[j][i] += weight[j] * difference[i];
@@ -187,10 +231,10 @@ struct KernelsOf {
     const RowParts row(block.g.HW);
     for_groups<kTile>(row.vectors, [&]<int TV>(int64_t t) {
       for_groups<kAccumulators / kTile>(block.g.L, [&]<int LG>(int64_t l) {
-        if (kPool && l == 0)
-          maps_tile<LG, TV, kPool>(block, l, t);
+        if (l == 0)
+          maps_tile<LG, TV, true, kPool>(block, l, t);
         else
-          maps_tile<LG, TV, false>(block, l, t);
+          maps_tile<LG, TV, false, false>(block, l, t);
       });
     });
     if constexpr (kPool)
@@ -284,7 +328,10 @@ struct KernelsOf {
     auto step = [&](int64_t c, auto get) __attribute__((always_inline)) {
       V own[kViews][HT];
       for (int view = 0; view < kViews; ++view)
-        for (int h = 0; h < HT; ++h) own[view][h] = get(rows[view][h] + c);
+        for (int h = 0; h < HT; ++h) {
+          if (l == 0) prefetch_row_ahead(rows[view][h] + c, C, c);
+          own[view][h] = get(rows[view][h] + c);
+        }
       if constexpr (kViews == 2) {
         if (l == 0)
           for (int view = 0; view < 2; ++view) {
@@ -303,18 +350,20 @@ struct KernelsOf {
     for (int64_t c = 0; c < whole; c += kN) step(c, [](const T* q) { return load(q); });
     if (rest) step(whole, [rest](const T* q) { return load_first(q, rest); });
     constexpr int kFlat = (LG * HT + kN - 1) / kN * kN;
-    V flat[kFlat];
-    for (int i = 0; i < kFlat; ++i) flat[i] = i < LG * HT ? sums[i / HT][i % HT] : zero<A>();
-    for (int i = 0; i < kFlat; i += kN) {
-      const V totals = lane_sums<A>(reinterpret_cast<V(&)[kN]>(flat[i]));
-      for (int j = i; j < std::min(i + kN, LG * HT); ++j) maps[(j / HT) * map_pitch + j % HT] = totals[j - i];
-    }
+    V flat[kFlat] = {};
+    for (int j = 0; j < LG; ++j)
+      for (int h = 0; h < HT; ++h) flat[j * HT + h] = sums[j][h];
+    A totals[kFlat];
+    for (int i = 0; i < kFlat; i += kN) store(totals + i, lane_sums<A>(reinterpret_cast<V(&)[kN]>(flat[i])));
+    for (int j = 0; j < LG; ++j)
+      for (int h = 0; h < HT; ++h) maps[j * map_pitch + h] = totals[j * HT + h];
   }
 
   template <typename Source>
   static void maps_channels_last(const MapsRows<Source>& of) {
-    for_groups<kTile>(of.g.HW, [&]<int HT>(int64_t x) {
-      for_groups<kAccumulators / kTile>(of.g.L, [&]<int LG>(int64_t l) { rows_tile<LG, HT>(of, l, x); });
+    // Classes outside: a group's weights stay in the L1 cache, and the features of a pair in the L2 cache.
+    for_groups<kAccumulators / kTile>(of.g.L, [&]<int LG>(int64_t l) {
+      for_groups<kTile>(of.g.HW, [&]<int HT>(int64_t x) { rows_tile<LG, HT>(of, l, x); });
     });
   }
 
@@ -385,7 +434,7 @@ struct KernelsOf {
 
   // CH rows of U, TV vectors each, pitch(HW) apart.
   template <int CH, int TV>
-  static void gradient_tile(Geometry g, const A* columns, const A* d_maps, A* u) {
+  static void gradient_rows(Geometry g, const A* columns, const A* d_maps, A* u) {
     const int64_t map_pitch = pitch(g.HW);
     V sums[CH][TV];
     for (int c = 0; c < CH; ++c)
@@ -408,7 +457,7 @@ struct KernelsOf {
     const RowParts row(g.HW);
     for_groups<kTile>(row.vectors, [&]<int TV>(int64_t t) {
       for_groups<4>(channels, [&]<int CH>(int64_t c) {
-        gradient_tile<CH, TV>(g, columns + c * g.L, d_maps + t * kN, u + c * map_pitch + t * kN);
+        gradient_rows<CH, TV>(g, columns + c * g.L, d_maps + t * kN, u + c * map_pitch + t * kN);
       });
     });
     for (int64_t x = row.first_column; x < row.first_column + row.columns; ++x)
@@ -422,17 +471,21 @@ struct KernelsOf {
 
   // out[c, x] = constants[c] + U[c, x] or, for the twin, constants[c] - U[c, inverse.index[x]].
   template <bool kTwin>
-  static void write_rows(Geometry g, Permutation inverse, int64_t channels, const A* constants, const A* u, T* out) {
+  static void write_rows(const FeatureGradient& of, int64_t channels, const A* constants, const A* u, T* out) {
+    const Geometry g = of.g;
+    const Permutation inverse = of.inverse;
+    const int64_t ahead = of.streaming ? 0 : g.HW * int64_t(sizeof(T));
     const int64_t map_pitch = pitch(g.HW), whole = g.HW / kN, rest = g.HW - whole * kN;
     const RowParts row(g.HW);
     auto value = [&](const A* q, int64_t t) __attribute__((always_inline)) {
       if constexpr (kTwin)
-        return permute(load(q + inverse.base[t]), load(q + inverse.base[t] + kN), inverse.lanes + t * kN);
+        return permute(load(q + inverse.base[t]), load(q + inverse.base[t] + kN), load_index(inverse.lanes + t * kN));
       else
         return load(q + t * kN);
     };
     for (int64_t c = 0; c < channels; ++c, u += map_pitch, out += g.HW) {
       const V constant = splat(constants[c]);
+      for (int64_t b = 0; b < ahead; b += kCacheLine) prefetch(reinterpret_cast<const char*>(out) + kAhead + b);
       for (int64_t t = 0; t < whole; ++t) store(out + t * kN, kTwin ? constant - value(u, t) : constant + value(u, t));
       if (row.vectors > whole)
         store_first(out + whole * kN, kTwin ? constant - value(u, whole) : constant + value(u, whole), rest);
@@ -450,47 +503,142 @@ struct KernelsOf {
     return d_twin;
   }
 
+  // CH channels of a pair's gradients, first of which is c, whose rows are TV vectors and single columns: U stays in
+  // registers. Twin lane i of vector t is of U's element from[t][i]; `last` lanes of the last vector are written.
+  template <int CH, int TV>
+  static void pair_rows(const FeatureGradient& of, int64_t c, const LaneIndex (&from)[TV], LaneMask last,
+                        T* const (&out)[2]) {
+    const int64_t HW = of.g.HW, L = of.g.L, map_pitch = pitch(HW);
+    const A* weight = columns_of(of.g, of.packed) + c * L;
+    V u[CH][TV];
+    for (int i = 0; i < CH; ++i)
+      for (int t = 0; t < TV; ++t) u[i][t] = zero<A>();
+    for (int64_t l = 0; l < L; ++l) {
+      V d[TV];
+      for (int t = 0; t < TV; ++t) d[t] = in_register(load(of.d_maps + l * map_pitch + t * kN));
+      for (int i = 0; i < CH; ++i)
+        for (int t = 0; t < TV; ++t) u[i][t] += weight[i * L + l] * d[t];
+    }
+    for (int i = 0; i < CH; ++i) {
+      T* const rows[2] = {out[0] + i * HW, out[1] + i * HW};
+      const V constants[2] = {splat(of.constants[0][c + i]), splat(of.constants[1][c + i])};
+      if (!of.streaming)
+        for (const T* row : rows) prefetch_ahead<TV>(row);
+      for (int t = 0; t < TV; ++t) {
+        const V original = constants[0] + u[i][t], twin = constants[1] - permute(u[i], from[t]);
+        store_lanes(rows[0] + t * kN, original, t == TV - 1 ? last : LaneMask(-1));
+        store_lanes(rows[1] + t * kN, twin, t == TV - 1 ? last : LaneMask(-1));
+      }
+    }
+  }
+
+  // A block of a pair's gradients by pair_rows, then the single columns x: U[:, x] goes to the twin's position that
+  // comes from x, and U[:, index[x]] to the twin's x.
+  template <int TV>
+  static void pair_block(const FeatureGradient& of, int64_t first, int64_t channels, T* const (&out)[2]) {
+    const Geometry g = of.g;
+    const int64_t map_pitch = pitch(g.HW), weight_pitch = pitch(g.C), columns = RowParts(g.HW).columns;
+    const int32_t* const index = of.inverse.index;
+    int32_t padded[TV * kN] = {};
+    std::copy_n(index, std::min<int64_t>(g.HW, TV * kN), padded);
+    LaneIndex from[TV];
+    for (int t = 0; t < TV; ++t) from[t] = load_index(padded + t * kN);
+    for_groups<kAccumulators / 2 / TV>(channels, [&]<int CH>(int64_t c) {
+      T* const rows[2] = {out[0] + c * g.HW, out[1] + c * g.HW};
+      pair_rows<CH, TV>(of, first + c, from, first_lanes<A>(g.HW - columns - (TV - 1) * kN), rows);
+    });
+    for (int64_t x = g.HW - columns; x < g.HW; ++x) {
+      const int64_t to = std::find(index, index + g.HW, x) - index;
+      for (int64_t c = 0; c < channels; c += kN) {
+        V here = zero<A>(), there = zero<A>();
+        for (int64_t l = 0; l < g.L; ++l) {
+          const V weight = load(of.packed + l * weight_pitch + first + c);
+          here += of.d_maps[l * map_pitch + x] * weight;
+          there += of.d_maps[l * map_pitch + index[x]] * weight;
+        }
+        const V constants[2] = {load(of.constants[0] + first + c), load(of.constants[1] + first + c)};
+        const V original = constants[0] + here, moved = constants[1] - here, twin = constants[1] - there;
+        for (int64_t i = 0; i < std::min<int64_t>(kN, channels - c); ++i) {
+          out[0][(c + i) * g.HW + x] = narrow<T>(original[i]);
+          out[1][(c + i) * g.HW + to] = narrow<T>(moved[i]);
+          out[1][(c + i) * g.HW + x] = narrow<T>(twin[i]);
+        }
+      }
+    }
+  }
+
+  // Whether a row of the map is few enough vectors, which can be permuted, for pair_block.
+  static bool fits_registers(Geometry g) {
+    const int64_t vectors = RowParts(g.HW).vectors;
+    return kPermutes<A> && vectors >= 1 && vectors <= 4;
+  }
+
+  static void pair_block(const FeatureGradient& of, int64_t first, int64_t channels, T* const (&out)[2]) {
+    if constexpr (kPermutes<A>) switch (RowParts(of.g.HW).vectors) {
+        case 1: return pair_block<1>(of, first, channels, out);
+        case 2: return pair_block<2>(of, first, channels, out);
+        case 3: return pair_block<3>(of, first, channels, out);
+        default: return pair_block<4>(of, first, channels, out);
+      }
+  }
+
   static void gradient_nchw(const FeatureGradient& of, Scratch scratch) {
     const Geometry g = of.g;
     const int64_t block = channel_block(g);
     A* u = scratch.take<A>(block * pitch(g.HW) + 2 * kN);
-    T* staging = scratch.take<T>(block * g.HW + kN);
+    T* const staging[2] = {scratch.take<T>(block * g.HW + kN), scratch.take<T>(block * g.HW + kN)};
+    const bool in_registers = of.views == 2 && fits_registers(g);
     const A* d_twin = nullptr;  // where vectors can't be permuted
-    if (of.views == 2 && !(kPermutes<A> && of.inverse.base))
+    if (of.views == 2 && !in_registers && !(kPermutes<A> && of.inverse.base))
       d_twin = twin_of(g, of.inverse, of.d_maps, scratch.take<A>(g.L * pitch(g.HW)));
     for (int64_t c = 0; c < g.C; c += block) {
       const int64_t channels = std::min(block, g.C - c);
-      for (int view = 0; view < of.views; ++view) {
-        T* out = of.out[view] + c * g.HW;
-        T* to = of.streaming ? staging : out;
+      T* out[2];
+      for (int view = 0; view < of.views; ++view) out[view] = of.streaming ? staging[view] : of.out[view] + c * g.HW;
+      if (in_registers) pair_block(of, c, channels, out);
+      for (int view = 0; view < of.views && !in_registers; ++view) {
         const A* constants = of.constants[view] + c;
         if (view == 0 || d_twin) {
           gradient_block(g, of.packed, view ? d_twin : of.d_maps, c, channels, u);
-          write_rows<false>(g, of.inverse, channels, constants, u, to);
+          write_rows<false>(of, channels, constants, u, out[view]);
         } else if constexpr (kPermutes<A>) {
-          write_rows<true>(g, of.inverse, channels, constants, u, to);
+          write_rows<true>(of, channels, constants, u, out[view]);
         }
-        if (of.streaming) copy_out(out, staging, channels * g.HW);
       }
+      for (int view = 0; view < of.views && of.streaming; ++view)
+        copy_out(of.out[view] + c * g.HW, out[view], channels * g.HW);
     }
   }
 
   // ---------------------------------------------------------------------- gradient of the features, channels_last
 
-  // CV vectors of channels from c on, at position x of the view, or of the twin and where it comes from; the last of
-  // them has `count` lanes.
-  template <int CV>
-  [[gnu::always_inline]] static void gradient_cell(const FeatureGradient& of, int64_t x, int64_t c, int64_t count) {
+  // HT positions of the view, or of the twin and where they come from, from x on, in CV vectors of channels from c on;
+  // the last of these has `count` lanes.
+  template <int HT, int CV>
+  [[gnu::always_inline]] static void gradient_tile(const FeatureGradient& of, int64_t x, int64_t c, int64_t count) {
     const int64_t C = of.g.C, L = of.g.L, weight_pitch = pitch(C), map_pitch = pitch(of.g.HW);
-    const int64_t source = of.views == 2 ? of.inverse.index[x] : x;
-    const A *d = of.d_maps + source, *weight = of.packed + c,
-            *constants[2] = {of.constants[0] + c, of.constants[1] + c};
-    T* const out[2] = {of.out[0] + source * C + c, of.out[1] + x * C + c};
-    const bool streaming = of.streaming, twin = of.views == 2;
-    V sums[CV];
-    for (int i = 0; i < CV; ++i) sums[i] = zero<A>();
+    const bool streaming = of.streaming;
+    const A* weight = of.packed + c;
+    const A* d[HT];
+    T* out[2][HT];
+    for (int h = 0; h < HT; ++h) {
+      const int64_t source = of.views == 2 ? of.inverse.index[x + h] : x + h;
+      d[h] = of.d_maps + source;
+      out[0][h] = of.out[0] + source * C + c;
+      out[1][h] = of.out[1] + (x + h) * C + c;
+    }
+    V u[HT][CV];
+    for (int h = 0; h < HT; ++h)
+      for (int i = 0; i < CV; ++i) u[h][i] = zero<A>();
     for (int64_t l = 0; l < L; ++l)
-      for (int i = 0; i < CV; ++i) sums[i] += d[l * map_pitch] * load(weight + l * weight_pitch + i * kN);
+      for (int i = 0; i < CV; ++i) {
+        const V w = in_register(load(weight + l * weight_pitch + i * kN));
+        for (int h = 0; h < HT; ++h) u[h][i] += d[h][l * map_pitch] * w;
+      }
+    if (!streaming)
+      for (int view = 0; view < of.views; ++view)
+        for (int h = 0; h < HT; ++h)
+          for (int i = 0; i < CV; ++i) prefetch_row_ahead(out[view][h] + i * kN, C, c + i * kN);
     auto put = [&](T* to, V v) __attribute__((always_inline)) {
       if (CV == 1)
         store_first(to, v, count);
@@ -499,19 +647,25 @@ struct KernelsOf {
       else
         store(to, v);
     };
-    for (int i = 0; i < CV; ++i) put(out[0] + i * kN, sums[i] + load(constants[0] + i * kN));
-    if (!twin) return;
-    for (int i = 0; i < CV; ++i) put(out[1] + i * kN, load(constants[1] + i * kN) - sums[i]);
+    for (int i = 0; i < CV; ++i) {
+      const V constant = load(of.constants[0] + c + i * kN);
+      for (int h = 0; h < HT; ++h) put(out[0][h] + i * kN, constant + u[h][i]);
+    }
+    if (of.views == 1) return;
+    for (int i = 0; i < CV; ++i) {
+      const V constant = load(of.constants[1] + c + i * kN);
+      for (int h = 0; h < HT; ++h) put(out[1][h] + i * kN, constant - u[h][i]);
+    }
   }
 
   static void gradient_channels_last(FeatureGradient of) {
     const int64_t C = of.g.C, whole = C / kN, rest = C % kN;
     const uintptr_t bases = reinterpret_cast<uintptr_t>(of.out[0]) | reinterpret_cast<uintptr_t>(of.out[1]);
     of.streaming = of.streaming && bases % kVectorBytes == 0 && (C * sizeof(T)) % kVectorBytes == 0;
-    for (int64_t x = 0; x < of.g.HW; ++x) {
-      for_groups<8>(whole, [&]<int CV>(int64_t i) { gradient_cell<CV>(of, x, i * kN, kN); });
-      if (rest) gradient_cell<1>(of, x, whole * kN, rest);
-    }
+    for_groups<kTile>(of.g.HW, [&]<int HT>(int64_t x) {
+      for_groups<kAccumulators / kTile>(whole, [&]<int CV>(int64_t i) { gradient_tile<HT, CV>(of, x, i * kN, kN); });
+      if (rest) gradient_tile<HT, 1>(of, x, whole * kN, rest);
+    });
   }
 
   // ----------------------------------------------------------------------------------------- backward functions

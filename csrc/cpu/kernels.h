@@ -5,6 +5,8 @@
 
 namespace rebalfer {
 
+constexpr int64_t kCacheLine = 64;  // bytes
+
 struct Geometry {
   int64_t C, HW, L;
   bool channels_last;

@@ -35,7 +35,6 @@
 namespace rebalfer {
 namespace {
 
-constexpr int64_t kCacheLine = 64;             // bytes
 constexpr int64_t kHugePage = 2 << 20;         // bytes
 constexpr int64_t kStreamingBytes = 24 << 20;  // gradients from this size on are written past the caches
 constexpr int64_t kChannelChunk = 128;         // channels of one task in sums over the batch

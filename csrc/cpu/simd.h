@@ -220,22 +220,66 @@ inline void store_first(T* p, Vec<typename Compute<T>::type> v, int64_t n) {
   std::memcpy(static_cast<void*>(p), padded, n * sizeof(T));
 }
 
-// Whether there is an instruction that picks lanes out of two vectors of the compute type, and that instruction.
+// The lanes of a vector that are kept; the others become zero.
+#if defined(__AVX512F__)
+using LaneMask = __mmask16;
+template <typename A>
+inline LaneMask first_lanes(int64_t n) {
+  return n >= kLanes<A> ? LaneMask(-1) : LaneMask((1u << n) - 1);
+}
+inline VecF masked(LaneMask keep, VecF v) { return (VecF)_mm512_maskz_mov_ps(keep, (__m512)v); }
+inline VecD masked(LaneMask keep, VecD v) { return (VecD)_mm512_maskz_mov_pd(__mmask8(keep), (__m512d)v); }
+#else
+typedef int32_t LaneMask __attribute__((vector_size(kVectorBytes)));
+template <typename A>
+inline LaneMask first_lanes(int64_t n) {
+  LaneMask keep;
+  for (int i = 0; i < kVectorBytes / 4; ++i) keep[i] = i < n * int64_t(sizeof(A) / 4) ? -1 : 0;
+  return keep;
+}
+template <typename V>
+inline V masked(LaneMask keep, V v) {
+  return (V)((LaneMask)v & keep);
+}
+#endif
+
+// The first lanes, without a branch where there is an instruction for it that is fast.
+#if defined(__AVX512F__)
+inline void store_lanes(float* p, VecF v, LaneMask first) { _mm512_mask_storeu_ps(p, first, (__m512)v); }
+template <typename T>  // of 16 bits
+inline void store_lanes(T* p, VecF v, LaneMask first) {
+  store_first(p, v, __builtin_popcount(first));
+}
+#endif
+
+// Whether there is an instruction that picks lanes out of two vectors of the compute type, and what it makes possible:
+// lane i of the result is element index[i] of the vectors in turn.
 #if defined(__AVX512F__)
 template <typename A>
 constexpr bool kPermutes = std::is_same_v<A, float>;
-inline VecF permute(VecF a, VecF b, const int32_t* lanes) {
-  return (VecF)_mm512_permutex2var_ps((__m512)a, _mm512_loadu_si512(lanes), (__m512)b);
+using LaneIndex = __m512i;
+inline LaneIndex load_index(const int32_t* index) { return _mm512_loadu_si512(index); }
+inline VecF permute(VecF a, VecF b, LaneIndex index) {
+  return (VecF)_mm512_permutex2var_ps((__m512)a, index, (__m512)b);
 }
-inline VecD permute(VecD a, VecD, const int32_t*) { return a; }  // never called
+template <int Count>
+inline VecF permute(const VecF (&v)[Count], LaneIndex index) {
+  static_assert(Count <= 4);
+  const VecF low = permute(v[0], v[Count > 1], index);
+  if constexpr (Count <= 2) return low;
+  const __mmask16 is_high = _mm512_cmpge_epi32_mask(index, _mm512_set1_epi32(2 * kLanes<float>));
+  return (VecF)_mm512_mask_mov_ps((__m512)low, is_high, (__m512)permute(v[2 % Count], v[Count - 1], index));
+}
 #else
 template <typename A>
 constexpr bool kPermutes = false;
-template <typename V>
-inline V permute(V a, V, const int32_t*) {  // never called
-  return a;
-}
+struct LaneIndex {};
+inline LaneIndex load_index(const int32_t*) { return {}; }
 #endif
+
+// Asks for the cache line of p, from memory into the L2 cache: a core's own guesses end at the next page, and there are
+// more streams here than it follows.
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // Calls f<n>(start) for [0, count) in groups of n = Most, then of the smaller sizes that a loop is compiled for.
 template <int Most, typename F>

@@ -216,8 +216,8 @@ MUTANTS = [
     Mutant(
         "channels_last: dF of the twin has the wrong sign",
         "csrc/cpu/kernels.cpp",
-        "put(out[1] + i * kN, load(constants[1] + i * kN) - sums[i]);",
-        "put(out[1] + i * kN, load(constants[1] + i * kN) + sums[i]);",
+        "put(out[1][h] + i * kN, constant - u[h][i]);",
+        "put(out[1][h] + i * kN, constant + u[h][i]);",
         "test_head.py::test_options",
     ),
     Mutant(
