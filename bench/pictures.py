@@ -53,6 +53,8 @@ STYLE: dict[str, Any] = {
     "grid.linewidth": 0.6,
     "legend.frameon": False,
 }
+#: When csrc/cpu last changed so much that a result from before says so.
+CPU_KERNELS_OF = "2026-11-27T02:00:00+00:00"
 MARKERS = {"float32": "o", "bfloat16": "^"}
 DPI = 150
 #: Of 255, by which pixels of one version of Matplotlib may differ between processors.
@@ -64,12 +66,15 @@ def where(result: Result) -> str:
 
     >>> where({"kind": "cpu", "device": "AMD EPYC", "capability": "AVX2", "memory": "fresh"})
     'AMD EPYC (AVX2), fresh memory'
+    >>> where({"kind": "cpu", "device": "AMD EPYC", "capability": "AVX2", "date": "2026-11-26T18:00:00+00:00"})
+    'AMD EPYC (AVX2), an earlier version of the CPU kernels'
     """
     if result["kind"] != "cpu":
         changed = changed_since(result.get("commits", {}).get("cuda", result.get("commit")))
         return result["device"] + (", an earlier version of the CUDA kernels" if changed else "")
     memory = f", {result['memory']} memory" if result.get("memory") else ""
-    return f"{result['device']} ({result['capability']}){memory}"
+    changed = ", an earlier version of the CPU kernels" if result.get("date", CPU_KERNELS_OF) < CPU_KERNELS_OF else ""
+    return f"{result['device']} ({result['capability']}){memory}{changed}"
 
 
 def title(result: Result, *more: str) -> str:

@@ -21,6 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
 from tables import MUTANTS
 from tables.mutant import Mutant
 
@@ -120,7 +121,13 @@ def main(arguments: list[str]) -> int:
     if problems := [problem for m in mutants if (problem := m.problem(ROOT))]:
         print("\n".join(problems))
         return 1
-    return 0 if options.check else kill_all(mutants)
+    if options.check:
+        return 0
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        for mutant in (m for m in mutants if m.avx512):
+            print(f"{mutant.what:70} left out: this CPU has no AVX-512")
+        mutants = [m for m in mutants if not m.avx512]
+    return kill_all(mutants)
 
 
 if __name__ == "__main__":
