@@ -73,8 +73,8 @@ def where(result: Result) -> str:
         changed = changed_since(result.get("commits", {}).get("cuda", result.get("commit")))
         return result["device"] + (", an earlier version of the CUDA kernels" if changed else "")
     memory = f", {result['memory']} memory" if result.get("memory") else ""
-    changed = ", an earlier version of the CPU kernels" if result.get("date", CPU_KERNELS_OF) < CPU_KERNELS_OF else ""
-    return f"{result['device']} ({result['capability']}){memory}{changed}"
+    earlier = ", an earlier version of the CPU kernels" if result.get("date", CPU_KERNELS_OF) < CPU_KERNELS_OF else ""
+    return f"{result['device']} ({result['capability']}){memory}{earlier}"
 
 
 def title(result: Result, *more: str) -> str:

@@ -5,6 +5,9 @@
 // the load, A - T(A~) = W (F - T F~), which halves the arithmetic: on features in the L3 cache a core spends most of
 // its time there. NCHW needs a permutation of lanes for it; without one it subtracts the maps of the two views.
 //
+// Where the features come from memory, waiting for them would take longer than all arithmetic: both layouts fetch what
+// they will read, and the lines that they will write, into the L2 cache some kilobytes ahead.
+//
 // A row of an NCHW map is loaded as whole vectors: the lanes past its end hold the next channel and are ignored, and
 // only rows at the very end of a view, which nothing follows, are copied first. A few positions left over at the end of
 // a row (49 = 3 * 16 + 1) are not worth a vector: these columns are gathered and treated as vectors over the channels.
