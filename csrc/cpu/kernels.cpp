@@ -3,7 +3,8 @@
 // NCHW keeps the sums of a tile of positions in registers and walks over the channels; channels_last keeps the sums of
 // a few rows as vectors over the channels and adds their lanes at the end. Both take the difference of the two views on
 // the load, A - T(A~) = W (F - T F~), which halves the arithmetic: on features in the L3 cache a core spends most of
-// its time there. NCHW needs a permutation of lanes for it; without one it subtracts the maps of the two views.
+// its time there. NCHW needs a permutation of lanes for it (AVX-512); without one it subtracts the maps of the two
+// views.
 //
 // Where the features come from memory, waiting for them would take longer than all arithmetic: both layouts fetch what
 // they will read, and the lines that they will write, into the L2 cache some kilobytes ahead.
@@ -386,7 +387,7 @@ struct KernelsOf {
       return;
     }
     Scratch room(scratch);
-    if constexpr (kPermutes<A>)
+    if constexpr (kPermutesAtOnce<A>)  // else it costs what the difference saves
       if (undo.base) return maps_nchw<true>(g, pair, weight, s, pool, room);
     const int64_t map_pitch = pitch(g.HW);
     A* maps[2] = {s, room.take<A>(g.L * map_pitch)};
@@ -570,14 +571,14 @@ struct KernelsOf {
     }
   }
 
-  // Whether a row of the map is few enough vectors, which can be permuted, for pair_block.
+  // Whether a row of the map is few enough vectors for pair_block, which permutes them in registers.
   static bool fits_registers(Geometry g) {
     const int64_t vectors = RowParts(g.HW).vectors;
-    return kPermutes<A> && vectors >= 1 && vectors <= 4;
+    return kPermutesAtOnce<A> && vectors >= 1 && vectors <= 4;
   }
 
   static void pair_block(const FeatureGradient& of, int64_t first, int64_t channels, T* const (&out)[2]) {
-    if constexpr (kPermutes<A>) switch (RowParts(of.g.HW).vectors) {
+    if constexpr (kPermutesAtOnce<A>) switch (RowParts(of.g.HW).vectors) {
         case 1: return pair_block<1>(of, first, channels, out);
         case 2: return pair_block<2>(of, first, channels, out);
         case 3: return pair_block<3>(of, first, channels, out);

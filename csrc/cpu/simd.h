@@ -252,11 +252,13 @@ inline void store_lanes(T* p, VecF v, LaneMask first) {
 }
 #endif
 
-// Whether there is an instruction that picks lanes out of two vectors of the compute type, and what it makes possible:
-// lane i of the result is element index[i] of the vectors in turn.
+// Whether lanes can be picked out of two vectors of the compute type (kPermutes), whether one instruction does it
+// (kPermutesAtOnce), and how: lane i of the result is element index[i] of the vectors in turn.
 #if defined(__AVX512F__)
 template <typename A>
 constexpr bool kPermutes = std::is_same_v<A, float>;
+template <typename A>
+constexpr bool kPermutesAtOnce = kPermutes<A>;
 using LaneIndex = __m512i;
 inline LaneIndex load_index(const int32_t* index) { return _mm512_loadu_si512(index); }
 inline VecF permute(VecF a, VecF b, LaneIndex index) {
@@ -270,9 +272,25 @@ inline VecF permute(const VecF (&v)[Count], LaneIndex index) {
   const __mmask16 is_high = _mm512_cmpge_epi32_mask(index, _mm512_set1_epi32(2 * kLanes<float>));
   return (VecF)_mm512_mask_mov_ps((__m512)low, is_high, (__m512)permute(v[2 % Count], v[Count - 1], index));
 }
+#elif defined(__AVX2__)
+template <typename A>
+constexpr bool kPermutes = std::is_same_v<A, float>;
+template <typename A>
+constexpr bool kPermutesAtOnce = false;
+using LaneIndex = __m256i;
+inline LaneIndex load_index(const int32_t* index) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index));
+}
+inline VecF permute(VecF a, VecF b, LaneIndex index) {
+  const __m256 of_b = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));  // its sign bit: the index is 8 or more
+  return (VecF)_mm256_blendv_ps(_mm256_permutevar8x32_ps((__m256)a, index), _mm256_permutevar8x32_ps((__m256)b, index),
+                                of_b);
+}
 #else
 template <typename A>
 constexpr bool kPermutes = false;
+template <typename A>
+constexpr bool kPermutesAtOnce = false;
 struct LaneIndex {};
 inline LaneIndex load_index(const int32_t*) { return {}; }
 #endif

@@ -251,6 +251,14 @@ MUTANTS = [
         avx512=True,
     ),
     Mutant(
+        "AVX2: dF of the twin takes the second vector's lanes by the wrong bit",
+        "csrc/cpu/simd.h",
+        "_mm256_slli_epi32(index, 28)",
+        "_mm256_slli_epi32(index, 29)",
+        "test_isa.py",
+        avx512=True,
+    ),
+    Mutant(
         "AVX-512: dF writes past the last position of a row",
         "csrc/cpu/kernels.cpp",
         "from, first_lanes<A>(g.HW - columns - (TV - 1) * kN), rows);",

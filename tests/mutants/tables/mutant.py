@@ -10,7 +10,7 @@ class Mutant(NamedTuple):
     old: str  #: occurs exactly once in the file
     new: str
     test: str  #: must fail
-    avx512: bool = False  #: in code that only a CPU with AVX-512 runs
+    avx512: bool = False  #: only a CPU with AVX-512 shows it by this test
 
     def inject(self, tree: Path) -> None:
         """Replaces the old text in a copy of the checkout."""
