@@ -16,7 +16,7 @@ from bench.page import Found
 
 CPU = {
     "kind": "cpu", "device": "AMD EPYC", "capability": "AVX2", "threads": 2, "torch": "2.11.0", "memory": "fresh",
-    "date": "2026-01-02T00:00:00", "commit": "0123456789abcdef", "dirty": True, "copy_gb_per_s": 30.0, "quiet": True,
+    "date": "2027-01-02T00:00:00", "commit": "0123456789abcdef", "dirty": True, "copy_gb_per_s": 30.0, "quiet": True,
     "bfloat16_over_float32": {},
     "rows": rows("N1-C8-nchw-float32", ours=2000, identity=1600, plain=4100, released=30000),
 }  # fmt: skip
@@ -43,7 +43,7 @@ STEP = {
 
 
 COUNTED = {
-    "kind": "cpu", "device": "AMD EPYC", "capability": "AVX2", "date": "2026-01-02T00:00:00", "commit": None,
+    "kind": "cpu", "device": "AMD EPYC", "capability": "AVX2", "date": "2027-01-02T00:00:00", "commit": None,
     "dirty": None, "config": {"backbone": {"name": "resnet18"}, "image_size": 224, "batch_size": 32},
     "faults": {"none": 4, "fresh": 2400, "reused": 3}, "seen": "reused",
 }  # fmt: skip
@@ -88,7 +88,10 @@ def test_a_gpus_newest_results_are_found_in_folders_too(tmp_path):
 
 def test_the_page_of_a_cpu():
     text = _text(_found([CPU]))
-    assert "AMD EPYC (AVX2), 2 threads, torch 2.11.0, 2026-01-02, commit 012345678 with local changes" in text
+    assert "AMD EPYC (AVX2), 2 threads, torch 2.11.0, 2027-01-02, commit 012345678 with local changes" in text
+    assert "an earlier version of the CPU kernels" not in text
+    earlier = _text(_found([{**CPU, "date": "2026-11-26T00:00:00"}]))
+    assert "as fast as plain PyTorch" in earlier and "fresh memory, an earlier version of the CPU kernels" in earlier
     assert "| case | ours | identity |" in text
     assert "| N1-C8-nchw-float32 | 2.00 | 1.60 (0.80×) | 4.10 (2.05×) | - | 30.00 (15.00×) |" in text
     assert "not yet run on a GPU" in text
