@@ -66,15 +66,23 @@ def where(result: Result) -> str:
 
     >>> where({"kind": "cpu", "device": "AMD EPYC", "capability": "AVX2", "memory": "fresh"})
     'AMD EPYC (AVX2), fresh memory'
-    >>> where({"kind": "cpu", "device": "AMD EPYC", "capability": "AVX2", "date": "2026-11-26T18:00:00+00:00"})
-    'AMD EPYC (AVX2), an earlier version of the CPU kernels'
     """
     if result["kind"] != "cpu":
-        changed = changed_since(result.get("commits", {}).get("cuda", result.get("commit")))
-        return result["device"] + (", an earlier version of the CUDA kernels" if changed else "")
+        return result["device"] + earlier(result)
     memory = f", {result['memory']} memory" if result.get("memory") else ""
-    earlier = ", an earlier version of the CPU kernels" if result.get("date", CPU_KERNELS_OF) < CPU_KERNELS_OF else ""
-    return f"{result['device']} ({result['capability']}){memory}{earlier}"
+    return f"{result['device']} ({result['capability']}){memory}{earlier(result)}"
+
+
+def earlier(result: Result) -> str:
+    """What follows a place whose kernels have changed since.
+
+    >>> earlier({"kind": "cpu", "date": "2026-11-26T18:00:00+00:00"})
+    ', an earlier version of the CPU kernels'
+    """
+    if result["kind"] == "cpu":
+        return ", an earlier version of the CPU kernels" if result.get("date", CPU_KERNELS_OF) < CPU_KERNELS_OF else ""
+    changed = changed_since(result.get("commits", {}).get("cuda", result.get("commit")))
+    return ", an earlier version of the CUDA kernels" if changed else ""
 
 
 def title(result: Result, *more: str) -> str:

@@ -21,6 +21,7 @@ def speed_line(found: Found) -> str:
         where, memory = f"bfloat16, {pictures.where(result)}", ""
         if result["kind"] == "cpu":
             where = f"float32, {result['device']}, {result['capability']}, {result['threads']} threads"
+            where += pictures.earlier(result)
             memory = f" with {result['memory']} memory"
         plain, best, released = (page.speed(result, name) for name in (goals.PLAIN, goals.BEST, goals.RELEASED))
         faster.setdefault(where, []).append(f"{plain}, {best} and {released} as fast{memory}")

@@ -201,6 +201,8 @@ def test_the_speed_line_gives_ranges_by_device_and_memory():
     assert "2.0×, (not measured) and 15× as fast with reused memory (float32, AMD EPYC, AVX2, 2 threads)" in line
     on_gpu = report.speed_line(_found(both, [GPU]))
     assert "2.9–4.0×, 0.1–2.9× and 20–36× as fast (bfloat16, NVIDIA H200); " in on_gpu
+    earlier = {**CPU, "date": "2026-11-26T00:00:00"}
+    assert "2 threads, an earlier version of the CPU kernels)" in report.speed_line(_found([earlier]))
     assert report.speed_line(_found()) == "[Every case, and the goals that are not met](docs/benchmark.md)."
 
 

@@ -49,7 +49,7 @@ def copy(work: str) -> Path:
 
 def run(tree: Path, tests: list[str]) -> tuple[int, str]:
     """pytest's exit status and output; the tree's own cache, so that no library with a fault outlives it."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=line", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=line", "-rs", "-p", "no:cacheprovider"]
     command += [f"tests/{test}" for test in tests]
     environment = _environment(tree, interpret=all(_interpreted(test) for test in tests))
     result = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
