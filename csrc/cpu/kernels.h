@@ -28,7 +28,7 @@ struct Permutation {
 // rounds up to a multiple of `lanes`.
 struct Kernels {
   int lanes;
-  bool permutes;  // whether Permutation::base and Permutation::lanes are of use
+  bool permutes;  // whether Permutation::base and Permutation::lanes are of use, for NCHW
   // Elements of the packed weight: rows (L, pitch(C)) and, for NCHW, columns (C, L) behind them.
   int64_t (*packed_size)(Geometry g);
   // weight (L, C) of the features' dtype or of the compute type.

@@ -248,13 +248,13 @@ struct Upstream {
 // The map that undoes the twin's transform, or the inverse of that map, as the kernels read it.
 class PermutationTable {
  public:
-  PermutationTable(const Kernels& k, TwinMap map, int64_t H, int64_t W, bool inverse) : index_(H * W) {
-    for (int64_t h = 0; h < H; ++h)
+  PermutationTable(const Kernels& k, Geometry g, TwinMap map, int64_t W, bool inverse) : index_(g.HW) {
+    for (int64_t h = 0; h < g.HW / W; ++h)
       for (int64_t w = 0; w < W; ++w) {
         const int64_t from = twin_index(map, h, w), to = h * W + w;
         index_[inverse ? from : to] = int32_t(inverse ? to : from);
       }
-    if (k.permutes) choose_lanes(k.lanes);
+    if (k.permutes && !g.channels_last) choose_lanes(k.lanes);
   }
   Permutation get() const { return {index_.data(), fits_ && !base_.empty() ? base_.data() : nullptr, lanes_.data()}; }
 
@@ -318,9 +318,9 @@ class HeadForward {
       : M(a.features.size(0)),
         g{a.features.size(1), a.features.size(2) * a.features.size(3), a.weight.size(0), is_channels_last(a.features)},
         k(kernels(storage_of(a.features.scalar_type()))), options(a.options), wanted(a.wanted),
-        undo(k, options.twin, a.features.size(2), a.features.size(3), false),
-        targets(targets_of<A>(a.targets, a.target_table, g.L)), packed(pack<A>(k, g, a.weight)),
-        bias(a.bias ? values<A>(*a.bias) : std::vector<A>()), v(static_cast<const A*>(a.map_weights.data_ptr())),
+        undo(k, g, options.twin, a.features.size(3), false), targets(targets_of<A>(a.targets, a.target_table, g.L)),
+        packed(pack<A>(k, g, a.weight)), bias(a.bias ? values<A>(*a.bias) : std::vector<A>()),
+        v(static_cast<const A*>(a.map_weights.data_ptr())),
         features(a.features, g.C * g.HW * bytes_of(a.features.scalar_type())),
         out(head_forward_outputs(a, [](const Shape& s, bool wanted) { return output(s, kCompute<A>, wanted); })),
         classification(N), consistency(N) {}
@@ -444,9 +444,9 @@ class HeadBackward {
       : N(a.residual.size(0)),
         g{a.weight.size(1), a.residual.size(2) * a.residual.size(3), a.weight.size(0), a.channels_last},
         k(kernels(storage_of(a.dtype))), options(a.options), need(a.need), weight_dtype(a.weight.scalar_type()),
-        inverse(k, options.twin, a.residual.size(2), a.residual.size(3), true),
-        targets(targets_of<A>(a.targets, a.target_table, g.L)), d_loss(a.d_loss), d_classification(a.d_classification),
-        d_consistency(a.d_consistency), d_logits(a.d_logits ? static_cast<const A*>(a.d_logits->data_ptr()) : nullptr),
+        inverse(k, g, options.twin, a.residual.size(3), true), targets(targets_of<A>(a.targets, a.target_table, g.L)),
+        d_loss(a.d_loss), d_classification(a.d_classification), d_consistency(a.d_consistency),
+        d_logits(a.d_logits ? static_cast<const A*>(a.d_logits->data_ptr()) : nullptr),
         v(static_cast<const A*>(a.map_weights.data_ptr())), logits(a.logits, g.L), residual(a.residual, g.L * g.HW),
         pooled(a.pooled, g.C), cam_grad(a.cam_grad, g.L * g.C),
         packed(need.features ? pack<A>(k, g, a.weight) : Buffer<A>(0)), view_bytes(g.C * g.HW * bytes_of(a.dtype)),
