@@ -23,7 +23,7 @@ struct TwinMap {
   int64_t offset, stride_h, stride_w;
 };
 
-// What the head's forward and backward share besides tensors.
+// What the head's forward needs besides tensors.
 struct HeadOptions {
   double consistency_weight;  // lambda of Eq. 6
   int p;                      // of Eq. 5, 1 or 2

@@ -39,7 +39,7 @@ inline TwinMap twin_map_on(const std::vector<int64_t>& t, const Tensor& maps) {
 
 // The outputs of the head's forward that not every call needs.
 struct Wanted {
-  bool maps, residual, pooled, cam_grad;
+  bool maps, gradients, pooled, cam_grad;
 };
 
 struct HeadForwardArguments {
@@ -51,7 +51,8 @@ struct HeadForwardArguments {
 };
 
 struct HeadForwardOutputs {
-  Tensor loss, classification, consistency, logits, maps, residual, pooled, cam_grad;
+  Tensor loss, classification, consistency, logits, maps;
+  Tensor map_grad, logit_grad, pooled, cam_grad;  // saved for the backward
 };
 
 // allocate(shape, wanted) makes a tensor of the compute type, an empty one where it is not wanted.
@@ -66,7 +67,8 @@ HeadForwardOutputs head_forward_outputs(const HeadForwardArguments& a, const All
           allocate(losses, true),
           allocate({M, L}, classified),
           allocate({M, L, H, W}, a.wanted.maps),
-          allocate({N, L, H, W}, a.wanted.residual),
+          allocate({N, L, H, W}, a.wanted.gradients),
+          allocate({M, L}, a.wanted.gradients && classified),
           allocate({M, C}, a.wanted.pooled),
           allocate({N, L, C}, a.wanted.cam_grad)};
 }
@@ -78,10 +80,10 @@ struct Needed {
 
 struct HeadBackwardArguments {
   const OptionalTensor &d_loss, &d_classification, &d_consistency, &d_logits;
-  const Tensor& weight;
-  const OptionalTensor &targets, &target_table;
-  const Tensor &map_weights, &logits, &residual, &pooled, &cam_grad;
-  HeadOptions options;
+  const Tensor &weight, &map_grad, &logit_grad, &pooled, &cam_grad;
+  double consistency_weight;
+  TwinMap twin;
+  bool mean;
   ScalarType dtype;  // of the features
   bool channels_last;
   Needed need;
@@ -93,10 +95,10 @@ struct HeadGradients {
 
 // The head's operators as PyTorch calls them, with the arguments of the schema in its order.
 template <HeadForwardOutputs (*run)(const HeadForwardArguments&)>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_forward_operator(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_forward_operator(
     const Tensor& features, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& targets,
     const OptionalTensor& target_table, const Tensor& map_weights, double consistency_weight, int64_t p,
-    const std::vector<int64_t>& twin_map, bool both_views, bool mean, bool with_maps, bool save_residual,
+    const std::vector<int64_t>& twin_map, bool both_views, bool mean, bool with_maps, bool save_gradients,
     bool save_pooled, bool save_cam_grad) {
   const HeadOptions options{consistency_weight, int(p), twin_map_on(twin_map, features), both_views, mean};
   HeadForwardOutputs out = run({features,
@@ -106,33 +108,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_
                                 target_table,
                                 map_weights,
                                 options,
-                                {with_maps, save_residual, save_pooled, save_cam_grad}});
-  return {std::move(out.loss), std::move(out.classification), std::move(out.consistency), std::move(out.logits),
-          std::move(out.maps), std::move(out.residual),       std::move(out.pooled),      std::move(out.cam_grad)};
+                                {with_maps, save_gradients, save_pooled, save_cam_grad}});
+  return {std::move(out.loss),       std::move(out.classification), std::move(out.consistency),
+          std::move(out.logits),     std::move(out.maps),           std::move(out.map_grad),
+          std::move(out.logit_grad), std::move(out.pooled),         std::move(out.cam_grad)};
 }
 
 template <HeadGradients (*run)(const HeadBackwardArguments&)>
 std::tuple<Tensor, Tensor, Tensor> head_backward_operator(
     const OptionalTensor& d_loss, const OptionalTensor& d_classification, const OptionalTensor& d_consistency,
-    const OptionalTensor& d_logits, const Tensor& weight, const OptionalTensor& targets,
-    const OptionalTensor& target_table, const Tensor& map_weights, const Tensor& logits, const Tensor& residual,
-    const Tensor& pooled, const Tensor& cam_grad, double consistency_weight, int64_t p,
-    const std::vector<int64_t>& twin_map, bool both_views, bool mean, ScalarType dtype, bool channels_last,
-    bool need_features, bool need_weight, bool need_bias) {
-  const HeadOptions options{consistency_weight, int(p), twin_map_on(twin_map, residual), both_views, mean};
+    const OptionalTensor& d_logits, const Tensor& weight, const Tensor& map_grad, const Tensor& logit_grad,
+    const Tensor& pooled, const Tensor& cam_grad, double consistency_weight, const std::vector<int64_t>& twin_map,
+    bool mean, ScalarType dtype, bool channels_last, bool need_features, bool need_weight, bool need_bias) {
   HeadGradients out = run({d_loss,
                            d_classification,
                            d_consistency,
                            d_logits,
                            weight,
-                           targets,
-                           target_table,
-                           map_weights,
-                           logits,
-                           residual,
+                           map_grad,
+                           logit_grad,
                            pooled,
                            cam_grad,
-                           options,
+                           consistency_weight,
+                           twin_map_on(twin_map, map_grad),
+                           mean,
                            dtype,
                            channels_last,
                            {need_features, need_weight, need_bias}});

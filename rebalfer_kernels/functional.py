@@ -106,8 +106,8 @@ def _consistency_plan(
     inputs = HeadInputs(features, weight, None, None, None, map_weights)
     options = HeadOptions(p, tuple(TWIN_MAPS[transform]), True, reduction == "mean")
     weight_gradient = recording and weight.requires_grad and not detach_cam_weight
-    residual = weight_gradient or recording and features.requires_grad
-    return _plan(inputs, options, Wanted(False, residual, weight_gradient, weight_gradient), backend)
+    gradients = weight_gradient or recording and features.requires_grad
+    return _plan(inputs, options, Wanted(False, gradients, weight_gradient, weight_gradient), backend)
 
 
 def rebalanced_cross_entropy(
@@ -240,8 +240,8 @@ def _head_plan(
     options = HeadOptions(p, tuple(TWIN_MAPS[transform]), views == "both", reduction == "mean")
     weight_gradient = recording and weight.requires_grad
     bias_gradient = recording and bias is not None and bias.requires_grad
-    residual = weight_gradient or bias_gradient or recording and features.requires_grad
-    wanted = Wanted(return_maps, residual, weight_gradient, cam_grad=weight_gradient and not detach_cam_weight)
+    gradients = weight_gradient or bias_gradient or recording and features.requires_grad
+    wanted = Wanted(return_maps, gradients, weight_gradient, cam_grad=weight_gradient and not detach_cam_weight)
     return _plan(inputs, options, wanted, backend)
 
 
@@ -276,7 +276,8 @@ def _plan(inputs: HeadInputs, options: HeadOptions, wanted: Wanted, backend: str
     compiled = torch.compiler.is_compiling()
     known = name != "reference" and not compiled
     as_served = known and all(map(operator.is_, inputs, inputs.as_served(request.layout)))
-    return HeadPlan(name, request.layout, as_served, compiled, features.dtype, options, wanted)
+    classified = inputs.targets is not None
+    return HeadPlan(name, request.layout, as_served, compiled, features.dtype, classified, options, wanted)
 
 
 def _head(inputs: tuple[Any, ...], lam: float, plan: HeadPlan) -> tuple[Tensor, ...]:

@@ -34,7 +34,7 @@ class Wanted(NamedTuple):
     """The outputs of the head's forward that not every call needs."""
 
     maps: bool
-    residual: bool
+    gradients: bool  #: map_grad and logit_grad
     pooled: bool
     cam_grad: bool
 
@@ -47,6 +47,7 @@ class HeadPlan(NamedTuple):
     as_served: bool  #: the tensors already have the layouts and dtypes that the backend reads
     compiled: bool  #: by torch.compile
     dtype: torch.dtype  #: of the features
+    classified: bool  #: there are targets
     options: HeadOptions
     wanted: Wanted
 
@@ -59,19 +60,24 @@ _library = _namespace.library
 
 # p ... mean are a HeadOptions, with_maps ... save_cam_grad a Wanted; targets is (N,) int64, or (N, L)
 # in the compute dtype, or None where only the consistency is asked for.
+# What the forward keeps for the backward are gradients of each sample's own losses: map_grad (N, L, H, W) of its
+# consistency with respect to the image's maps (to the twin's it is the same with the other sign, where T moves it),
+# logit_grad (2N, L) of its classification with respect to the logits of both views, cam_grad (N, L, C) of its
+# consistency with respect to the weight of its maps; pooled (2N, C) is what the weight meets in the logits. So the
+# backward knows neither targets nor Eq. 5: it multiplies, by upstream gradients and by the weight.
 _SCHEMAS = {
     "head_forward": (
         "(Tensor features, Tensor weight, Tensor? bias, Tensor? targets, Tensor? target_table, Tensor map_weights, "
         "float consistency_weight, int p, int[] twin_map, bool both_views, bool mean, bool with_maps, "
-        "bool save_residual, bool save_pooled, bool save_cam_grad) -> (Tensor loss, Tensor classification, "
-        "Tensor consistency, Tensor logits, Tensor maps, Tensor residual, Tensor pooled, Tensor cam_grad)"
+        "bool save_gradients, bool save_pooled, bool save_cam_grad) -> (Tensor loss, Tensor classification, "
+        "Tensor consistency, Tensor logits, Tensor maps, Tensor map_grad, Tensor logit_grad, Tensor pooled, "
+        "Tensor cam_grad)"
     ),
     "head_backward": (
         "(Tensor? d_loss, Tensor? d_classification, Tensor? d_consistency, Tensor? d_logits, Tensor weight, "
-        "Tensor? targets, Tensor? target_table, Tensor map_weights, Tensor logits, Tensor residual, Tensor pooled, "
-        "Tensor cam_grad, float consistency_weight, int p, int[] twin_map, bool both_views, bool mean, "
-        "ScalarType dtype, bool channels_last, bool need_features, bool need_weight, bool need_bias) -> "
-        "(Tensor d_features, Tensor d_weight, Tensor d_bias)"
+        "Tensor map_grad, Tensor logit_grad, Tensor pooled, Tensor cam_grad, float consistency_weight, "
+        "int[] twin_map, bool mean, ScalarType dtype, bool channels_last, bool need_features, bool need_weight, "
+        "bool need_bias) -> (Tensor d_features, Tensor d_weight, Tensor d_bias)"
     ),
     "cam_forward": "(Tensor features, Tensor weight) -> Tensor",
     "cam_backward": (
@@ -106,7 +112,7 @@ def empty_features(
 
 def _head_forward_fake(
     features, weight, bias, targets, target_table, map_weights, consistency_weight, p, twin_map, both_views, mean,
-    with_maps, save_residual, save_pooled, save_cam_grad,
+    with_maps, save_gradients, save_pooled, save_cam_grad,
 ):  # fmt: skip
     m, c, h, w = features.shape
     n, classes, dtype = m // 2, weight.shape[0], compute_dtype(features.dtype)
@@ -118,18 +124,18 @@ def _head_forward_fake(
         _empty(features, per_sample, dtype),
         _empty(features, (m, classes), dtype, classified),
         _empty(features, (m, classes, h, w), dtype, with_maps),
-        _empty(features, (n, classes, h, w), dtype, save_residual),
+        _empty(features, (n, classes, h, w), dtype, save_gradients),
+        _empty(features, (m, classes), dtype, save_gradients and classified),
         _empty(features, (m, c), dtype, save_pooled),
         _empty(features, (n, classes, c), dtype, save_cam_grad),
     )
 
 
 def _head_backward_fake(
-    d_loss, d_classification, d_consistency, d_logits, weight, targets, target_table, map_weights, logits, residual,
-    pooled, cam_grad, consistency_weight, p, twin_map, both_views, mean, dtype, channels_last, need_features,
-    need_weight, need_bias,
+    d_loss, d_classification, d_consistency, d_logits, weight, map_grad, logit_grad, pooled, cam_grad,
+    consistency_weight, twin_map, mean, dtype, channels_last, need_features, need_weight, need_bias,
 ):  # fmt: skip
-    n, classes, h, w = residual.shape
+    n, classes, h, w = map_grad.shape
     c = weight.shape[1]
     return (
         empty_features(weight, (2 * n, c, h, w), dtype, channels_last, need_features),
@@ -249,8 +255,9 @@ def _first_order(name: str, grads: tuple[Tensor | None, ...], sources: tuple[Ten
 class HeadLossFunction(torch.autograd.Function):
     """``head_forward`` and ``head_backward`` of one backend.
 
-    Saves the residual S (N L H W) and the pooled features P (2 N C) in the compute dtype, and when the CAM's weight
-    is not detached the per-sample gradient K (N L C) of the consistency with respect to it; never the features.
+    Saves, in the compute dtype, the gradients of each sample's losses with respect to its maps (N L H W) and logits
+    (2 N L), the pooled features (2 N C) and, when the CAM's weight is not detached, the gradient K (N L C) of each
+    sample's consistency with respect to it; never the features.
     """
 
     @staticmethod
@@ -258,9 +265,9 @@ class HeadLossFunction(torch.autograd.Function):
         outputs = OPERATORS[plan.backend]["head_forward"](
             features, weight, bias, targets, target_table, map_weights, lam, *plan.options, *plan.wanted
         )
-        _, _, _, logits, maps, residual, pooled, cam_grad = outputs
+        _, _, consistency, _, maps, *saved = outputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(weight, bias, targets, target_table, map_weights, logits, residual, pooled, cam_grad)
+        ctx.save_for_backward(consistency, weight, *saved)
         ctx.call = lam, plan
         if not plan.wanted.maps:
             return outputs[:4]
@@ -269,20 +276,20 @@ class HeadLossFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_loss, d_classification, d_consistency, d_logits, *_):
-        weight, bias, targets, target_table, map_weights, logits, residual, pooled, cam_grad = ctx.saved_tensors
+        consistency, *weight_and_saved = ctx.saved_tensors
         lam, plan = ctx.call
-        if targets is None:  # only the consistency was asked for: torch.compile passes empty gradients of empty outputs
+        if not plan.classified:  # torch.compile passes empty gradients of empty outputs
             d_loss = d_classification = d_logits = None
         if d_logits is not None:
             d_logits = d_logits.contiguous()
         upstream = (d_loss, d_classification, d_consistency, d_logits)
         need = ctx.needs_input_grad[:3]
         d_features, d_weight, d_bias = OPERATORS[plan.backend]["head_backward"](
-            *upstream, weight, targets, target_table, map_weights, logits, residual, pooled, cam_grad,
-            lam, *plan.options, plan.dtype, plan.layout == "channels_last", *need,
+            *upstream, *weight_and_saved, lam, plan.options.twin_map, plan.options.mean, plan.dtype,
+            plan.layout == "channels_last", *need,
         )  # fmt: skip
         grads = (d_features if need[0] else None, d_weight if need[1] else None, d_bias if need[2] else None)
-        d_features, d_weight, d_bias = _first_order("rebalanced_head_loss", grads, (logits, weight, bias, *upstream))
+        d_features, d_weight, d_bias = _first_order("rebalanced_head_loss", grads, (consistency, *upstream))
         return d_features, d_weight, d_bias, *(None,) * 5
 
 

@@ -31,15 +31,15 @@ def head_forward(dtype, layout, *, soft=False, mean=True, cam_grad=False, alone=
 def head_backward(dtype, layout, *, backend, soft=False, mean=True, cam_grad=False, alone=False):
     """Of what the backend's own forward saves."""
     arguments = head_forward(dtype, layout, soft=soft, mean=mean, cam_grad=cam_grad, alone=alone)
-    weight, targets, table, v, lam, p, twin, both, mean = (arguments[i] for i in (1, 3, 4, 5, 6, 7, 8, 9, 10))
+    weight, lam, twin, mean = (arguments[i] for i in (1, 6, 8, 10))
     outputs = ops.OPERATORS[backend.name]["head_forward"](*moved(arguments, backend))
-    loss, classification, consistency, logits, _, residual, pooled, k = outputs
+    loss, classification, consistency, logits, _, *saved = outputs
     upstream = (None, None, torch.rand_like(consistency), None) if alone else tuple(
         torch.rand_like(x) for x in (loss, classification, consistency, logits)
     )  # fmt: skip
     return (
-        *upstream, weight, targets, table, v, logits, residual, pooled, k, lam, p, twin, both, mean, dtype,
-        layout == "channels_last", True, not alone, not alone and not soft,
+        *upstream, weight, *saved, lam, twin, mean, dtype, layout == "channels_last", True, not alone,
+        not alone and not soft,
     )  # fmt: skip
 
 

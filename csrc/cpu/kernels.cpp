@@ -696,7 +696,7 @@ struct KernelsOf {
     return constants;
   }
 
-  static void pair_gradient(Geometry g, Permutation inverse, const void* packed, const void* d_residual, const void* dz,
+  static void pair_gradient(Geometry g, Permutation inverse, const void* packed, const void* d_maps, const void* dz,
                             const void* dz_twin, void* d_original, void* d_twin, bool streaming, void* scratch) {
     Scratch room(scratch);
     const A* weight = static_cast<const A*>(packed);
@@ -704,7 +704,7 @@ struct KernelsOf {
                                    logit_constants(g, weight, dz_twin, room.take<A>(pitch(g.C)))};
     write_gradient({g,
                     weight,
-                    static_cast<const A*>(d_residual),
+                    static_cast<const A*>(d_maps),
                     2,
                     {constants[0], constants[1]},
                     {static_cast<T*>(d_original), static_cast<T*>(d_twin)},

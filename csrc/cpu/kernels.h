@@ -42,9 +42,9 @@ struct Kernels {
   void (*maps)(Geometry g, const void* features, const void* packed, void* maps, void* scratch);
   // logits[l] = sum_c W[l, c] pooled[c] + bias[l]; bias may be null.
   void (*logits)(Geometry g, const void* packed, const void* pooled, const void* bias, void* logits);
-  // U[c, x] = sum_l W[l, c] d_residual[l, x]; d_original = U + W^T dz / HW; d_twin = -T'(U) + W^T dz~ / HW, where
+  // U[c, x] = sum_l W[l, c] d_maps[l, x]; d_original = U + W^T dz / HW; d_twin = -T'(U) + W^T dz~ / HW, where
   // `inverse` is the map T' that undoes T; dz and dz~ may be null. Streaming writes past the caches.
-  void (*pair_gradient)(Geometry g, Permutation inverse, const void* packed, const void* d_residual, const void* dz,
+  void (*pair_gradient)(Geometry g, Permutation inverse, const void* packed, const void* d_maps, const void* dz,
                         const void* dz_twin, void* d_original, void* d_twin, bool streaming, void* scratch);
   // d_features[c, x] = sum_l W[l, c] d_maps[l, x].
   void (*view_gradient)(Geometry g, const void* packed, const void* d_maps, void* d_features, bool streaming,

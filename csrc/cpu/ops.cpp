@@ -300,16 +300,6 @@ class Views {
   int64_t view_bytes_;
 };
 
-// g dS, in rows `pitch` apart; those of the residual are residual_pitch apart.
-template <typename A>
-void residual_gradient(int64_t L, int64_t HW, const A* residual, int64_t residual_pitch, const A* v, int p, A g,
-                       A* d_residual, int64_t pitch) {
-  const A scale = g / A(L * HW);
-  for (int64_t l = 0; l < L; ++l)
-    for (int64_t x = 0; x < HW; ++x)
-      d_residual[l * pitch + x] = scale * consistency_gradient(v[l], residual[l * residual_pitch + x], p);
-}
-
 // The forward of the head, a task a pair.
 template <typename A>
 class HeadForward {
@@ -344,9 +334,9 @@ class HeadForward {
   struct Workspace {
     explicit Workspace(const HeadForward& head)
         : residual(head.maps_size), pooled(2 * head.pooled_pitch), z(2 * head.g.L), target(head.g.L),
-          maps(head.wanted.maps ? head.maps_size : 0), d_maps(head.wanted.cam_grad ? 2 * head.maps_size : 0),
+          maps(head.wanted.maps ? head.maps_size : 0), d_twin(head.wanted.cam_grad ? head.maps_size : 0),
           scratch(head.k.scratch_bytes(head.g)) {}
-    Buffer<A> residual, pooled, z, target, maps, d_maps;
+    Buffer<A> residual, pooled, z, target, maps, d_twin;
     Buffer<char> scratch;
   };
 
@@ -356,9 +346,11 @@ class HeadForward {
     view(i, work.pooled.get(), work.z.get(), work);
     view(N + i, work.pooled.get() + pooled_pitch, work.z.get() + g.L, work);
     consistency[i] = consistency_of(work.residual.get());
-    if (wanted.residual) write_maps(work.residual.get(), residual[i]);
     if (targets) classify(i, work);
-    if (wanted.cam_grad) cam_gradient(i, work);
+    if (!wanted.gradients && !wanted.cam_grad) return;
+    differentiate(work.residual.get());
+    if (wanted.gradients) write_maps(work.residual.get(), map_grad[i]);
+    if (wanted.cam_grad) cam_gradient(i, work.residual.get(), work);
   }
 
   // What is kept of view m: its pooled features, its logits z, its maps.
@@ -385,18 +377,32 @@ class HeadForward {
     return sum / A(g.L * g.HW);
   }
 
-  // Eq. 1 of one pair.
-  void classify(int64_t i, Workspace& work) {
-    const A *z = work.z.get(), *t = work.target.get();
-    write_target_row(targets, i, g.L, work.target.get());
-    classification[i] = cross_entropy(z, t, g.L) + (options.both_views ? cross_entropy(z + g.L, t, g.L) : A(0));
+  // The residual becomes the gradient of the pair's consistency with respect to the first view's maps.
+  void differentiate(A* s) const {
+    const A share = A(1) / A(g.L * g.HW);
+    for (int64_t l = 0; l < g.L; ++l, s += pitch)
+      for (int64_t x = 0; x < g.HW; ++x) s[x] = share * consistency_gradient(v[l], s[x], options.p);
   }
 
-  // K: the gradient of the pair's consistency with respect to the weight of its maps.
-  void cam_gradient(int64_t i, Workspace& work) {
-    A *d = work.d_maps.get(), *d_twin = d + maps_size;
+  // Eq. 1 of one pair, with its gradient.
+  void classify(int64_t i, Workspace& work) {
+    const A* const t = work.target.get();
+    write_target_row(targets, i, g.L, work.target.get());
+    classification[i] = 0;
+    for (int view = 0; view < 2; ++view) {
+      A* const dz = wanted.gradients ? logit_grad[view * N + i] : nullptr;
+      if (dz) std::fill(dz, dz + g.L, A(0));
+      if (view == 1 && !options.both_views) break;
+      const A* const z = work.z.get() + view * g.L;
+      classification[i] += cross_entropy(z, t, g.L);
+      if (dz) cross_entropy_gradient(z, t, g.L, A(1), dz);
+    }
+  }
+
+  // K: the gradient of the pair's consistency with respect to the weight of its maps, from that to the maps.
+  void cam_gradient(int64_t i, const A* d, Workspace& work) {
+    A* const d_twin = work.d_twin.get();
     std::memset(static_cast<void*>(cam_grad[i]), 0, g.L * g.C * sizeof(A));
-    residual_gradient(g.L, g.HW, work.residual.get(), pitch, v, options.p, A(1), d, pitch);
     for (int64_t l = 0; l < g.L; ++l)
       for (int64_t x = 0; x < g.HW; ++x) d_twin[l * pitch + undo.get().index[x]] = -d[l * pitch + x];
     k.correlate(g, features[i], d, cam_grad[i], work.scratch.get());
@@ -427,8 +433,8 @@ class HeadForward {
   const A* const v;
   const Views features;
   HeadForwardOutputs out;
-  const Rows<A> logits{out.logits, g.L}, maps{out.maps, g.L * g.HW}, residual{out.residual, g.L * g.HW};
-  const Rows<A> pooled{out.pooled, g.C}, cam_grad{out.cam_grad, g.L * g.C};
+  const Rows<A> logits{out.logits, g.L}, maps{out.maps, g.L * g.HW}, map_grad{out.map_grad, g.L * g.HW};
+  const Rows<A> logit_grad{out.logit_grad, g.L}, pooled{out.pooled, g.C}, cam_grad{out.cam_grad, g.L * g.C};
   std::vector<A> classification, consistency;
 };
 
@@ -441,27 +447,27 @@ template <typename A>
 class HeadBackward {
  public:
   explicit HeadBackward(const HeadBackwardArguments& a)
-      : N(a.residual.size(0)),
-        g{a.weight.size(1), a.residual.size(2) * a.residual.size(3), a.weight.size(0), a.channels_last},
-        k(kernels(storage_of(a.dtype))), options(a.options), need(a.need), weight_dtype(a.weight.scalar_type()),
-        inverse(k, g, options.twin, a.residual.size(3), true), targets(targets_of<A>(a.targets, a.target_table, g.L)),
-        d_loss(a.d_loss), d_classification(a.d_classification), d_consistency(a.d_consistency),
-        d_logits(a.d_logits ? static_cast<const A*>(a.d_logits->data_ptr()) : nullptr),
-        v(static_cast<const A*>(a.map_weights.data_ptr())), logits(a.logits, g.L), residual(a.residual, g.L * g.HW),
-        pooled(a.pooled, g.C), cam_grad(a.cam_grad, g.L * g.C),
-        packed(need.features ? pack<A>(k, g, a.weight) : Buffer<A>(0)), view_bytes(g.C * g.HW * bytes_of(a.dtype)),
-        out{feature_output(2 * N, g.C, a.residual.size(2), a.residual.size(3), a.dtype, g.channels_last, need.features),
+      : N(a.map_grad.size(0)),
+        g{a.weight.size(1), a.map_grad.size(2) * a.map_grad.size(3), a.weight.size(0), a.channels_last},
+        k(kernels(storage_of(a.dtype))), consistency_weight(A(a.consistency_weight)), need(a.need),
+        weight_dtype(a.weight.scalar_type()), share(a.mean ? A(1) / A(std::max<int64_t>(N, 1)) : A(1)),
+        inverse(k, g, a.twin, a.map_grad.size(3), true), d_loss(a.d_loss), d_classification(a.d_classification),
+        d_consistency(a.d_consistency), d_logits(a.d_logits ? static_cast<const A*>(a.d_logits->data_ptr()) : nullptr),
+        map_grad(a.map_grad, g.L * g.HW), logit_grad(a.logit_grad, g.L), pooled(a.pooled, g.C),
+        cam_grad(a.cam_grad, g.L * g.C), packed(need.features ? pack<A>(k, g, a.weight) : Buffer<A>(0)),
+        view_bytes(g.C * g.HW * bytes_of(a.dtype)),
+        out{feature_output(2 * N, g.C, a.map_grad.size(2), a.map_grad.size(3), a.dtype, g.channels_last, need.features),
             output({g.L, g.C}, weight_dtype, need.weight), output({g.L}, weight_dtype, need.bias)},
         d_features(out.features, view_bytes), dz(2 * N * g.L), g_s(N) {}
 
   HeadGradients run() {
     in_parallel(N, [&](int64_t begin, int64_t end) {
-      Buffer<A> d_residual(g.L * pitch), target(g.L);
-      Buffer<char> scratch(k.scratch_bytes(g));
+      Buffer<A> d_maps(need.features ? g.L * pitch : 0);
+      Buffer<char> scratch(need.features ? k.scratch_bytes(g) : 0);
       for (int64_t i = begin; i < end; ++i) {
-        g_s[i] = (A(options.consistency_weight) * d_loss[i] + d_consistency[i]) * share;
-        if (targets) logits_gradient(i, target.get());
-        if (need.features) feature_gradient(i, d_residual.get(), scratch.get());
+        g_s[i] = (consistency_weight * d_loss[i] + d_consistency[i]) * share;
+        if (logit_grad) logits_gradient(i);
+        if (need.features) feature_gradient(i, d_maps.get(), scratch.get());
       }
     });
     if (need.weight) {
@@ -478,29 +484,32 @@ class HeadBackward {
  private:
   A* dz_of(int64_t m) const { return dz.get() + m * g.L; }
 
-  // dz and dz~ of pair i; `target` has room for a row.
-  void logits_gradient(int64_t i, A* target) {
+  // dz and dz~ of pair i. Without an upstream gradient its classification takes no part: it may be NaN.
+  void logits_gradient(int64_t i) {
     const A g_z = (d_loss[i] + d_classification[i]) * share;
-    write_target_row(targets, i, g.L, target);
-    cross_entropy_gradient(logits[i], target, g.L, g_z, dz_of(i));
-    if (options.both_views) cross_entropy_gradient(logits[N + i], target, g.L, g_z, dz_of(N + i));
-    if (d_logits)
-      for (int64_t m : {i, N + i})
-        for (int64_t l = 0; l < g.L; ++l) dz_of(m)[l] += d_logits[m * g.L + l];
+    for (int64_t m : {i, N + i}) {
+      A* const to = dz_of(m);
+      if (d_loss || d_classification)
+        for (int64_t l = 0; l < g.L; ++l) to[l] = g_z * logit_grad[m][l];
+      if (d_logits)
+        for (int64_t l = 0; l < g.L; ++l) to[l] += d_logits[m * g.L + l];
+    }
   }
 
   // dF and dF~ of pair i.
-  void feature_gradient(int64_t i, A* d_residual, char* scratch) {
-    residual_gradient(g.L, g.HW, residual[i], g.HW, v, options.p, g_s[i], d_residual, pitch);
-    k.pair_gradient(g, inverse.get(), packed.get(), d_residual, targets ? dz_of(i) : nullptr,
-                    targets ? dz_of(N + i) : nullptr, d_features[i], d_features[N + i], streaming, scratch);
+  void feature_gradient(int64_t i, A* d_maps, char* scratch) {
+    const A* from = map_grad[i];
+    for (int64_t l = 0; l < g.L; ++l)
+      for (int64_t x = 0; x < g.HW; ++x) d_maps[l * pitch + x] = g_s[i] * *from++;
+    k.pair_gradient(g, inverse.get(), packed.get(), d_maps, logit_grad ? dz_of(i) : nullptr,
+                    logit_grad ? dz_of(N + i) : nullptr, d_features[i], d_features[N + i], streaming, scratch);
   }
 
   // dW of the chunk of channels from c0 on: dz^T P of both views, and the sum of K where the CAM is not detached.
   void weight_gradient(int64_t c0, A* sum) {
     const int64_t count = std::min(kChannelChunk, g.C - c0);
     std::fill(sum, sum + g.L * kChannelChunk, A(0));
-    if (targets && pooled) k.accumulate(2 * N, g.L, count, dz.get(), g.L, pooled[0] + c0, g.C, sum, kChannelChunk);
+    if (logit_grad && pooled) k.accumulate(2 * N, g.L, count, dz.get(), g.L, pooled[0] + c0, g.C, sum, kChannelChunk);
     if (cam_grad && (d_loss || d_consistency))
       for (int64_t l = 0; l < g.L; ++l)
         k.accumulate(N, 1, count, g_s.data(), 1, cam_grad[0] + l * g.C + c0, g.L * g.C, sum + l * kChannelChunk,
@@ -521,17 +530,15 @@ class HeadBackward {
   const int64_t N;
   const Geometry g;
   const Kernels& k;
-  const HeadOptions options;
+  const A consistency_weight;
   const Needed need;
   const ScalarType weight_dtype;
   const int64_t pitch = round_up(g.HW, k.lanes);
-  const A share = options.mean ? A(1) / A(std::max<int64_t>(N, 1)) : A(1);
+  const A share;  // of a sample in the losses
   const PermutationTable inverse;
-  const Targets<A> targets;
   const Upstream<A> d_loss, d_classification, d_consistency;
   const A* const d_logits;
-  const A* const v;
-  const Rows<A> logits, residual, pooled, cam_grad;
+  const Rows<A> map_grad, logit_grad, pooled, cam_grad;
   const Buffer<A> packed;
   const int64_t view_bytes;
   const bool streaming = 2 * N * view_bytes >= kStreamingBytes;

@@ -105,8 +105,9 @@ struct ForwardParams {
   float *loss, *classification, *consistency;  // (N,), or () with per_sample and ticket
   float* per_sample;                           // (2, N) scratch: classification and consistency
   unsigned* ticket;                            // zero before and after
-  float *logits, *maps, *residual, *pooled;    // (2N, L), (views N, L, H, W), (N, L, H, W), (2N, C)
-  float* cam_grad;                             // (N, L, C)
+  float *logits, *maps;                        // (2N, L), (views N, L, H, W)
+  // Saved for the backward (rebalfer_kernels/ops.py): (N, L, H, W), (2N, L), (2N, C), (N, L, C).
+  float *map_grad, *logit_grad, *pooled, *cam_grad;
 };
 
 // Of single views, by the gradient of their maps.
@@ -126,18 +127,15 @@ struct Upstream {  // absent, a scalar (stride 0), or one a sample
   int64_t stride;
 };
 
+// Of single views, whose maps' gradient is map_grad itself, there are no upstream gradients.
 struct BackwardParams {
   Geometry g;
   Upstream d_loss, d_classification, d_consistency;
   const float* d_logits;  // (2N, L)
   Parameter weight;
-  Targets<float> targets;
-  const float *map_weights, *logits, *residual, *pooled, *cam_grad;
-  const float* d_maps;              // (N, L, H, W) of single views, in place of a residual
-  float consistency_weight, share;  // share: 1 / N under "mean"
-  int p;
-  bool both_views;
-  bool early;  // Granted::early
+  const float *map_grad, *logit_grad, *pooled, *cam_grad;  // as the forward saved them
+  float consistency_weight, share;                         // share: 1 / N under "mean"
+  bool early;                                              // Granted::early
 
   void* d_features;
   void *d_weight, *d_bias;  // of the weight's dtype

@@ -1,8 +1,10 @@
 // The backward kernel: all gradients of the head in one launch that, for the features', writes only.
 //
+// The forward has saved the gradients of each sample's losses; what is left is linear in them.
+//
 // The first blocks of the grid compute the gradients of weight and bias, 8 channels each, over the whole batch in a
-// fixed order; every such block recomputes the gradient of all logits, which is cheaper than a second launch. The other
-// blocks write the features' gradients of some channels of a pair. All that is not linear happens on the maps: with
+// fixed order; every such block computes the gradient of all logits, which is cheaper than a second launch. The other
+// blocks write the features' gradients of some channels of a pair. With
 //   E = dS + dz / (H W)  and, where the twin's index says,  E~ = -dS + dz~ / (H W),
 // dF = W^T E and dF~ = W^T E~. So each warp writes one view, and no feature's gradient is added to or moved.
 //
@@ -32,60 +34,42 @@ __device__ __forceinline__ float upstream(const Upstream& u, int64_t i) {
 
 // The upstream gradient of a sample's consistency, in units of its sum over samples.
 __device__ __forceinline__ float consistency_upstream(const BackwardParams& p, int64_t i) {
-  return p.d_maps ? 1.0f : (p.consistency_weight * upstream(p.d_loss, i) + upstream(p.d_consistency, i)) * p.share;
+  return p.g.views == 1 ? 1.0f
+                        : (p.consistency_weight * upstream(p.d_loss, i) + upstream(p.d_consistency, i)) * p.share;
 }
 
-// A row (view by view) of the logits: what its gradient is computed from.
-template <int kClasses>
-struct LogitRow {
-  float z[kClasses], t[kClasses];
-  float g;  // of its cross-entropy
+// The upstream gradient of a sample's classification, and whether there is one: without, its gradient takes no part.
+__device__ __forceinline__ bool has_classification_upstream(const BackwardParams& p) {
+  return p.logit_grad && (p.d_loss.data || p.d_classification.data);
+}
+__device__ __forceinline__ float classification_upstream(const BackwardParams& p, int64_t i) {
+  return (upstream(p.d_loss, i) + upstream(p.d_classification, i)) * p.share;
+}
 
-  // Whether a row has a cross-entropy; `inside`: of the batch.
-  static __device__ __forceinline__ bool classified(const BackwardParams& p, int m, bool inside) {
-    return inside && (p.d_loss.data || p.d_classification.data) && (m < int(p.g.N) || p.both_views);
-  }
+// A row (view by view) of dz, zero from L on; its parts arrive while others are waited for.
+template <int kClasses>
+struct LogitGradient {
+  float of_loss[kClasses] = {}, more[kClasses] = {}, g = 0;
 
   __device__ __forceinline__ void load(const BackwardParams& p, int m, bool inside) {
-    const int L = inside ? p.g.L : 0, i = m < int(p.g.N) ? m : m - int(p.g.N);
-    const float* const logits = p.logits + int64_t(m) * L;
+    const int L = inside ? p.g.L : 0;
+    const auto row = [&](const float* from, float (&to)[kClasses]) {
 #pragma unroll
-    for (int l = 0; l < kClasses; ++l) z[l] = -INFINITY, t[l] = 0;
-    if (!classified(p, m, inside)) return;
-    const auto load = [&](const TargetRow<float>& row) {
-#pragma unroll
-      for (int l = 0; l < kClasses; ++l) {
-        z[l] = l < L ? __ldg(logits + l) : -INFINITY;
-        t[l] = l < L ? row[l] : 0.0f;
-      }
+      for (int l = 0; l < kClasses; ++l) to[l] = l < L ? __ldg(from + int64_t(m) * p.g.L + l) : 0.0f;
     };
-    const auto row = target_row(p.targets, i, L);
-    row.soft ? load(row) : load({row.table, nullptr, row.label, L});  // of a label without a test for each class
-    g = (upstream(p.d_loss, i) + upstream(p.d_classification, i)) * p.share;
+    if (has_classification_upstream(p)) {
+      row(p.logit_grad, of_loss);
+      if (inside) g = classification_upstream(p, m < int(p.g.N) ? m : m - int(p.g.N));
+    }
+    if (p.d_logits) row(p.d_logits, more);
   }
 
-  // dz, zero from L on.
-  __device__ __forceinline__ void differentiate(const BackwardParams& p, int m, bool inside, float* to) {
-    const int L = inside ? p.g.L : 0;
-    float dz[kClasses] = {};
-    if (classified(p, m, inside)) {
-      // As cross_entropy_gradient, with one exponential a class.
-      float top = z[0], sum = 0, total = 0;
-#pragma unroll
-      for (int l = 1; l < kClasses; ++l) top = fmaxf(top, z[l]);
-#pragma unroll
-      for (int l = 0; l < kClasses; ++l) sum += z[l] = expf(z[l] - top), total += t[l];
-      const float share = total / sum;
-#pragma unroll
-      for (int l = 0; l < kClasses; ++l) dz[l] = g * (share * z[l] - t[l]);
-    }
-    if (p.d_logits)
-#pragma unroll
-      for (int l = 0; l < kClasses; ++l)
-        if (l < L) dz[l] += __ldg(p.d_logits + int64_t(m) * L + l);
+  __device__ __forceinline__ void store(float* to) const {
 #pragma unroll
     for (int l = 0; l < kClasses; l += 4)
-      *reinterpret_cast<float4*>(to + l) = make_float4(dz[l], dz[l + 1], dz[l + 2], dz[l + 3]);
+      *reinterpret_cast<float4*>(to + l) =
+          make_float4(fmaf(g, of_loss[l], more[l]), fmaf(g, of_loss[l + 1], more[l + 1]),
+                      fmaf(g, of_loss[l + 2], more[l + 2]), fmaf(g, of_loss[l + 3], more[l + 3]));
   }
 };
 
@@ -104,18 +88,16 @@ struct WeightShared {
   float sums[kWarps][kClasses][kWeightChannels];
 };
 
-// dW = sum_m dz_m P_m + sum_i g_S,i K_i for 8 channels; the first block also db. A lane has one channel, or two of up
-// to 8 classes, of every 16th or 32nd sample.
+// dW = sum_m dz_m P_m + sum_i g_S,i K_i for 8 channels from `first` on, where the bias is the weight of channel C,
+// whose features are 1. A lane has one channel, or two of up to 8 classes, of every 16th or 32nd sample.
 template <typename T, int kClasses>
-__device__ void parameter_gradients(const BackwardParams& p, int block, WeightShared<kClasses>& shared) {
+__device__ void parameter_gradients(const BackwardParams& p, int first, WeightShared<kClasses>& shared) {
   const int L = p.g.L, C = p.g.C, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   constexpr int kRows = kWeightRows<kClasses>, kOwn = 16 / kClasses, kLanes = kWeightChannels / kOwn,
                 kParts = kThreads / kLanes;
-  const int part = threadIdx.x / kLanes, own = kOwn * (int(threadIdx.x) % kLanes);
-  const int c = block * kWeightChannels + own;
-  const bool classified = p.targets.table, with_bias = p.d_bias && block == 0;
-  float acc[kOwn][kClasses] = {}, bias[(kClasses + kWarps - 1) / kWarps] = {};
-  const int M = classified && (p.pooled || with_bias) ? 2 * int(p.g.N) : 0;
+  const int part = threadIdx.x / kLanes, own = kOwn * (int(threadIdx.x) % kLanes), c = first + own;
+  float acc[kOwn][kClasses] = {};
+  const int M = p.logit_grad && (p.pooled || p.d_bias) ? 2 * int(p.g.N) : 0;
   const float* pooled = p.pooled + int64_t(part) * C + c;
   const int64_t step = int64_t(kParts) * C;
   for (int m0 = 0; m0 < M; m0 += kRows, pooled += kRows / kParts * step) {
@@ -123,52 +105,38 @@ __device__ void parameter_gradients(const BackwardParams& p, int block, WeightSh
     // The part's rows are under way while the logits' gradient is computed.
     int own_rows[kOwn];
 #pragma unroll
-    for (int j = 0; j < kOwn; ++j) own_rows[j] = p.d_weight && p.pooled && c + j < C ? rows - part : 0;
+    for (int j = 0; j < kOwn; ++j) own_rows[j] = p.pooled && c + j < C ? rows - part : 0;
     float x[kRows / kParts][kOwn];
 #pragma unroll
     for (int k = 0; k < kRows / kParts; ++k)
 #pragma unroll
-      for (int j = 0; j < kOwn; ++j) x[k][j] = k * kParts < own_rows[j] ? __ldg(pooled + k * step + j) : 0.0f;
-    LogitRow<kClasses> logits[kRows / kThreads];
+      for (int j = 0; j < kOwn; ++j)
+        x[k][j] = k * kParts < own_rows[j] ? __ldg(pooled + k * step + j) : c + j == C ? 1.0f : 0.0f;
+    LogitGradient<kClasses> dz[kRows / kThreads];
 #pragma unroll
     for (int k = 0; k < kRows / kThreads; ++k) {
       const int row = k * kThreads + threadIdx.x;
-      logits[k].load(p, m0 + row, row < rows);
+      dz[k].load(p, m0 + row, row < rows);
     }
     __syncthreads();
 #pragma unroll
-    for (int k = 0; k < kRows / kThreads; ++k) {
-      const int row = k * kThreads + threadIdx.x;
-      logits[k].differentiate(p, m0 + row, row < rows, shared.dz[row]);
-    }
+    for (int k = 0; k < kRows / kThreads; ++k) dz[k].store(shared.dz[k * kThreads + threadIdx.x]);
     __syncthreads();
 #pragma unroll
-    for (int k = 0; k < kRows / kParts; ++k)
+    for (int k = 0; k < kRows / kParts; ++k) {
+      if (k * kParts >= rows) break;
 #pragma unroll
       for (int l = 0; l < kClasses; l += 4) {
-        const float4 dz = *reinterpret_cast<const float4*>(&shared.dz[k * kParts + part][l]);
+        const float4 row = *reinterpret_cast<const float4*>(&shared.dz[k * kParts + part][l]);
 #pragma unroll
         for (int j = 0; j < kOwn; ++j) {
-          acc[j][l] = fmaf(dz.x, x[k][j], acc[j][l]), acc[j][l + 1] = fmaf(dz.y, x[k][j], acc[j][l + 1]);
-          acc[j][l + 2] = fmaf(dz.z, x[k][j], acc[j][l + 2]), acc[j][l + 3] = fmaf(dz.w, x[k][j], acc[j][l + 3]);
+          acc[j][l] = fmaf(row.x, x[k][j], acc[j][l]), acc[j][l + 1] = fmaf(row.y, x[k][j], acc[j][l + 1]);
+          acc[j][l + 2] = fmaf(row.z, x[k][j], acc[j][l + 2]), acc[j][l + 3] = fmaf(row.w, x[k][j], acc[j][l + 3]);
         }
       }
-    if (with_bias) {
-#pragma unroll
-      for (int k = 0; k < kClasses / kWarps; ++k)
-#pragma unroll
-        for (int r = 0; r < kRows; r += 32) bias[k] += shared.dz[r + lane][k * kWarps + warp];
     }
   }
-  if (with_bias) {
-#pragma unroll
-    for (int k = 0; k < kClasses / kWarps; ++k) {
-      const float sum = warp_sum(bias[k]);
-      if (lane == 0 && k * kWarps + warp < L) store_parameter<T>(p.d_bias, p.weight.is_float, k * kWarps + warp, sum);
-    }
-  }
-  if (!p.d_weight) return;
-  if (p.cam_grad && (p.d_maps || p.d_loss.data || p.d_consistency.data)) {
+  if (p.cam_grad && (p.g.views == 1 || p.d_loss.data || p.d_consistency.data)) {
 #pragma unroll(16 / kClasses)
     for (int64_t i = part; i < p.g.N; i += kParts) {
       const float g = consistency_upstream(p, i);
@@ -190,12 +158,13 @@ __device__ void parameter_gradients(const BackwardParams& p, int block, WeightSh
     }
   __syncthreads();
   static_assert(kThreads >= kClasses * kWeightChannels);
-  const int l = threadIdx.x / kWeightChannels, k = threadIdx.x % kWeightChannels, to = block * kWeightChannels + k;
-  if (l >= L || to >= C) return;
+  const int l = threadIdx.x / kWeightChannels, k = threadIdx.x % kWeightChannels, to = first + k;
+  if (l >= L || to > C) return;
   float sum = 0;
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) sum += shared.sums[w][l][k];
-  store_parameter<T>(p.d_weight, p.weight.is_float, int64_t(l) * C + to, sum);
+  if (to < C && p.d_weight) store_parameter<T>(p.d_weight, p.weight.is_float, int64_t(l) * C + to, sum);
+  if (to == C && p.d_bias) store_parameter<T>(p.d_bias, p.weight.is_float, l, sum);
 }
 
 // kPositions: H W where it is known when this is compiled, else 0.
@@ -253,33 +222,19 @@ struct FeatureGradient {
   __device__ __forceinline__ FeatureGradient(const BackwardParams& p, int64_t pair, int block_channel,
                                              unsigned char* memory)
       : p(p), weights(p.weight, p.g.L, p.g.C), shared(*reinterpret_cast<Shared*>(memory)),
-        HW(kPositions ? kPositions : p.g.H * p.g.W), L(p.g.L), views(p.g.views), at(p.g.views),
+        HW(kPositions ? kPositions : p.g.H * p.g.W), L(p.g.L), views(p.g.views), at(p.g.views, threadIdx.x),
         stage(reinterpret_cast<T*>(memory + stage_offset()) + at.warp * kWarpChannels * HW), pair(pair),
         c0(block_channel + at.slice * kWarpChannels),
         out(static_cast<T*>(p.d_features) + (at.view * p.g.N + pair) * p.g.C * HW) {}
 
   // dz / (H W) of both views, by one warp, half a warp a view, a lane a class.
-  __device__ __forceinline__ void differentiate_logits() const {
+  __device__ __forceinline__ void put_logit_gradients() const {
     const int v = at.lane / 16, l = at.lane % 16;
-    const int64_t m = v * p.g.N + pair;
-    const bool here = l < L && p.targets;
-    float dz = here && p.d_logits ? __ldg(p.d_logits + m * L + l) : 0.0f;
-    if (p.targets && (p.d_loss.data || p.d_classification.data)) {
-      const float g = (upstream(p.d_loss, pair) + upstream(p.d_classification, pair)) * p.share;
-      const float z = here ? __ldg(p.logits + m * L + l) : -INFINITY;
-      const float t = here ? target_row(p.targets, pair, L)[l] : 0.0f;
-      float top = z, total = t;
-#pragma unroll
-      for (int bit = 8; bit; bit /= 2) {
-        top = fmaxf(top, __shfl_xor_sync(kAll, top, bit));
-        total += __shfl_xor_sync(kAll, total, bit);
-      }
-      const float e = here ? std::exp(z - top) : 0.0f;
-      float sum = e;
-#pragma unroll
-      for (int bit = 8; bit; bit /= 2) sum += __shfl_xor_sync(kAll, sum, bit);
-      if (v == 0 || p.both_views) dz += g * (total * (e / sum) - t);
-    }
+    const int64_t i = (v * p.g.N + pair) * L + l;
+    const bool here = l < L;
+    float dz = here && p.d_logits ? __ldg(p.d_logits + i) : 0.0f;
+    if (has_classification_upstream(p))
+      dz = fmaf(classification_upstream(p, pair), here ? __ldg(p.logit_grad + i) : 0.0f, dz);
     shared.dz[v][l] = dz * (1.0f / float(HW));
   }
 
@@ -288,49 +243,31 @@ struct FeatureGradient {
     static_assert(kThreads == 2 * kMaxPositions);
     const int x = threadIdx.x % kMaxPositions, half = threadIdx.x / kMaxPositions;
     const auto row_of = [](int k) { return 4 * (k / 2) + k % 2; };  // from class 2 half on
-    const bool given = p.d_maps;
-    float d[kClasses / 2] = {}, v[kClasses / 2] = {};
+    float d[kClasses / 2] = {};
     if (x < HW) {
-      const float* const from = (given ? p.d_maps : p.residual) + (pair * L + 2 * half) * HW + x;
-      const float* const map_weights = p.map_weights + 2 * half;
+      const float* from = p.map_grad + (pair * L + 2 * half) * HW + x;
+      keep(from);
 #pragma unroll
-      for (int k = 0; k < kClasses / 2; ++k) {
-        if (row_of(k) >= L - 2 * half) continue;
-        d[k] = __ldg(from + row_of(k) * HW);
-        if (!given) v[k] = __ldg(map_weights + row_of(k));
-      }
+      for (int k = 0; k < kClasses / 2; ++k)
+        if (row_of(k) < L - 2 * half) d[k] = __ldg(from + row_of(k) * HW);
     }
-    if (at.warp == 0) {
-      if (views == 2) {
-        differentiate_logits();
-      } else {
-        shared.dz[at.lane / 16][at.lane % 16] = 0;
-      }
-    } else if (at.warp == 1 && at.lane == 0) {
-      shared.upstream = consistency_upstream(p, pair) / float(L * HW);
-    }
+    if (at.warp == 0) put_logit_gradients();
+    if (at.warp == 1 && at.lane == 0) shared.upstream = consistency_upstream(p, pair);
     __syncthreads();
     if (x < HW) {
-      if (!given) {
-        const auto differentiate = [&](int power) {
-          const float g = shared.upstream;
-#pragma unroll
-          for (int k = 0; k < kClasses / 2; ++k) d[k] = g * consistency_gradient(v[k], d[k], power);
-        };
-        p.p == 2 ? differentiate(2) : differentiate(1);
-      }
-      const auto put = [&](int view, int to, float sign) {
+      const auto put = [&](int view, int to, float g) {
 #pragma unroll
         for (int k = 0; k < kClasses / 2; k += 2) {
           const int l = 2 * half + row_of(k);
           const float2 dz = *reinterpret_cast<const float2*>(&shared.dz[view][l]);
-          shared.maps.put(view, to, l / 2, fmaf(sign, d[k], dz.x), fmaf(sign, d[k + 1], dz.y));
+          shared.maps.put(view, to, l / 2, fmaf(g, d[k], dz.x), fmaf(g, d[k + 1], dz.y));
         }
       };
-      put(0, x, 1.0f);
+      const float g = shared.upstream;
+      put(0, x, g);
       if (views == 2) {
         const int row = int(__fdividef(float(x) + 0.5f, float(p.g.W)));
-        put(1, int(twin_index(p.g.twin, row, x - row * p.g.W)), -1.0f);
+        put(1, int(twin_index(p.g.twin, row, x - row * p.g.W)), -g);
       }
     }
     __syncthreads();
@@ -532,7 +469,8 @@ struct FeatureGradient {
     const int vectors = int64_t(p.g.C) * HW % kSlots == 0 ? count / kSlots : 0;
     T* const to = out + int64_t(c0) * HW;
     const uint4* const from = reinterpret_cast<const uint4*>(stage) + at.lane;
-    T* const own = to + at.lane * kSlots;
+    T* own = to + at.lane * kSlots;
+    keep(own);  // or each store would compute its address anew
 #pragma unroll
     for (int k = 0; k < (kMost + 31) / 32; ++k)
       if (32 * k < vectors - at.lane) store_16B_streaming(own + 32 * k * kSlots, from[32 * k]);
@@ -570,7 +508,9 @@ __global__ __launch_bounds__(kThreads, 6 - kBlocks) void backward_kernel(const _
   wait_for_previous();
   using Gradient = FeatureGradient<T, kChannelsLast, kBlocks, kPositions>;
   if (blockIdx.x < weight_blocks) {
-    parameter_gradients<T, 8 * kBlocks>(p, blockIdx.x, *reinterpret_cast<WeightShared<8 * kBlocks>*>(memory));
+    const int left = p.d_weight ? 0 : p.g.C / kWeightChannels;  // only the bias is wanted
+    parameter_gradients<T, 8 * kBlocks>(p, (left + blockIdx.x) * kWeightChannels,
+                                        *reinterpret_cast<WeightShared<8 * kBlocks>*>(memory));
     return;
   }
   const unsigned block = blockIdx.x - weight_blocks, pair = block / of_pair;
@@ -586,11 +526,12 @@ void visit_backward_kernels_as(const Visit& visit) {
 
 template <typename T>
 void launch_backward_as(const BackwardParams& p, cudaStream_t stream) {
-  const int weight_blocks = p.d_weight ? (p.g.C + kWeightChannels - 1) / kWeightChannels : p.d_bias ? 1 : 0;
+  const int channels = p.d_weight ? p.g.C + (p.d_bias ? 1 : 0) : p.d_bias ? 1 : 0;  // the bias is the last
+  const int weight_blocks = (channels + kWeightChannels - 1) / kWeightChannels;
   with_instance(p.g.channels_last, p.g.L, p.g.H * p.g.W, [&]<bool kChannelsLast, int kBlocks, int kPositions>() {
     using Gradient = FeatureGradient<T, kChannelsLast, kBlocks, kPositions>;
-    const int channels = Gradient::block_channels(p.g.views);
-    const unsigned of_pair = unsigned((p.g.C + channels - 1) / channels);
+    const int of_block = Gradient::block_channels(p.g.views);
+    const unsigned of_pair = unsigned((p.g.C + of_block - 1) / of_block);
     const int64_t feature_blocks = p.d_features ? p.g.N * of_pair : 0;
     if (weight_blocks + feature_blocks == 0) return;
     const int64_t bytes = std::max<int64_t>(weight_blocks ? sizeof(WeightShared<8 * kBlocks>) : 0,

@@ -1,5 +1,5 @@
-// The forward kernel: maps, pooled features, residual, logits and losses of a pair of views in one launch that reads
-// the features once.
+// The forward kernel: maps, pooled features, logits and losses of a pair of views, with the losses' gradients with
+// respect to maps and logits, in one launch that reads the features once.
 //
 // A cluster serves one pair, then another if there are more pairs than clusters find room; each of its blocks some of
 // the channels, each warp one view and 64 bytes of channels at a time (features.cuh). The blocks take turns in what
@@ -380,43 +380,49 @@ struct Forward {
     }
   }
 
-  // The residual, in place of the first view's maps too, and this warp's share of the consistency (Eq. 5), by all warps
-  // but the last.
-  __device__ __forceinline__ void write_residual(bool writes, const Place& at) const {
+  // This warp's share of the consistency (Eq. 5), by all warps but the last; in place of the first view's maps, its
+  // gradient with respect to them.
+  __device__ __forceinline__ void compare_maps(bool writes, const Place& at) const {
     constexpr int kLanes = (kThreads - 32) / kClasses;  // of a row
     const int l = at.thread / kLanes, x0 = at.thread % kLanes;
     float sum = 0;
     if (l < L) {
-      const float v = shared.map_weights[l];
-      float* const to = p.residual + (int64_t(pair) * L + l) * HW;
+      const float v = shared.map_weights[l], share = 1.0f / float(L * HW);
+      float* const to = p.map_grad + (int64_t(pair) * L + l) * HW;
 #pragma unroll
       for (int x = x0; x < 8 * kTiles; x += kLanes) {
         if (x >= HW) break;
         const float s = total[0][l][x] - total[1][l][shared.twin[x]];
         sum += consistency_term(v, s, p.p);
-        total[0][l][x] = s;
-        if (p.residual && writes) to[x] = s;
+        const float d = share * consistency_gradient(v, s, p.p);
+        total[0][l][x] = d;
+        if (p.map_grad && writes) to[x] = d;
       }
     }
     sum = warp_sum(sum);
     if (at.lane == 0) shared.sums[at.warp] = sum;
   }
 
-  // By one warp, half a warp a view, a lane a class: the sum of the cross-entropies (Eq. 1). As head_math.h's
-  // cross_entropy.
+  // By one warp, half a warp a view, a lane a class: the sum of the cross-entropies (Eq. 1), and their gradients with
+  // respect to the logits. As head_math.h's cross_entropy and cross_entropy_gradient.
   __device__ __forceinline__ float classify(const float* target, const Place& at) const {
     const int v = at.lane / 16, l = at.lane % 16;
     const float z = l < L ? shared.z[v][l] : -INFINITY, t = l < L ? target[l] : 0.0f;
-    if (l < L) p.logits[(v * p.g.N + pair) * L + l] = z;
-    float top = z;
+    const int64_t to = (v * p.g.N + pair) * L + l;
+    if (l < L) p.logits[to] = z;
+    float top = z, all = t;
 #pragma unroll
-    for (int bit = 8; bit; bit /= 2) top = fmaxf(top, __shfl_xor_sync(kAll, top, bit));
-    float sum = l < L ? std::exp(z - top) : 0.0f;
+    for (int bit = 8; bit; bit /= 2) {
+      top = fmaxf(top, __shfl_xor_sync(kAll, top, bit));
+      all += __shfl_xor_sync(kAll, all, bit);
+    }
+    const float e = l < L ? std::exp(z - top) : 0.0f;
+    float sum = e;
 #pragma unroll
     for (int bit = 8; bit; bit /= 2) sum += __shfl_xor_sync(kAll, sum, bit);
-    float loss = t != 0 ? t * (std::log(sum) - (z - top)) : 0.0f;
-    if (v == 1 && !p.both_views) loss = 0;
-    return warp_sum(loss);
+    const bool counts = v == 0 || p.both_views;
+    if (p.logit_grad && l < L) p.logit_grad[to] = counts ? all * (e / sum) - t : 0.0f;
+    return warp_sum(counts && t != 0 ? t * (std::log(sum) - (z - top)) : 0.0f);
   }
 
   // This pair's losses, by one thread.
@@ -449,14 +455,14 @@ struct Forward {
         });
   }
 
-  // From the whole maps on; leaves the residual in place of the first view's. The last warp has the logits' part, and
-  // fetches what it needs for the block's next turn, while the others have the maps'.
+  // From the whole maps on; leaves the consistency's gradient in place of the first view's. The last warp has the
+  // logits' part, and fetches what it needs for the block's next turn, while the others have the maps'.
   __device__ __forceinline__ void finish(unsigned k, bool writes, const Place& at) const {
     write_logits(writes, at.thread);
     if (views == 1) return;
     __syncthreads();
     if (at.warp < kWarps - 1) {
-      write_residual(writes, at);
+      compare_maps(writes, at);
     } else if (writes) {
       const float classification = classified() ? classify(shared.target[parity(k)], at) : 0.0f;
       if (at.lane == 0) shared.classification = classification;
@@ -488,9 +494,9 @@ struct Forward {
     }
   }
 
-  // total[0] (the residual) becomes the gradient of the consistency with respect to the first view's maps, total[1]
-  // that of the twin's; rows and positions outside become zero.
-  __device__ __forceinline__ void differentiate() const {
+  // Beside the gradient of the consistency with respect to the first view's maps, total[0], in total[1] that with
+  // respect to the twin's; rows and positions outside become zero.
+  __device__ __forceinline__ void differentiate_twin() const {
     REBALFER_ROLLED
     for (int e = threadIdx.x; e < kMap; e += kThreads) {
       const int l = e / kPitch, x = e % kPitch;
@@ -498,9 +504,7 @@ struct Forward {
         total[0][l][x] = total[1][l][x] = 0;
         continue;
       }
-      const float d = consistency_gradient(shared.map_weights[l], total[0][l][x], p.p) / float(L * HW);
-      total[0][l][x] = d;
-      total[1][l][shared.twin[x]] = -d;
+      total[1][l][shared.twin[x]] = -total[0][l][x];
     }
     __syncthreads();
   }
@@ -553,7 +557,7 @@ struct Forward {
   __device__ __forceinline__ void add_cam_gradient(Source& source) const {
     source.rewind();
     __syncthreads();
-    differentiate();
+    differentiate_twin();
     REBALFER_ROLLED
     for (int step = 0, c = lane_channel(); step < channels.steps; ++step, c += channels.width) {
       source.wait();

@@ -145,7 +145,8 @@ HeadForwardOutputs head_forward(const HeadForwardArguments& a) {
   share(params, storage, device);
   params.loss = data(out.loss), params.classification = data(out.classification);
   params.consistency = data(out.consistency), params.logits = data(out.logits), params.maps = data(out.maps);
-  params.residual = data(out.residual), params.pooled = data(out.pooled), params.cam_grad = data(out.cam_grad);
+  params.map_grad = data(out.map_grad), params.logit_grad = data(out.logit_grad);
+  params.pooled = data(out.pooled), params.cam_grad = data(out.cam_grad);
   std::optional<Tensor> per_sample;
   std::optional<Ticket> ticket;
   if (a.options.mean) {
@@ -158,7 +159,7 @@ HeadForwardOutputs head_forward(const HeadForwardArguments& a) {
 }
 
 HeadGradients head_backward(const HeadBackwardArguments& a) {
-  const int64_t N = a.residual.size(0), H = a.residual.size(2), W = a.residual.size(3);
+  const int64_t N = a.map_grad.size(0), H = a.map_grad.size(2), W = a.map_grad.size(3);
   const int64_t L = a.weight.size(0), C = a.weight.size(1);
   const ScalarType weight_dtype = a.weight.scalar_type();
   const Device device(a.weight);
@@ -167,17 +168,14 @@ HeadGradients head_backward(const HeadBackwardArguments& a) {
                           output(a.weight, {L}, weight_dtype, a.need.bias)};
   BackwardParams params{};
   params.early = device.granted().early;
-  params.g = geometry(N, C, H, W, L, 2, a.channels_last, a.options.twin);
+  params.g = geometry(N, C, H, W, L, 2, a.channels_last, a.twin);
   params.d_loss = upstream(a.d_loss), params.d_classification = upstream(a.d_classification);
   params.d_consistency = upstream(a.d_consistency), params.d_logits = data(a.d_logits);
   params.weight = parameter(a.weight);
-  params.targets = targets_of(a.targets, a.target_table);
-  params.map_weights = data(a.map_weights), params.logits = data(a.logits), params.residual = data(a.residual);
+  params.map_grad = data(a.map_grad), params.logit_grad = data(a.logit_grad);
   params.pooled = data(a.pooled), params.cam_grad = data(a.cam_grad);
-  params.consistency_weight = float(a.options.consistency_weight);
-  params.share = a.options.mean ? 1.0f / float(std::max<int64_t>(N, 1)) : 1.0f;
-  params.p = a.options.p;
-  params.both_views = a.options.both_views;
+  params.consistency_weight = float(a.consistency_weight);
+  params.share = a.mean ? 1.0f / float(std::max<int64_t>(N, 1)) : 1.0f;
   params.d_features = data<void>(out.features), params.d_weight = data<void>(out.weight);
   params.d_bias = data<void>(out.bias);
   launch_backward(storage_of(a.dtype), params, device.stream());
@@ -223,7 +221,7 @@ std::tuple<Tensor, Tensor> cam_backward(Tensor d_maps, Tensor features, Tensor w
   params.early = granted.early;
   params.g = g;
   params.weight = parameter(weight);
-  params.d_maps = data(d_maps);
+  params.map_grad = data(d_maps);
   params.cam_grad = data(cam_grad);
   params.d_features = data<void>(d_features), params.d_weight = data<void>(d_weight);
   launch_backward(storage_of(dtype), params, device.stream());

@@ -7,7 +7,6 @@ import triton.language as tl
 from .common import (
     Twin,
     add_weight_gradient,
-    consistency_gradient,
     dot,
     inlined,
     kernel,
@@ -18,7 +17,7 @@ from .common import (
     twin_rows,
     weight_tile,
 )
-from .cross_entropy import Targets, Upstream, cross_entropy_gradient, load_upstream, row_sums
+from .cross_entropy import Upstream, load_upstream
 
 
 class Upstreams(NamedTuple):
@@ -33,45 +32,31 @@ class Upstreams(NamedTuple):
 
 
 @inlined
-def residual_upstream(up, samples, ok):
+def consistency_upstream(up, samples, ok):
     """g_S of samples."""
     g = up.consistency_weight * load_upstream(up.d_loss, samples, ok)
     return (g + load_upstream(up.d_consistency, samples, ok)) * up.share
 
 
 @inlined
-def softmax_of(up, targets, logits, rows, ok, N, L: tl.constexpr, B_ALL: tl.constexpr):
-    """What dz of these rows needs of all classes, once for all blocks of classes."""
-    if up.d_loss.data is not None or up.d_classification.data is not None:
-        return row_sums(logits, targets, rows, tl.where(rows < N, rows, rows - N), ok, L, B_ALL)
-    else:
-        none = tl.zeros([rows.shape[0]], tl.float32)
-        return none, none, none
-
-
-@inlined
-def logits_gradient(up, softmax, targets, logits, rows, ok, N, k, L: tl.constexpr, BOTH_VIEWS: tl.constexpr):
+def logits_gradient(up, logit_grad, rows, ok, N, k, L: tl.constexpr):
     """(rows, classes k) of dz, zero beyond L. Rows below N are images, the others twins."""
-    samples = tl.where(rows < N, rows, rows - N)
+    at = rows[:, None] * L + k[None, :]
+    mask = ok[:, None] & (k < L)[None, :]
     dz = tl.zeros([rows.shape[0], k.shape[0]], tl.float32)
     if up.d_loss.data is not None or up.d_classification.data is not None:
+        samples = tl.where(rows < N, rows, rows - N)
         g = (load_upstream(up.d_loss, samples, ok) + load_upstream(up.d_classification, samples, ok)) * up.share
-        of_loss = cross_entropy_gradient(g, softmax, logits, targets, rows, samples, ok, k, L)
-        wanted = ok[:, None] & (k < L)[None, :]
-        if not BOTH_VIEWS:
-            wanted = wanted & (rows < N)[:, None]
-        dz += tl.where(wanted, of_loss, 0.0)
+        dz += g[:, None] * tl.load(logit_grad + at, mask=mask, other=0.0)
     if up.d_logits is not None:
-        at = up.d_logits + rows[:, None] * L + k[None, :]
-        dz += tl.load(at, mask=ok[:, None] & (k < L)[None, :], other=0.0)
+        dz += tl.load(up.d_logits + at, mask=mask, other=0.0)
     return dz
 
 
 @inlined
 def weight_gradient(
     up,
-    targets,
-    logits,
+    logit_grad,
     pooled,
     cam_grad,
     d_weight,
@@ -82,12 +67,10 @@ def weight_gradient(
     chunk_size,
     SHAPE: tl.constexpr,
     CUT: tl.constexpr,
-    BOTH_VIEWS: tl.constexpr,
 ):
     """dW = dz^T pooled + dz~^T pooled~ + sum_i g_S,i K_i and db = sum dz + dz~, of a block of channels and classes.
 
     Program pid sums over the samples of one chunk; where that is not the whole batch, sum_chunks_kernel does the rest.
-    dz is computed anew by every program, from a few numbers a sample.
     """
     C: tl.constexpr = SHAPE.C
     L: tl.constexpr = SHAPE.L
@@ -104,14 +87,13 @@ def weight_gradient(
     end = tl.minimum(begin + chunk_size, N)
     acc = tl.zeros([B_C, B_L], tl.float32)
     sum_dz = tl.zeros([B_L], tl.float32)
-    if logits is not None:
+    if logit_grad is not None:
         for n0 in range(begin, end, CUT.batch):
             n = n0 + tl.arange(0, CUT.batch).to(tl.int64)
             ok = n < end
             for view in tl.static_range(2):
                 m = n + view * N
-                softmax = softmax_of(up, targets, logits, m, ok, N, L, CUT.all_classes)
-                dz = logits_gradient(up, softmax, targets, logits, m, ok, N, k, L, BOTH_VIEWS)
+                dz = logits_gradient(up, logit_grad, m, ok, N, k, L)
                 sum_dz += tl.sum(dz, 0)
                 if d_weight is not None:
                     means = tl.load(
@@ -125,7 +107,7 @@ def weight_gradient(
             for n0 in range(begin, end, B_K):
                 n = n0 + tl.arange(0, B_K).to(tl.int64)
                 ok = n < end
-                g = residual_upstream(up, n, ok)
+                g = consistency_upstream(up, n, ok)
                 ok = ok[:, None, None] & mask[None, :, :]
                 cam = tl.load(cam_grad + n[:, None, None] * (L * C) + at[None, :, :], mask=ok, other=0.0)
                 acc += tl.sum(g[:, None, None] * cam, 0)
@@ -180,19 +162,15 @@ def add_feature_gradient(d, weight, k, part, c, acc, SHAPE: tl.constexpr, PARTS:
 @inlined
 def features_gradient(
     up,
-    targets,
-    logits,
     weight,
-    map_weights,
-    residual,
+    map_grad,
+    logit_grad,
     d_features,
     twin,
     pid,
     N,
     SHAPE: tl.constexpr,
     CUT: tl.constexpr,
-    P: tl.constexpr,
-    BOTH_VIEWS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     """dF = U + W^T dz / HW and dF~ = -T^T(U) + W^T dz~ / HW of one tile of a pair, U = W^T dS computed once."""
@@ -204,24 +182,21 @@ def features_gradient(
     B_L: tl.constexpr = CUT.backward.classes
     i, rows, row_ok, c = features_tile(pid, SHAPE, B_ROWS, B_C)
     sample = i + tl.arange(0, 1)
-    g = residual_upstream(up, sample, sample >= 0) * (1.0 / (L * HW))
+    g = consistency_upstream(up, sample, sample >= 0)
     slot = tl.arange(0, PARTS * B_L)
     view = tl.arange(0, 2)
-    if logits is not None:
-        softmax = softmax_of(up, targets, logits, i + view * N, view < 2, N, L, CUT.all_classes)
     u = tl.zeros([B_ROWS, B_C], tl.float32)
     q = tl.zeros([B_C], tl.float32)  # W^T dz / HW, one number a channel
     q_twin = q
     for l0 in range(0, L, B_L):
         k_slot = l0 + slot % B_L
-        v = tl.load(map_weights + k_slot, mask=k_slot < L, other=0.0)
-        d = consistency_gradient(v[None, :], load_maps(residual, i, rows, row_ok, k_slot, SHAPE), P)
-        u = add_feature_gradient(g[None, :] * d, weight, k_slot, slot // B_L, c, u, SHAPE, PARTS)
-        if logits is not None:
+        d = g[None, :] * load_maps(map_grad, i, rows, row_ok, k_slot, SHAPE)
+        u = add_feature_gradient(d, weight, k_slot, slot // B_L, c, u, SHAPE, PARTS)
+        if logit_grad is not None:
             k = l0 + tl.arange(0, B_L)
             w = tl.load(weight + k[:, None] * C + c[None, :], mask=(k < L)[:, None] & (c < C)[None, :], other=0.0)
             w = w.to(tl.float32) * (1.0 / HW)
-            dz = logits_gradient(up, softmax, targets, logits, i + view * N, view < 2, N, k, L, BOTH_VIEWS)
+            dz = logits_gradient(up, logit_grad, i + view * N, view < 2, N, k, L)
             both = tl.sum(dz[:, :, None] * w[None, :, :], 1)
             q += tl.sum(tl.where((view == 0)[:, None], both, 0.0), 0)
             q_twin += tl.sum(tl.where((view == 1)[:, None], both, 0.0), 0)
@@ -236,11 +211,8 @@ def head_backward_kernel(
     d_consistency,  # (N,) float32, a scalar (d_consistency_stride 0) or None
     d_logits,  # (2N, L) float32 or None
     weight,  # (L, C)
-    targets,  # (N,) int64, (N, L) float32 or None
-    target_table,  # (L, L) float32, None without targets
-    map_weights,  # (L,) float32
-    logits,  # (2N, L) float32, None without targets
-    residual,  # (N, L, H, W) float32
+    map_grad,  # (N, L, H, W) float32
+    logit_grad,  # (2N, L) float32, None without targets
     pooled,  # (2N, C) float32 or None
     cam_grad,  # (N, L, C) float32 or None
     d_features,  # (2N, C, H, W), either layout, or None
@@ -260,8 +232,6 @@ def head_backward_kernel(
     w_programs,
     SHAPE: tl.constexpr,  # tiles.Shape
     CUT: tl.constexpr,  # tiles.Policy
-    P: tl.constexpr,
-    BOTH_VIEWS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     """The first w_programs programs sum the gradient of weight and bias, the others write that of the features."""
@@ -273,29 +243,22 @@ def head_backward_kernel(
         consistency_weight,
         share,
     )
-    labels = Targets(targets, target_table)
     pid = tl.program_id(0)
     if pid < w_programs:
-        weight_gradient(
-            up, labels, logits, pooled, cam_grad, d_weight, d_bias, partial, pid, N, chunk_size, SHAPE, CUT, BOTH_VIEWS
-        )
+        weight_gradient(up, logit_grad, pooled, cam_grad, d_weight, d_bias, partial, pid, N, chunk_size, SHAPE, CUT)
     elif d_features is not None:
         twin = Twin(twin_offset, twin_stride_h, twin_stride_w)
         features_gradient(
             up,
-            labels,
-            logits,
             weight,
-            map_weights,
-            residual,
+            map_grad,
+            logit_grad,
             d_features,
             twin,
             pid - w_programs,
             N,
             SHAPE,
             CUT,
-            P,
-            BOTH_VIEWS,
             PARTS,
         )
 

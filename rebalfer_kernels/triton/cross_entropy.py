@@ -48,28 +48,16 @@ def log_sum_exp(z, k, L: tl.constexpr):  # (rows, all classes)
 
 
 @inlined
-def cross_entropy(z, t, k, L: tl.constexpr):  # (rows, all classes) both
+def cross_entropy(z, lse, top, t, k, L: tl.constexpr):  # (rows, all classes) z and t
     """-sum_l t_l log softmax(z)_l of each row; a zero target takes no part, even where its logit is -inf."""
-    lse, top = log_sum_exp(z, k, L)
     counts = (k < L)[None, :] & (t != 0)
     return tl.sum(t * tl.where(counts, lse[:, None] - (z - top[:, None]), 0.0), 1)
 
 
 @inlined
-def row_sums(logits, targets, rows, samples, ok, L: tl.constexpr, B_ALL: tl.constexpr):
-    """What the gradient needs of all classes of each row: log_sum_exp of the logits and the sum of the targets."""
-    every = tl.arange(0, B_ALL)
-    lse, top = log_sum_exp(load_logits(logits, rows, ok, every, L), every, L)
-    return lse, top, tl.sum(target_rows(targets, samples, ok, every, L), 1)
-
-
-@inlined
-def cross_entropy_gradient(g, sums, logits, targets, rows, samples, ok, k, L: tl.constexpr):
-    """(rows, classes k) g ((sum t) softmax(z)_l - t_l): the rows of the target table need not sum to 1."""
-    lse, top, total = sums
-    t = target_rows(targets, samples, ok, k, L)
-    z = load_logits(logits, rows, ok, k, L)
-    return g[:, None] * (total[:, None] * tl.exp(z - top[:, None] - lse[:, None]) - t)
+def cross_entropy_gradient(z, lse, top, t):  # (rows, all classes) z and t
+    """(sum t) softmax(z)_l - t_l, up to L: the rows of the target table need not sum to 1."""
+    return tl.sum(t, 1)[:, None] * tl.exp(z - top[:, None] - lse[:, None]) - t
 
 
 class Upstream(NamedTuple):
@@ -104,7 +92,8 @@ def cross_entropy_forward_kernel(
     k = tl.arange(0, B_ALL)
     z = load_logits(logits, m, ok, k, L)
     t = target_rows(Targets(targets, target_table), m, ok, k, L)
-    tl.store(losses + m, cross_entropy(z, t, k, L), mask=ok)
+    lse, top = log_sum_exp(z, k, L)
+    tl.store(losses + m, cross_entropy(z, lse, top, t, k, L), mask=ok)
 
 
 @kernel
@@ -125,8 +114,10 @@ def cross_entropy_backward_kernel(
     ok = m < M
     k = tl.arange(0, B_ALL)
     g = load_upstream(Upstream(d_loss, d_loss_stride), m, ok) * share
-    of = Targets(targets, target_table)
-    dz = cross_entropy_gradient(g, row_sums(logits, of, m, m, ok, L, B_ALL), logits, of, m, m, ok, k, L)
+    z = load_logits(logits, m, ok, k, L)
+    lse, top = log_sum_exp(z, k, L)
+    t = target_rows(Targets(targets, target_table), m, ok, k, L)
+    dz = g[:, None] * cross_entropy_gradient(z, lse, top, t)
     mask = ok[:, None] & (k < L)[None, :]
     tl.store(d_logits + m[:, None] * L + k[None, :], narrow(dz, d_logits.dtype.element_ty), mask=mask)
 

@@ -19,16 +19,20 @@ from .common import (
     twin_rows,
     weight_tile,
 )
-from .cross_entropy import Targets, cross_entropy, target_rows
+from .cross_entropy import Targets, cross_entropy, cross_entropy_gradient, log_sum_exp, target_rows
 
 
 class Losses(NamedTuple):
-    """Of each sample, (N,) float32, and the logits they come from; all but the consistency None without targets."""
+    """Of each sample, (N,) float32, the logits they come from and the gradient to these.
+
+    All but the consistency are None without targets, the gradient also where nobody wants it.
+    """
 
     loss: Any
     classification: Any
     consistency: Any
     logits: Any  #: (2N, L) float32
+    logit_grad: Any  #: (2N, L) float32
 
 
 @inlined
@@ -57,6 +61,17 @@ def sum_rows(f, BY_MMA: tl.constexpr):
 
 
 @inlined
+def classify(logit_grad, m, z, t, k, L: tl.constexpr):
+    """The cross-entropy of view m from its logits (classes) and targets (1, classes); its gradient is stored."""
+    z = z[None, :]
+    lse, top = log_sum_exp(z, k, L)
+    if logit_grad is not None:
+        at = logit_grad + m * L + k[None, :]
+        tl.store(at, cross_entropy_gradient(z, lse, top, t), mask=(k < L)[None, :])
+    return cross_entropy(z, lse, top, t, k, L)
+
+
+@inlined
 def store_losses(
     losses,
     targets,
@@ -71,7 +86,7 @@ def store_losses(
     L: tl.constexpr,
     BOTH_VIEWS: tl.constexpr,
 ):
-    """What follows the pooling, for pair i: the logits of both views and the losses of the pair (Eq. 1, 5, 6)."""
+    """What follows the pooling, for pair i: the logits of both views and the pair's losses (Eq. 1, 5, 6)."""
     tl.store(losses.consistency + i, cons)
     if targets.data is not None:
         if bias is not None:
@@ -82,9 +97,11 @@ def store_losses(
         tl.store(losses.logits + (N + i) * L + k, z_twin, mask=k < L)
         sample = i + tl.arange(0, 1)
         t = target_rows(targets, sample, sample >= 0, k, L)
-        classification = cross_entropy(z[None, :], t, k, L)
+        classification = classify(losses.logit_grad, i, z, t, k, L)
         if BOTH_VIEWS:
-            classification += cross_entropy(z_twin[None, :], t, k, L)
+            classification += classify(losses.logit_grad, N + i, z_twin, t, k, L)
+        elif losses.logit_grad is not None:
+            tl.store(losses.logit_grad + (N + i) * L + k, tl.zeros_like(z), mask=k < L)
         tl.store(losses.classification + sample, classification)
         tl.store(losses.loss + sample, classification + consistency_weight * cons)
 
@@ -102,7 +119,8 @@ def head_forward_kernel(
     consistency,  # (N,) float32
     logits,  # (2N, L) float32, None without targets
     maps,  # (2N, L, H, W) float32 or None
-    residual,  # (N, L, H, W) float32 or None
+    map_grad,  # (N, L, H, W) float32 or None
+    logit_grad,  # (2N, L) float32 or None
     pooled,  # (2N, C) float32 or None
     N,
     consistency_weight,
@@ -148,13 +166,14 @@ def head_forward_kernel(
     if maps is not None:
         store_maps(maps, acc, i, rows, row_ok, k, SHAPE)
         store_maps(maps, acc_twin, N + i, twin, row_ok, k, SHAPE)
-    if residual is not None:
-        store_maps(residual, s, i, rows, row_ok, k, SHAPE)
     v = tl.load(map_weights + k, mask=k < L, other=0.0)
+    if map_grad is not None:
+        d = consistency_gradient(v[None, :], s, P) * (1.0 / (L * HW))
+        store_maps(map_grad, d, i, rows, row_ok, k, SHAPE)
     cons = tl.sum(tl.sum(consistency_term(v[None, :], s, P), 0), 0) * (1.0 / (L * HW))
     z = tl.sum(acc, 0) * (1.0 / HW)
     z_twin = tl.sum(acc_twin, 0) * (1.0 / HW)
-    losses = Losses(loss, classification, consistency, logits)
+    losses = Losses(loss, classification, consistency, logits, logit_grad)
     labels = Targets(targets, target_table)
     store_losses(losses, labels, bias, z, z_twin, cons, i, N, consistency_weight, k, L, BOTH_VIEWS)
 
@@ -223,7 +242,8 @@ def head_finish_kernel(
     consistency,  # (N,) float32
     logits,  # (2N, L) float32, None without targets
     maps,  # (2N, L, H, W) float32
-    residual,  # (N, L, H, W) float32 or None
+    map_grad,  # (N, L, H, W) float32 or None
+    logit_grad,  # (2N, L) float32 or None
     pooled_tiles,  # (2N, row tiles, C) float32, None where pooled is not wanted or already whole
     pooled,  # (2N, C) float32 or None
     N,
@@ -256,8 +276,9 @@ def head_finish_kernel(
         twin_at = k[:, None] * HW + twin_rows(rows, twin, SHAPE.W)[None, :]
         a = tl.load(maps + i * (L * HW) + at, mask=ok, other=0.0)
         a_twin = tl.load(maps + (N + i) * (L * HW) + twin_at, mask=ok, other=0.0)
-        if residual is not None:
-            tl.store(residual + i * (L * HW) + at, a - a_twin, mask=ok)
+        if map_grad is not None:
+            d = consistency_gradient(v[:, None], a - a_twin, P) * (1.0 / (L * HW))
+            tl.store(map_grad + i * (L * HW) + at, d, mask=ok)
         terms += tl.sum(consistency_term(v[:, None], a - a_twin, P), 1)
         z += tl.sum(a, 1)
         z_twin += tl.sum(a_twin, 1)
@@ -266,7 +287,7 @@ def head_finish_kernel(
     z *= 1.0 / HW
     z_twin *= 1.0 / HW
     cons = tl.sum(terms, 0) * (1.0 / (L * HW))
-    losses = Losses(loss, classification, consistency, logits)
+    losses = Losses(loss, classification, consistency, logits, logit_grad)
     labels = Targets(targets, target_table)
     store_losses(losses, labels, bias, z, z_twin, cons, i, N, consistency_weight, k, L, BOTH_VIEWS)
 
@@ -274,8 +295,7 @@ def head_finish_kernel(
 @kernel
 def cam_grad_kernel(
     features,  # (2N, C, H, W), either layout
-    residual,  # (N, L, H, W) float32
-    map_weights,  # (L,) float32
+    map_grad,  # (N, L, H, W) float32
     cam_grad,  # (N, L, C) float32
     N,
     twin_offset,
@@ -283,10 +303,9 @@ def cam_grad_kernel(
     twin_stride_w,
     SHAPE: tl.constexpr,
     TILE: tl.constexpr,
-    P: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """K_i = sum_hw (d l_cons,i / dS) (F - T F~), of a block of channels and classes: the features are read again."""
+    """K_i = sum_hw (d l_cons,i / dA) (F - T F~), of a block of channels and classes: the features are read again."""
     C: tl.constexpr = SHAPE.C
     HW: tl.constexpr = SHAPE.HW
     L: tl.constexpr = SHAPE.L
@@ -294,14 +313,13 @@ def cam_grad_kernel(
     B_L: tl.constexpr = TILE.classes
     i, c, k = weight_tile(tl.program_id(0), SHAPE, B_C, B_L)
     i = i.to(tl.int64)
-    v = tl.load(map_weights + k, mask=k < L, other=0.0)
     acc = tl.zeros([B_C, B_L], tl.float32)
     for row0 in range(0, HW, TILE.rows):
         rows = row0 + tl.arange(0, TILE.rows)
         row_ok = rows < HW
-        d = consistency_gradient(v[None, :], load_maps(residual, i, rows, row_ok, k, SHAPE), P)
+        d = load_maps(map_grad, i, rows, row_ok, k, SHAPE)
         twin = twin_rows(rows, Twin(twin_offset, twin_stride_h, twin_stride_w), SHAPE.W)
         acc = add_weight_gradient(load_features(features, i, rows, row_ok, c, SHAPE), d, acc, SPLIT)
         acc = add_weight_gradient(load_features(features, N + i, twin, row_ok, c, SHAPE), -d, acc, SPLIT)
     ok = (c < C)[:, None] & (k < L)[None, :]
-    tl.store(cam_grad + i * (L * C) + k[None, :] * C + c[:, None], acc * (1.0 / (L * HW)), mask=ok)
+    tl.store(cam_grad + i * (L * C) + k[None, :] * C + c[:, None], acc, mask=ok)

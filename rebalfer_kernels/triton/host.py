@@ -6,8 +6,8 @@ Launches of one call:
                 program detects that it is the last needs memory that is zeroed, which is a launch too, or that is kept
                 per device, stream and graph. Maps beyond one tile (tiles.py): 1 more, as no program sees a whole pair.
                 The CAM's weight not detached: 1 more, which reads the features again when S is known.
-    backward    1. The programs for weight and bias are the first of the launch; they need only S, the logits and the
-                pooled features, not dF. More than 128 samples: 1 more, to add up the sums of those programs, each over
+    backward    1. The programs for weight and bias are the first of the launch; they need only what the forward
+                saved, not dF. More than 128 samples: 1 more, to add up the sums of those programs, each over
                 128 samples or more.
     maps        forward 1; backward 1 for the features and 2 for the weight: sums over chunks of the batch, then over
                 the chunks.
@@ -23,6 +23,7 @@ An output that is not wanted is None here and in the kernels; only in the operat
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -110,9 +111,9 @@ def _cdiv(a: int, b: int) -> int:
     return (a + b - 1) // b
 
 
-def _twin(options: ops.HeadOptions, height: int, width: int) -> dict[str, int]:
+def _twin(twin_map: Sequence[int], height: int, width: int) -> dict[str, int]:
     names = ("twin_offset", "twin_stride_h", "twin_stride_w")
-    return dict(zip(names, TwinMap(*options.twin_map).on(height, width), strict=True))
+    return dict(zip(names, TwinMap(*twin_map).on(height, width), strict=True))
 
 
 def _check_labels(targets: Tensor | None, classes: int) -> None:
@@ -139,7 +140,7 @@ def head_forward(features, weight, bias, targets, target_table, map_weights, con
     _check_labels(targets, len(weight))
     losses, outputs, cam_grad = _forward_outputs(features, len(weight), targets is not None, wanted)
     shape, cut = _cut_of(features, weight)
-    of_residual = dict(map_weights=map_weights, N=n, SHAPE=shape, P=options.p, **_twin(options, height, width))
+    of_pairs = dict(N=n, SHAPE=shape, **_twin(options.twin_map, height, width))
     launch_forward = _forward_of_one_tile if cut.one_tile else _forward_by_tiles
     launch_forward(
         features,
@@ -148,11 +149,13 @@ def head_forward(features, weight, bias, targets, target_table, map_weights, con
         bias=bias,
         targets=targets,
         target_table=target_table,
+        map_weights=map_weights,
         consistency_weight=consistency_weight,
+        P=options.p,
         BOTH_VIEWS=options.both_views,
         **losses,
         **outputs,
-        **of_residual,
+        **of_pairs,
     )
     if wanted.cam_grad:
         _launch_tiles(
@@ -161,16 +164,16 @@ def head_forward(features, weight, bias, targets, target_table, map_weights, con
             features.device,
             cut.weight,
             features=features,
-            residual=outputs["residual"],
+            map_grad=outputs["map_grad"],
             cam_grad=cam_grad,
             TILE=cut.weight,
             SPLIT=features.dtype != torch.float32,
-            **of_residual,
+            **of_pairs,
         )
     if options.mean:
         losses = _means(**losses)
-    if not wanted.residual:
-        outputs["residual"] = None
+    if not wanted.gradients:
+        outputs["map_grad"] = None
     return tuple(_or_empty(x, features) for x in (*losses.values(), *outputs.values(), cam_grad))
 
 
@@ -186,7 +189,8 @@ def _forward_outputs(features: Tensor, classes: int, classified: bool, wanted: o
     outputs = dict(
         logits=output(m, classes, wanted=classified),
         maps=output(m, classes, height, width, wanted=wanted.maps),
-        residual=output(n, classes, height, width, wanted=wanted.residual or wanted.cam_grad),  # K is computed from it
+        map_grad=output(n, classes, height, width, wanted=wanted.gradients or wanted.cam_grad),  # K comes from it
+        logit_grad=output(m, classes, wanted=wanted.gradients and classified),
         pooled=output(m, channels, wanted=wanted.pooled),
     )
     return losses, outputs, output(n, classes, channels, wanted=wanted.cam_grad)
@@ -265,19 +269,20 @@ def head_backward(
     d_consistency,
     d_logits,  # (2N, L) or None
     weight,
-    targets,
-    target_table,
-    map_weights,
-    logits,
-    residual,
+    map_grad,
+    logit_grad,
     pooled,
     cam_grad,
     consistency_weight,
-    *flags,
+    twin_map,
+    mean,
+    dtype,
+    channels_last,
+    need_features,
+    need_weight,
+    need_bias,
 ):
-    options = ops.HeadOptions(*flags[:4])
-    dtype, channels_last, need_features, need_weight, need_bias = flags[4:]
-    n, classes, height, width = residual.shape
+    n, classes, height, width = map_grad.shape
     channels = weight.shape[1]
     shape, cut = _cut(channels, height, width, classes, channels_last, dtype, weight.device)
     tiles = cut.backward
@@ -300,11 +305,8 @@ def head_backward(
         d_consistency=d_consistency,
         d_logits=d_logits,
         weight=weight,
-        targets=targets,
-        target_table=target_table,
-        map_weights=map_weights,
-        logits=_or_none(logits),
-        residual=residual,
+        map_grad=map_grad,
+        logit_grad=_or_none(logit_grad),
         pooled=_or_none(pooled),
         cam_grad=_or_none(cam_grad),
         d_features=d_features,
@@ -317,14 +319,12 @@ def head_backward(
         d_classification_stride=_stride(d_classification),
         d_consistency_stride=_stride(d_consistency),
         consistency_weight=consistency_weight,
-        share=1.0 / max(n, 1) if options.mean else 1.0,
+        share=1.0 / max(n, 1) if mean else 1.0,
         w_programs=w_programs,
         SHAPE=shape,
         CUT=cut,
-        P=options.p,
-        BOTH_VIEWS=options.both_views,
         PARTS=_parts(dtype, weight.dtype),
-        **_twin(options, height, width),
+        **_twin(twin_map, height, width),
     )
     if chunks > 1:
         _sum_chunks(partial, d_weight, d_bias, weight.numel(), classes)

@@ -71,7 +71,7 @@ class Row(NamedTuple):
 #: fastest by the model of docs/gpu-model.md. Of other tiles, no GPU has shown how fast they are. Under Triton 3.6 such
 #: sums keep sm_80 and sm_100 from loading ahead.
 TABLE = (
-    Row(None, True, 2, 16, forward=(128, 4, 3), backward=(256, 4)),
+    Row(None, True, 2, 16, forward=(128, 4, 3), backward=(256, 8)),
     Row("sm_90", True, 2, 64, forward=(128, 4, 3), backward=(128, 4), pool_by_mma=True),
     Row("sm_90", False, 2, 64, forward=(64, 8, 2), backward=(64, 2)),
     Row("gfx942", True, 2, 64, forward=(64, 4, 2), backward=(128, 4)),
@@ -85,6 +85,7 @@ TABLE = (
     Row(None, False, None, 64, forward=(32, 4, 3), backward=(32, 4)),
     Row("sm_80", False, 2, None, forward=(16, 8, 1), backward=(32, 4)),
     Row("sm_100", False, 2, None, forward=(16, 16, 2), backward=(64, 8)),  # as above
+    Row("sm_100", None, 4, 256, forward=(16, 16, 2), backward=(32, 4)),  # 8 warps spill under Triton 3.9
     Row(None, None, None, None, forward=(16, 8, 2), backward=(32, 4)),
 )
 

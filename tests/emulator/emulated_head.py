@@ -73,12 +73,13 @@ def forward(
     case, *, mean=True, p=2, transform="hflip", views="both", detach=True, lam=2.0, classified=True, maps=True,
     save=True, sm80=False, order="forward", cluster=None, stages=4, multiprocessors=132,
 ):  # fmt: skip
-    n, c, classes, hw = case.n, case.c, case.classes, case.h * case.w
+    n, c, classes = case.n, case.c, case.classes
     losses = () if mean else (n,)
     out = {
         "loss": nans(*losses), "classification": nans(*losses), "consistency": nans(*losses),
-        "logits": nans(2 * n, classes), "maps": nans(2 * n, classes, case.h, case.w), "residual": nans(n, classes, hw),
-        "pooled": nans(2 * n, c), "cam_grad": nans(n, classes, c),
+        "logits": nans(2 * n, classes), "maps": nans(2 * n, classes, case.h, case.w),
+        "map_grad": nans(n, classes, case.h, case.w),
+        "logit_grad": nans(2 * n, classes), "pooled": nans(2 * n, c), "cam_grad": nans(n, classes, c),
     }  # fmt: skip
     ticket, per_sample = torch.zeros(1, dtype=torch.int32), nans(2, n)
     scratch[:] = [ticket, per_sample]
@@ -90,7 +91,8 @@ def forward(
         int(views == "both"), cluster or case.cluster(sm80), stages, multiprocessors, of_class(out["loss"]),
         of_class(out["classification"]), out["consistency"], per_sample if mean else None,
         ticket if mean else None, of_class(out["logits"]),
-        out["maps"] if maps else None, out["residual"] if save else None, out["pooled"] if save else None,
+        out["maps"] if maps else None, out["map_grad"] if save else None,
+        of_class(out["logit_grad"] if save else None), out["pooled"] if save else None,
         None if detach else out["cam_grad"], order=order,
     )  # fmt: skip
     assert ticket.item() == 0
@@ -98,7 +100,7 @@ def forward(
 
 
 def backward(
-    case, saved, ups, *, mean=True, p=2, transform="hflip", views="both", detach=True, lam=2.0, classified=True,
+    case, saved, ups, *, mean=True, transform="hflip", detach=True, lam=2.0, classified=True,
     need=(True, True, True), sm80=False, order="forward",
 ):  # fmt: skip
     n, c, classes = case.n, case.c, case.classes
@@ -108,13 +110,11 @@ def backward(
         nans(classes, dtype=case.weight.dtype),
     )
     of_class = lambda x: x if classified else None  # noqa: E731
-    labels = case.labels if case.soft is None else None
     strided = [x for u in ups[:3] for x in (u, 0 if u is None or u.dim() == 0 else u.stride(0))]
     counters = library(sm80)(
         "run_backward", *case.geometry(transform), *strided, ups[3], case.weight,
-        int(case.weight.dtype == torch.float32), of_class(labels), of_class(case.soft), of_class(case.table), case.v,
-        of_class(saved["logits"]), saved["residual"], of_class(saved["pooled"]),
-        None if detach else saved["cam_grad"], None, lam, 1 / n if mean else 1.0, p, int(views == "both"),
+        int(case.weight.dtype == torch.float32), saved["map_grad"], of_class(saved["logit_grad"]),
+        of_class(saved["pooled"]), None if detach else saved["cam_grad"], lam, 1 / n if mean else 1.0,
         *(o if wanted else None for o, wanted in zip(out, need, strict=True)), order=order,
     )  # fmt: skip
     return dict(zip(("d_features", "d_weight", "d_bias"), out, strict=True)), counters

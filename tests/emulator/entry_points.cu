@@ -40,7 +40,7 @@ const char* run_forward(int64_t storage, int64_t N, int64_t C, int64_t H, int64_
                         const float* table, const float* map_weights, float consistency_weight, int64_t p,
                         int64_t both_views, int64_t cluster, int64_t stages, int64_t multiprocessors, float* loss,
                         float* classification, float* consistency, float* per_sample, unsigned* ticket, float* logits,
-                        float* maps, float* residual, float* pooled, float* cam_grad) {
+                        float* maps, float* map_grad, float* logit_grad, float* pooled, float* cam_grad) {
   return attempt([&] {
     const ForwardParams params{geometry(N, C, H, W, L, views, channels_last, twin),
                                features,
@@ -63,7 +63,8 @@ const char* run_forward(int64_t storage, int64_t N, int64_t C, int64_t H, int64_
                                ticket,
                                logits,
                                maps,
-                               residual,
+                               map_grad,
+                               logit_grad,
                                pooled,
                                cam_grad};
     launch_forward(Storage(storage), params, {int(multiprocessors), 228 * 1024}, nullptr);
@@ -91,10 +92,8 @@ const char* run_backward(int64_t storage, int64_t N, int64_t C, int64_t H, int64
                          int64_t channels_last, const int64_t* twin, const float* d_loss, int64_t loss_stride,
                          const float* d_classification, int64_t classification_stride, const float* d_consistency,
                          int64_t consistency_stride, const float* d_logits, const void* weight, int64_t weight_is_float,
-                         const int64_t* labels, const float* soft, const float* table, const float* map_weights,
-                         const float* logits, const float* residual, const float* pooled, const float* cam_grad,
-                         const float* d_maps, float consistency_weight, float share, int64_t p, int64_t both_views,
-                         void* d_features, void* d_weight, void* d_bias) {
+                         const float* map_grad, const float* logit_grad, const float* pooled, const float* cam_grad,
+                         float consistency_weight, float share, void* d_features, void* d_weight, void* d_bias) {
   return attempt([&] {
     const BackwardParams params{geometry(N, C, H, W, L, views, channels_last, twin),
                                 {d_loss, loss_stride},
@@ -102,17 +101,12 @@ const char* run_backward(int64_t storage, int64_t N, int64_t C, int64_t H, int64
                                 {d_consistency, consistency_stride},
                                 d_logits,
                                 {weight, weight_is_float != 0},
-                                {labels, soft, table},
-                                map_weights,
-                                logits,
-                                residual,
+                                map_grad,
+                                logit_grad,
                                 pooled,
                                 cam_grad,
-                                d_maps,
                                 consistency_weight,
                                 share,
-                                int(p),
-                                both_views != 0,
                                 true,
                                 d_features,
                                 d_weight,

@@ -33,13 +33,14 @@ def check(case, *, mean=True, sm80=False, cluster=None, **options):
     ups = upstreams(case, mean)
     saved, _ = forward(case, mean=mean, sm80=sm80, cluster=cluster, **options)
     again, _ = forward(case, mean=mean, sm80=sm80, cluster=cluster, stages=2, order="reverse", **options)
-    grads, _ = backward(case, saved, ups, mean=mean, sm80=sm80, **options)
-    grads_again, _ = backward(case, saved, ups, mean=mean, sm80=sm80, order="reverse", **options)
+    of_backward = {k: v for k, v in options.items() if k not in ("p", "views")}
+    grads, _ = backward(case, saved, ups, mean=mean, sm80=sm80, **of_backward)
+    grads_again, _ = backward(case, saved, ups, mean=mean, sm80=sm80, order="reverse", **of_backward)
     expected = truth(case, ups, mean=mean, **options)
     expected["pooled"] = case.features.double().mean((2, 3))
     exact = case.weight.dtype == case.dtype
     tolerance = TOLERANCE if exact else SPLIT[case.dtype]
-    for name in ("pooled", "maps", "residual", "logits", "loss", "classification", "consistency"):
+    for name in ("pooled", "maps", "map_grad", "logits", "logit_grad", "loss", "classification", "consistency"):
         oracle.assert_close(saved[name], expected[name], tolerance, name)
     for name in grads:
         rounding = ROUNDING[case.dtype if name == "d_features" else case.weight.dtype]
@@ -218,7 +219,7 @@ def test_a_sample_does_not_depend_on_its_batch(dtype, layout):
     ups_alone = [*(u[1:2] for u in ups[:3]), ups[3][[1, 4]]]
     (many, _), (one, _) = forward(case, **options), forward(alone, **options)
     for name in many:
-        rows = [1, 4] if name in ("logits", "maps", "pooled") else [1]
+        rows = [1, 4] if name in ("logits", "logit_grad", "maps", "pooled") else [1]
         assert torch.equal(many[name][rows], one[name]), name
     grads, _ = backward(case, many, ups, **options)
     grads_alone, _ = backward(alone, one, ups_alone, **options)
@@ -234,7 +235,7 @@ def test_consistency_alone(dtype):
     oracle.assert_close(saved["consistency"], expected["consistency"], TOLERANCE)
     for name in ("d_features", "d_weight"):
         oracle.assert_close(grads[name], expected[name], ROUNDING[dtype], name)
-    for name in ("loss", "classification", "logits"):
+    for name in ("loss", "classification", "logits", "logit_grad"):
         assert saved[name].isnan().all(), name  # untouched
 
 
@@ -276,7 +277,7 @@ def test_a_label_that_is_no_class(views):
         case.labels[1] = wrong
         ups = upstreams(case, False)
         saved, _ = forward(case, mean=False, views=views)
-        grads, _ = backward(case, saved, ups, mean=False, views=views)
+        grads, _ = backward(case, saved, ups, mean=False)
         case.labels = right
         expected = truth(case, ups, mean=False, views=views)
         for name in ("loss", "classification"):
@@ -291,13 +292,13 @@ def test_a_label_that_is_no_class(views):
         case.labels = torch.tensor([right[0], wrong, right[2]])
         saved, _ = forward(case, views=views)
         assert saved["loss"].isnan() and saved["classification"].isnan() and not saved["consistency"].isnan()
-        only_consistency, _ = backward(case, saved, [None, None, torch.tensor(1.0), None], views=views)
+        only_consistency, _ = backward(case, saved, [None, None, torch.tensor(1.0), None])
         assert not any(g.isnan().any() for g in only_consistency.values())
 
 
 def test_an_empty_batch_has_zero_gradients():
     case = Case(0, 40, 5, 3, 7, torch.float32)
-    saved = {name: torch.empty(0) for name in ("logits", "residual", "pooled", "cam_grad")}
+    saved = {name: torch.empty(0) for name in ("map_grad", "logit_grad", "pooled", "cam_grad")}
     grads, _ = backward(case, saved, [torch.ones(()), None, None, None], mean=False, detach=False)
     assert not grads["d_weight"].any() and not grads["d_bias"].any()
 
@@ -312,10 +313,10 @@ def test_class_activation_maps(dtype, layout):
         none = (None,) * 4
         start = (*case.geometry(views=1, n=m), case.features, case.weight, is_float, None, *none)
         options = (0.0, 2, 1, case.cluster(False), 2 * n, 132, *(None,) * 6)
-        library()("run_forward", *start, *options, maps, None, None, None)
+        library()("run_forward", *start, *options, maps, *none)
         in_turns = nans(m, classes, h, w)
         on_one = (0.0, 2, 1, min(2, case.cluster(False)), 2 * n, 1, *(None,) * 6)
-        library()("run_forward", *start, *on_one, in_turns, None, None, None)
+        library()("run_forward", *start, *on_one, in_turns, *none)
         oracle.assert_close(in_turns, maps.double(), TOLERANCE)
         flat, weight = case.features[:m].double().reshape(m, c, h * w), case.weight.double()
         oracle.assert_close(maps, (weight @ flat).reshape(maps.shape), TOLERANCE)
@@ -329,8 +330,8 @@ def test_class_activation_maps(dtype, layout):
             library()("run_cam_weight", *of, cam_grad, blocks, stages)
             assert blocks == 1 or torch.equal(cam_grad, before)
         library()(
-            "run_backward", *case.geometry(views=1, n=m), *(None, 0) * 3, None, case.weight, is_float, *none, None,
-            None, None, cam_grad, d_maps, 0.0, 1.0, 2, 1, d_features, d_weight, None,
+            "run_backward", *case.geometry(views=1, n=m), *(None, 0) * 3, None, case.weight, is_float, d_maps, None,
+            None, cam_grad, 0.0, 1.0, d_features, d_weight, None,
         )  # fmt: skip
         flat_d = d_maps.double().reshape(m, classes, h * w)
         oracle.assert_close(cam_grad, flat_d @ flat.transpose(1, 2), TOLERANCE)

@@ -156,15 +156,16 @@ class Head:
         maps = w @ f
         twin = maps[1].reshape(-1, c.h, c.w).flip(-1).flatten(1)
         close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
-        close(self.saved["residual"][0].double(), maps[0] - twin)
+        v = c.v.double()[:, None]
+        of_maps = 2 * v * v * (maps[0] - twin) / maps[0].numel()
+        torch.testing.assert_close(self.saved["map_grad"][0].double().flatten(1), of_maps, rtol=1e-4, atol=1e-6)
         close(self.saved["pooled"][:: self.n].double(), f.mean(2))
         close(self.saved["logits"][:: self.n].double(), maps.mean(2) + c.bias.double())
 
     def check_backward(self) -> None:
         c, n, p = self.case, self.n, self.problem
         w, hw = c.weight.double(), p.side**2
-        v, s = c.v.double()[:, None], self.saved["residual"][0].double()
-        u = w.T @ (2.0 / n * 2 * v * v * s / (p.classes * hw))
+        u = w.T @ (2.0 / n * self.saved["map_grad"][0].double().flatten(1))
         z, t = self.saved["logits"][::n].double(), c.table[c.labels[0]].double()
         const = ((t.sum() * z.softmax(1) - t) / n @ w / hw)[:, :, None]
         twin = u.reshape(-1, c.h, c.w).flip(-1).flatten(1)

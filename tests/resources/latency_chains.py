@@ -179,7 +179,7 @@ def forward(batch: Batch) -> dict[str, Any]:
     ticket.fill_(sum(min(n, size_of) for n in pairs[1:]))
     last = launch.run(0)
     assert int(ticket) == 0, "the cluster was not the last"
-    saved = [batch.saved[x] for x in ("logits", "residual", "pooled")]
+    saved = [batch.saved[x] for x in ("logits", "map_grad", "logit_grad", "pooled")]
     return described(launch, parts, last, size(launch.cold, *saved))
 
 
@@ -193,7 +193,7 @@ def backward(batch: Batch, few: tuple[int, int]) -> dict[str, Any]:
     )
     parts = [part(blocks, run, launch.of.cluster) for blocks, run in runs]
     longest = max((run for _, run in runs), key=lambda run: run.cycles)
-    saved = [batch.saved[x] for x in ("logits", "residual", "pooled")]
+    saved = [batch.saved[x] for x in ("map_grad", "logit_grad", "pooled")]
     return described(launch, parts, longest, size(*batch.gradients.values(), *saved))
 
 

@@ -86,8 +86,8 @@ def launched(case: Case, arch: str) -> list[tuple[Any, dict[str, Any], dict[str,
         wanted = (False, True, True, case.every_kernel)
         _, _, _, logits, _, *saved = host.head_forward(f, w, b, y, table, v, *options, *wanted)
         upstreams = (torch.empty(() if case.every_kernel else 2), None, None, None)
-        flags = (dtype, channels_last, True, True, True)
-        host.head_backward(*upstreams, w, y, table, v, logits, *saved, *options, *flags)
+        flags = (2.0, options[2], case.every_kernel, dtype, channels_last, True, True, True)
+        host.head_backward(*upstreams, w, *saved, *flags)
         if case.every_kernel:
             host.cam_backward(host.cam_forward(f, w), f, w, dtype, channels_last, True, True)
             host.cross_entropy_forward(logits, y, table, False)

@@ -125,8 +125,9 @@ class Head:
             outputs = host.head_forward(
                 f, self.weight, self.bias, self.targets, self.table, self.v, *self.options, False, True, True, False
             )
-        self.logits, self.residual, self.pooled, self.cam_grad = outputs[3], *outputs[5:]
-        for t in (self.logits, self.residual, self.pooled):  # what the other pairs would have left there
+        self.logits, self.saved = outputs[3], outputs[5:]
+        self.map_grad, _, self.pooled, _ = self.saved
+        for t in (self.logits, *self.saved):  # what the other pairs would have left there
             t.normal_(generator=g)
 
     @contextmanager
@@ -147,9 +148,8 @@ class Head:
     def backward(self) -> dict[str, list[tuple[int, Run]]]:
         with self._caught() as self.of_backward:
             self.gradients = host.head_backward(
-                torch.ones(()), None, None, None, self.weight, self.targets, self.table, self.v, self.logits,
-                self.residual, self.pooled, self.cam_grad, *self.options, self.dtype, self.channels_last,
-                True, True, True,
+                torch.ones(()), None, None, None, self.weight, *self.saved, 2.0, self.options[2], True, self.dtype,
+                self.channels_last, True, True, True,
             )  # fmt: skip
         found = {}
         for kernel in self.of_backward:
@@ -169,13 +169,15 @@ class Head:
         maps = w @ f
         twin = maps[1].view(-1, 7, 7).flip(-1).flatten(1)
         close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
-        close(self.residual[0].double().flatten(1), maps[0] - twin)
+        v = self.v.double()[:, None]
+        of_maps = 2 * v * v * (maps[0] - twin) / (7 * 49)
+        torch.testing.assert_close(self.map_grad[0].double().flatten(1), of_maps, rtol=1e-4, atol=1e-6)
         close(self.pooled[:: self.n].double(), f.mean(2))
         close(self.logits[:: self.n].double(), maps.mean(2) + self.bias.double())
 
     def check_backward(self) -> None:
-        w, v, s = self.weight.double(), self.v.double()[:, None], self.residual[0].double().flatten(1)
-        u = w.T @ (2.0 / self.n * 2 * v * v * s / (7 * 49))
+        w = self.weight.double()
+        u = w.T @ (2.0 / self.n * self.map_grad[0].double().flatten(1))
         z, t = self.logits[:: self.n].double(), self.table[self.targets[0]].double()
         const = ((t.sum() * z.softmax(1) - t) / self.n @ w / 49)[:, :, None]
         twin = u.view(-1, 7, 7).flip(-1).flatten(1)

@@ -63,10 +63,11 @@ def head(
     ones = torch.ones(n, dtype=torch.float64) / (n if mean else 1)
     g_s = (lam * torch.as_tensor(g_loss).double() + torch.as_tensor(g_cons).double()) * ones
     g_z = (torch.as_tensor(g_loss).double() + torch.as_tensor(g_cls).double()) * ones
-    dS = g_s[:, None, None] * p * v[None, :, None] * x.abs() ** (p - 1) * x.sign() / (L * hw)
-    dz = torch.cat([g_z[:, None] * (t.sum(1, keepdim=True) * soft[:n] - t)] * 1)
-    dz2 = g_z[:, None] * (t.sum(1, keepdim=True) * soft[n:] - t) * (views == "both")
-    dz = torch.cat([dz, dz2]) + (0 if g_logits is None else g_logits.double())
+    map_grad = p * v[None, :, None] * x.abs() ** (p - 1) * x.sign() / (L * hw)
+    dS = g_s[:, None, None] * map_grad
+    of_image, of_twin = (t.sum(1, keepdim=True) * s - t for s in (soft[:n], soft[n:]))
+    logit_grad = torch.cat([of_image, of_twin * (views == "both")])
+    dz = g_z.repeat(2)[:, None] * logit_grad + (0 if g_logits is None else g_logits.double())
     dA = torch.zeros_like(A)
     dA[:n] = dS
     dA[n:][:, :, read] = -dS
@@ -82,6 +83,8 @@ def head(
         "logits": z,
         "maps": A.reshape(n2, L, H, W),
         "residual": S,
+        "map_grad": map_grad.reshape(n, L, H, W),
+        "logit_grad": logit_grad,
         "d_features": dF.reshape(F.shape),
         "d_weight": dW,
         "d_bias": dz.sum(0),

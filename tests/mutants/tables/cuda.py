@@ -62,8 +62,8 @@ MUTANTS = [
     Mutant(
         "CUDA: views=original classifies the twin too",
         "csrc/cuda/kernels_forward.cuh",
-        "if (v == 1 && !p.both_views) loss = 0;",
-        "",
+        "warp_sum(counts && t != 0 ?",
+        "warp_sum(t != 0 ?",
         "emulator/test_cuda_kernels.py::test_options",
     ),
     Mutant(
@@ -97,8 +97,8 @@ MUTANTS = [
     Mutant(
         "CUDA: dW of the CAM: the twin's sign",
         "csrc/cuda/kernels_forward.cuh",
-        "total[1][l][shared.twin[x]] = -d;",
-        "total[1][l][shared.twin[x]] = d;",
+        "total[1][l][shared.twin[x]] = -total[0][l][x];",
+        "total[1][l][shared.twin[x]] = total[0][l][x];",
         "emulator/test_cuda_kernels.py::test_options",
     ),
     Mutant(
@@ -244,22 +244,22 @@ MUTANTS = [
     Mutant(
         "CUDA: dF~ without the twin's index",
         "csrc/cuda/kernels_backward.cuh",
-        "int(twin_index(p.g.twin, row, x - row * p.g.W)), -1.0f);",
-        "x + 0 * row, -1.0f);",
+        "int(twin_index(p.g.twin, row, x - row * p.g.W)), -g);",
+        "x + 0 * row, -g);",
         "emulator/test_cuda_kernels.py::test_options",
     ),
     Mutant(
         "CUDA: dF~: the sign of dS",
         "csrc/cuda/kernels_backward.cuh",
-        "x - row * p.g.W)), -1.0f);",
-        "x - row * p.g.W)), 1.0f);",
+        "x - row * p.g.W)), -g);",
+        "x - row * p.g.W)), g);",
         "emulator/test_cuda_kernels.py::test_options",
     ),
     Mutant(
         "CUDA: dF of p = 2 in place of p = 1",
-        "csrc/cuda/kernels_backward.cuh",
-        "differentiate(2) : differentiate(1);",
-        "differentiate(2) : differentiate(2);",
+        "csrc/cuda/kernels_forward.cuh",
+        "share * consistency_gradient(v, s, p.p)",
+        "share * consistency_gradient(v, s, 2)",
         "emulator/test_cuda_kernels.py::test_options",
     ),
     Mutant(
@@ -271,9 +271,9 @@ MUTANTS = [
     ),
     Mutant(
         "CUDA: views=original gives the twin's features a gradient",
-        "csrc/cuda/kernels_backward.cuh",
-        "if (v == 0 || p.both_views) dz += g",
-        "dz += g",
+        "csrc/cuda/kernels_forward.cuh",
+        "counts ? all * (e / sum) - t : 0.0f",
+        "all * (e / sum) - t",
         "emulator/test_cuda_kernels.py::test_options",
     ),
     Mutant(
@@ -320,10 +320,45 @@ MUTANTS = [
     ),
     Mutant(
         "CUDA: exponentials in place of probabilities",
-        "csrc/cuda/kernels_backward.cuh",
-        "share = total / sum;",
-        "share = total;",
+        "csrc/cuda/kernels_forward.cuh",
+        "all * (e / sum) - t",
+        "all * e - t",
         "emulator/test_cuda_kernels.py::test_options",
+    ),
+    Mutant(
+        "CUDA: the row of the target table is taken to sum to 1",
+        "csrc/cuda/kernels_forward.cuh",
+        "all * (e / sum) - t",
+        "e / sum - t",
+        "emulator/test_cuda_kernels.py::test_options",
+    ),
+    Mutant(
+        "CUDA: the maps' gradient without 1 / (L H W)",
+        "csrc/cuda/kernels_forward.cuh",
+        "share = 1.0f / float(L * HW);",
+        "share = 1.0f;",
+        "emulator/test_cuda_kernels.py::test_options",
+    ),
+    Mutant(
+        "CUDA: the bias takes no part in its block",
+        "csrc/cuda/kernels_backward.cuh",
+        "c + j == C ? 1.0f : 0.0f",
+        "0.0f",
+        "emulator/test_cuda_kernels.py::test_options",
+    ),
+    Mutant(
+        "CUDA: dW of each thread's first row alone",
+        "csrc/cuda/kernels_backward.cuh",
+        "if (k * kParts >= rows) break;",
+        "if (k > 0) break;",
+        "emulator/test_cuda_kernels.py::test_more_samples_than_threads",
+    ),
+    Mutant(
+        "CUDA: without an upstream of its own, a classification that is NaN reaches the features",
+        "csrc/cuda/kernels_backward.cuh",
+        "p.logit_grad && (p.d_loss.data || p.d_classification.data);",
+        "p.logit_grad;",
+        "emulator/test_cuda_kernels.py::test_a_label_that_is_no_class",
     ),
     Mutant(
         "CUDA: dW of the first 256 rows alone",

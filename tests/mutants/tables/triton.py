@@ -46,10 +46,17 @@ MUTANTS = [
         "test_triton.py::test_agreement",
     ),
     Mutant(
-        "Triton: K without 1/(LHW)",
+        "Triton: the maps' gradient without 1/(LHW)",
         "rebalfer_kernels/triton/forward.py",
-        "acc * (1.0 / (L * HW)), mask=ok)",
-        "acc, mask=ok)",
+        "consistency_gradient(v[None, :], s, P) * (1.0 / (L * HW))",
+        "consistency_gradient(v[None, :], s, P)",
+        "test_triton.py::test_agreement",
+    ),
+    Mutant(
+        "Triton: views=original leaves the twin's gradient as its memory was",
+        "rebalfer_kernels/triton/forward.py",
+        "elif losses.logit_grad is not None:",
+        "elif False:",
         "test_triton.py::test_agreement",
     ),
     Mutant(
@@ -62,7 +69,7 @@ MUTANTS = [
     Mutant(
         "Triton: the mean's gradient not divided by N",
         "rebalfer_kernels/triton/host.py",
-        "share=1.0 / max(n, 1) if options.mean else 1.0,",
+        "share=1.0 / max(n, 1) if mean else 1.0,",
         "share=1.0,",
         "test_triton.py::test_agreement",
     ),
