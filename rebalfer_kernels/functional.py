@@ -227,7 +227,7 @@ def rebalanced_head_loss(
     loss, classification, consistency, logits = outputs[:4]
     if scheduled:
         loss = reference.combine(classification, consistency, consistency_weight)
-    return HeadLoss(loss, classification, consistency, logits, outputs[4] if return_maps else None)
+    return HeadLoss(loss, classification, consistency, logits, outputs[5] if return_maps else None)
 
 
 def _head_plan(
@@ -281,7 +281,7 @@ def _plan(inputs: HeadInputs, options: HeadOptions, wanted: Wanted, backend: str
 
 
 def _head(inputs: tuple[Any, ...], lam: float, plan: HeadPlan) -> tuple[Tensor, ...]:
-    """loss, classification, consistency, logits, and the maps if they are wanted; the inputs are a HeadInputs."""
+    """What HeadLossFunction returns; the inputs are a HeadInputs."""
     if not plan.as_served:
         inputs = HeadInputs(*inputs).as_served(plan.layout)
     return ops.HeadLossFunction.apply(*inputs, lam, plan)

@@ -265,18 +265,20 @@ class HeadLossFunction(torch.autograd.Function):
         outputs = OPERATORS[plan.backend]["head_forward"](
             features, weight, bias, targets, target_table, map_weights, lam, *plan.options, *plan.wanted
         )
-        _, _, consistency, _, maps, *saved = outputs
+        loss, classification, consistency, logits, maps, map_grad, *saved = outputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(consistency, weight, *saved)
+        ctx.save_for_backward(weight, map_grad, *saved)
         ctx.call = lam, plan
+        # Of what is saved only map_grad is an output: through it a second differentiation finds this node. No caller
+        # sees it, so whatever is done in place to an output that one does see, the gradients stay right.
         if not plan.wanted.maps:
-            return outputs[:4]
+            return loss, classification, consistency, logits, map_grad
         ctx.mark_non_differentiable(maps)
-        return outputs[:5]
+        return loss, classification, consistency, logits, map_grad, maps
 
     @staticmethod
     def backward(ctx, d_loss, d_classification, d_consistency, d_logits, *_):
-        consistency, *weight_and_saved = ctx.saved_tensors
+        saved = ctx.saved_tensors
         lam, plan = ctx.call
         if not plan.classified:  # torch.compile passes empty gradients of empty outputs
             d_loss = d_classification = d_logits = None
@@ -285,11 +287,11 @@ class HeadLossFunction(torch.autograd.Function):
         upstream = (d_loss, d_classification, d_consistency, d_logits)
         need = ctx.needs_input_grad[:3]
         d_features, d_weight, d_bias = OPERATORS[plan.backend]["head_backward"](
-            *upstream, *weight_and_saved, lam, plan.options.twin_map, plan.options.mean, plan.dtype,
+            *upstream, *saved, lam, plan.options.twin_map, plan.options.mean, plan.dtype,
             plan.layout == "channels_last", *need,
         )  # fmt: skip
         grads = (d_features if need[0] else None, d_weight if need[1] else None, d_bias if need[2] else None)
-        d_features, d_weight, d_bias = _first_order("rebalanced_head_loss", grads, (consistency, *upstream))
+        d_features, d_weight, d_bias = _first_order("rebalanced_head_loss", grads, (saved[1], *upstream))
         return d_features, d_weight, d_bias, *(None,) * 5
 
 

@@ -48,7 +48,7 @@ class Policy(NamedTuple):
     forward: Tiles  #: of the features, read
     backward: Tiles  #: of their gradient, written
     weight: Tiles  #: of features read again where they meet a gradient of maps; channels and classes of dW
-    all_classes: int  #: L padded: a row of logits; where it is one block of the backward's classes, it is loaded once
+    all_classes: int  #: L padded: a row of logits
     batch: int  #: rows of logits at once, in sums over the batch
     pool_by_mma: bool  #: the means of features over positions are products of tensor cores, in a program of one tile
 
