@@ -109,13 +109,13 @@ REBALFER_HD Element<Z> cross_entropy(const Z& z, const T& t, int64_t L) {
   return loss;
 }
 
-// dz_l += g ((sum t) softmax(z)_l - t_l): the rows of the target table need not sum to 1.
+// dz_l = g ((sum t) softmax(z)_l - t_l): the rows of the target table need not sum to 1.
 template <typename Z, typename T, typename D>
 REBALFER_HD void cross_entropy_gradient(const Z& z, const T& t, int64_t L, Element<Z> g, const D& dz) {
   Element<Z> top, total = 0;
   const auto lse = log_sum_exp(z, L, top);
   for (int64_t l = 0; l < L; ++l) total += t[l];
-  for (int64_t l = 0; l < L; ++l) dz[l] += g * (total * std::exp(z[l] - top - lse) - t[l]);
+  for (int64_t l = 0; l < L; ++l) dz[l] = g * (total * std::exp(z[l] - top - lse) - t[l]);
 }
 
 }  // namespace rebalfer

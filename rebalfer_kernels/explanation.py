@@ -103,5 +103,6 @@ def _small_bytes(inputs: HeadInputs, cam_weight_gradient: bool, return_maps: boo
     """Bytes of what is saved, written and read once, and of the maps."""
     (m, channels, height, width), classes = inputs.features.shape, inputs.weight.shape[0]
     cams = m * classes * height * width
-    saved = cams // 2 + m * channels * (inputs.targets is not None) + m // 2 * classes * channels * cam_weight_gradient
+    saved = cams // 2 + m * (channels + classes) * (inputs.targets is not None)
+    saved += m // 2 * classes * channels * cam_weight_gradient
     return (2 * saved + cams * return_maps) * compute_dtype(inputs.features.dtype).itemsize

@@ -107,7 +107,7 @@ def _consistency_plan(
     options = HeadOptions(p, tuple(TWIN_MAPS[transform]), True, reduction == "mean")
     weight_gradient = recording and weight.requires_grad and not detach_cam_weight
     gradients = weight_gradient or recording and features.requires_grad
-    return _plan(inputs, options, Wanted(False, gradients, weight_gradient, weight_gradient), backend)
+    return _plan(inputs, options, Wanted(False, gradients, False, weight_gradient), backend)
 
 
 def rebalanced_cross_entropy(

@@ -22,7 +22,7 @@ _EXACT_STRIDES = (torch.Tag.needs_exact_strides,)
 
 
 class HeadOptions(NamedTuple):
-    """What the head's forward and backward share besides tensors and lambda."""
+    """What the head's forward needs besides tensors and lambda."""
 
     p: int  #: of Eq. 5, 1 or 2
     twin_map: tuple[int, ...]  #: a TwinMap, undoes the twin's transform; a plain tuple, which PyTorch reads faster
@@ -61,10 +61,10 @@ _library = _namespace.library
 # p ... mean are a HeadOptions, with_maps ... save_cam_grad a Wanted; targets is (N,) int64, or (N, L)
 # in the compute dtype, or None where only the consistency is asked for.
 # What the forward keeps for the backward are gradients of each sample's own losses: map_grad (N, L, H, W) of its
-# consistency with respect to the image's maps (to the twin's it is the same with the other sign, where T moves it),
+# consistency with respect to the image's maps (with respect to the twin's it is the same, negated and moved back by T),
 # logit_grad (2N, L) of its classification with respect to the logits of both views, cam_grad (N, L, C) of its
 # consistency with respect to the weight of its maps; pooled (2N, C) is what the weight meets in the logits. So the
-# backward knows neither targets nor Eq. 5: it multiplies, by upstream gradients and by the weight.
+# backward knows neither targets nor Eq. 5: it only multiplies by upstream gradients and by the weight.
 _SCHEMAS = {
     "head_forward": (
         "(Tensor features, Tensor weight, Tensor? bias, Tensor? targets, Tensor? target_table, Tensor map_weights, "
@@ -278,7 +278,7 @@ class HeadLossFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_loss, d_classification, d_consistency, d_logits, *_):
-        saved = ctx.saved_tensors
+        weight, map_grad, *saved = ctx.saved_tensors
         lam, plan = ctx.call
         if not plan.classified:  # torch.compile passes empty gradients of empty outputs
             d_loss = d_classification = d_logits = None
@@ -287,11 +287,11 @@ class HeadLossFunction(torch.autograd.Function):
         upstream = (d_loss, d_classification, d_consistency, d_logits)
         need = ctx.needs_input_grad[:3]
         d_features, d_weight, d_bias = OPERATORS[plan.backend]["head_backward"](
-            *upstream, *saved, lam, plan.options.twin_map, plan.options.mean, plan.dtype,
+            *upstream, weight, map_grad, *saved, lam, plan.options.twin_map, plan.options.mean, plan.dtype,
             plan.layout == "channels_last", *need,
         )  # fmt: skip
         grads = (d_features if need[0] else None, d_weight if need[1] else None, d_bias if need[2] else None)
-        d_features, d_weight, d_bias = _first_order("rebalanced_head_loss", grads, (saved[1], *upstream))
+        d_features, d_weight, d_bias = _first_order("rebalanced_head_loss", grads, (map_grad, *upstream))
         return d_features, d_weight, d_bias, *(None,) * 5
 
 

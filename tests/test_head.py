@@ -165,6 +165,37 @@ def test_outputs_may_be_changed_in_place(backend):
 
 
 @pytest.mark.parametrize("backend", FUSED)
+def test_a_classification_that_is_nan_stays_out_of_the_consistency(backend):
+    """Where only the consistency is differentiated."""
+    features, weight, bias, targets, table, v = case(2, 6, 3, 3, 3, torch.float32, device=backend.device)
+    grads = []
+    for value in (1.0, torch.nan):
+        f, w, b = (x.clone().requires_grad_() for x in (features, weight, bias))
+        out = rk.rebalanced_head_loss(
+            f, w, b, targets, target_table=table * value, map_weights=v, detach_cam_weight=False, backend=backend.name
+        )
+        assert out.classification.isnan() == (value != 1)
+        grads.append(torch.autograd.grad(out.consistency, (f, w, b), allow_unused=True))
+    assert all(torch.equal(x, y) for x, y in zip(*grads, strict=True))
+    assert not grads[0][2].any()
+
+
+def test_a_feature_that_is_infinite_stays_in_its_channel():
+    """With p = 1, whose gradient with respect to the maps is finite: 15 positions end within a vector of any CPU."""
+    features, weight, *_, v = case(1, 6, 5, 3, 3, torch.float32)
+    features[0, 2, 1, 1] = torch.inf
+    w = weight.clone().requires_grad_()
+    loss = rk.attention_consistency(features, w, v, p=1, detach_cam_weight=False, backend="cpu")
+    (got,) = torch.autograd.grad(loss, w)
+    (truth,) = torch.autograd.grad(
+        rk.attention_consistency(features, w, v, p=1, detach_cam_weight=False, backend="reference"), w
+    )
+    finite = truth.isfinite()
+    assert finite[:, [0, 1, 3, 4, 5]].all() and torch.equal(got.isfinite(), finite)
+    torch.testing.assert_close(got[finite], truth[finite])
+
+
+@pytest.mark.parametrize("backend", FUSED)
 def test_second_order_is_refused(backend):
     """The reference differentiates to any order."""
     features, weight, bias, targets, table, v = case(2, 6, 3, 3, 3, backend.widest, device=backend.device)

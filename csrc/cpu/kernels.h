@@ -49,7 +49,7 @@ struct Kernels {
   // d_features[c, x] = sum_l W[l, c] d_maps[l, x].
   void (*view_gradient)(Geometry g, const void* packed, const void* d_maps, void* d_features, bool streaming,
                         void* scratch);
-  // d_weight[l, c] += sum_x d_maps[l, x] F[c, x], rows C apart.
+  // d_weight[l, c] += sum_x d_maps[l, x] F[c, x], rows C apart; d_maps has zeros behind each row.
   void (*correlate)(Geometry g, const void* features, const void* d_maps, void* d_weight, void* scratch);
   // sum[l, c] += sum_m factors[m, l] rows[m, c], in the order of m; the strides are those of m, L and c < count.
   void (*accumulate)(int64_t M, int64_t L, int64_t count, const void* factors, int64_t factor_stride, const void* rows,

@@ -377,11 +377,14 @@ class HeadForward {
     return sum / A(g.L * g.HW);
   }
 
-  // The residual becomes the gradient of the pair's consistency with respect to the first view's maps.
+  // The residual becomes the gradient of the pair's consistency with respect to the first view's maps, with zeros
+  // behind each row.
   void differentiate(A* s) const {
     const A share = A(1) / A(g.L * g.HW);
-    for (int64_t l = 0; l < g.L; ++l, s += pitch)
+    for (int64_t l = 0; l < g.L; ++l, s += pitch) {
       for (int64_t x = 0; x < g.HW; ++x) s[x] = share * consistency_gradient(v[l], s[x], options.p);
+      std::fill(s + g.HW, s + pitch, A(0));
+    }
   }
 
   // Eq. 1 of one pair, with its gradient.
@@ -390,16 +393,19 @@ class HeadForward {
     write_target_row(targets, i, g.L, work.target.get());
     classification[i] = 0;
     for (int view = 0; view < 2; ++view) {
-      A* const dz = wanted.gradients ? logit_grad[view * N + i] : nullptr;
-      if (dz) std::fill(dz, dz + g.L, A(0));
-      if (view == 1 && !options.both_views) break;
       const A* const z = work.z.get() + view * g.L;
-      classification[i] += cross_entropy(z, t, g.L);
-      if (dz) cross_entropy_gradient(z, t, g.L, A(1), dz);
+      A* const dz = wanted.gradients ? logit_grad[view * N + i] : nullptr;
+      if (view == 0 || options.both_views) {
+        classification[i] += cross_entropy(z, t, g.L);
+        if (dz) cross_entropy_gradient(z, t, g.L, A(1), dz);
+      } else if (dz) {
+        std::fill(dz, dz + g.L, A(0));
+      }
     }
   }
 
-  // K: the gradient of the pair's consistency with respect to the weight of its maps, from that to the maps.
+  // K, the gradient of the pair's consistency with respect to the weight of its maps, from d, that with respect to the
+  // first view's maps.
   void cam_gradient(int64_t i, const A* d, Workspace& work) {
     A* const d_twin = work.d_twin.get();
     std::memset(static_cast<void*>(cam_grad[i]), 0, g.L * g.C * sizeof(A));
@@ -509,7 +515,7 @@ class HeadBackward {
   void weight_gradient(int64_t c0, A* sum) {
     const int64_t count = std::min(kChannelChunk, g.C - c0);
     std::fill(sum, sum + g.L * kChannelChunk, A(0));
-    if (logit_grad && pooled) k.accumulate(2 * N, g.L, count, dz.get(), g.L, pooled[0] + c0, g.C, sum, kChannelChunk);
+    if (pooled) k.accumulate(2 * N, g.L, count, dz.get(), g.L, pooled[0] + c0, g.C, sum, kChannelChunk);
     if (cam_grad && (d_loss || d_consistency))
       for (int64_t l = 0; l < g.L; ++l)
         k.accumulate(N, 1, count, g_s.data(), 1, cam_grad[0] + l * g.C + c0, g.L * g.C, sum + l * kChannelChunk,
@@ -662,7 +668,6 @@ Tensor cross_entropy_backward_as(const Tensor& d_loss, const Tensor& logits, con
   void* const to = out.data_ptr();
   std::vector<A> dz(L), t(L);
   for (int64_t m = 0; m < M; ++m) {
-    std::fill(dz.begin(), dz.end(), A(0));
     write_target_row(of_batch, m, L, t.data());
     cross_entropy_gradient(z.data() + m * L, t.data(), L, mean ? g[m] / A(M) : g[m], dz.data());
     for (int64_t l = 0; l < L; ++l) write(to, dtype, m * L + l, dz[l]);

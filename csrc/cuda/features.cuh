@@ -16,7 +16,8 @@ struct Place {
   int thread, lane, warp, group, quarter, view, slice, views;
 
   __device__ __forceinline__ explicit Place(int views) : Place(views, int(threadIdx.x)) {}
-  // By an unsigned index it takes fewer instructions; not where registers are scarce, as in the forward.
+  // With an unsigned index the divisions take fewer instructions but more registers, of which the forward has none to
+  // spare.
   template <typename Index>
   __device__ __forceinline__ Place(int views, Index thread)
       : thread(thread), lane(thread % 32), warp(thread / 32), group(thread % 32 / 4), quarter(thread % 4),

@@ -127,13 +127,13 @@ struct Upstream {  // absent, a scalar (stride 0), or one a sample
   int64_t stride;
 };
 
-// Of single views, whose maps' gradient is map_grad itself, there are no upstream gradients.
+// For single views map_grad is the gradient of the maps itself, and there are no upstream gradients.
 struct BackwardParams {
   Geometry g;
   Upstream d_loss, d_classification, d_consistency;
   const float* d_logits;  // (2N, L)
   Parameter weight;
-  const float *map_grad, *logit_grad, *pooled, *cam_grad;  // as the forward saved them
+  const float *map_grad, *logit_grad, *pooled, *cam_grad;  // as the forward saved them, the last two for the weight
   float consistency_weight, share;                         // share: 1 / N under "mean"
   bool early;                                              // Granted::early
 

@@ -38,7 +38,8 @@ __device__ __forceinline__ float consistency_upstream(const BackwardParams& p, i
                         : (p.consistency_weight * upstream(p.d_loss, i) + upstream(p.d_consistency, i)) * p.share;
 }
 
-// The upstream gradient of a sample's classification, and whether there is one: without, its gradient takes no part.
+// The upstream gradient of a sample's classification, and whether there is one: without one, its gradient takes no
+// part.
 __device__ __forceinline__ bool has_classification_upstream(const BackwardParams& p) {
   return p.logit_grad && (p.d_loss.data || p.d_classification.data);
 }
@@ -46,10 +47,11 @@ __device__ __forceinline__ float classification_upstream(const BackwardParams& p
   return (upstream(p.d_loss, i) + upstream(p.d_classification, i)) * p.share;
 }
 
-// A row (view by view) of dz, zero from L on; its parts arrive while others are waited for.
+// A row (view by view) of dz, zero from L on. load() only loads and store() adds up, so that all of a thread's rows are
+// under way at once.
 template <int kClasses>
 struct LogitGradient {
-  float of_loss[kClasses] = {}, more[kClasses] = {}, g = 0;
+  float of_loss[kClasses] = {}, given[kClasses] = {}, g = 0;
 
   __device__ __forceinline__ void load(const BackwardParams& p, int m, bool inside) {
     const int L = inside ? p.g.L : 0;
@@ -61,15 +63,15 @@ struct LogitGradient {
       row(p.logit_grad, of_loss);
       if (inside) g = classification_upstream(p, m < int(p.g.N) ? m : m - int(p.g.N));
     }
-    if (p.d_logits) row(p.d_logits, more);
+    if (p.d_logits) row(p.d_logits, given);
   }
 
   __device__ __forceinline__ void store(float* to) const {
 #pragma unroll
     for (int l = 0; l < kClasses; l += 4)
       *reinterpret_cast<float4*>(to + l) =
-          make_float4(fmaf(g, of_loss[l], more[l]), fmaf(g, of_loss[l + 1], more[l + 1]),
-                      fmaf(g, of_loss[l + 2], more[l + 2]), fmaf(g, of_loss[l + 3], more[l + 3]));
+          make_float4(fmaf(g, of_loss[l], given[l]), fmaf(g, of_loss[l + 1], given[l + 1]),
+                      fmaf(g, of_loss[l + 2], given[l + 2]), fmaf(g, of_loss[l + 3], given[l + 3]));
   }
 };
 
@@ -197,7 +199,7 @@ struct FeatureGradient {
   };
   struct Shared {
     float dz[2][kMaxClasses];  // over H W
-    float upstream;            // of dS
+    float upstream;            // g_S
     alignas(16) std::conditional_t<kTensorCore, MmaMaps, FmaMaps> maps;
   };
 
@@ -246,7 +248,7 @@ struct FeatureGradient {
     float d[kClasses / 2] = {};
     if (x < HW) {
       const float* from = p.map_grad + (pair * L + 2 * half) * HW + x;
-      keep(from);
+      keep(from);  // or each load would compute its address anew
 #pragma unroll
       for (int k = 0; k < kClasses / 2; ++k)
         if (row_of(k) < L - 2 * half) d[k] = __ldg(from + row_of(k) * HW);

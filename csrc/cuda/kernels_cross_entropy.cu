@@ -11,10 +11,10 @@ struct Logits {  // a row, read as float32
 };
 
 template <typename T>
-struct Rounded {  // a row to which sums are given, once each
+struct Rounded {  // a row that float32 is written to
   struct Place {
     T* at;
-    __device__ void operator+=(float x) const { *at = from_float<T>(x); }
+    __device__ void operator=(float x) const { *at = from_float<T>(x); }
   };
   T* row;
   __device__ Place operator[](int64_t l) const { return {row + l}; }

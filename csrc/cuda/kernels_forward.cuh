@@ -380,8 +380,8 @@ struct Forward {
     }
   }
 
-  // This warp's share of the consistency (Eq. 5), by all warps but the last; in place of the first view's maps, its
-  // gradient with respect to them.
+  // This warp's share of the consistency (Eq. 5), by all warps but the last, and its gradient with respect to the first
+  // view's maps, which takes their place.
   __device__ __forceinline__ void compare_maps(bool writes, const Place& at) const {
     constexpr int kLanes = (kThreads - 32) / kClasses;  // of a row
     const int l = at.thread / kLanes, x0 = at.thread % kLanes;
@@ -494,8 +494,8 @@ struct Forward {
     }
   }
 
-  // Beside the gradient of the consistency with respect to the first view's maps, total[0], in total[1] that with
-  // respect to the twin's; rows and positions outside become zero.
+  // total[0] is the gradient of the consistency with respect to the first view's maps; total[1] becomes that with
+  // respect to the twin's. Rows and positions outside become zero in both.
   __device__ __forceinline__ void differentiate_twin() const {
     REBALFER_ROLLED
     for (int e = threadIdx.x; e < kMap; e += kThreads) {

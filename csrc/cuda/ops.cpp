@@ -173,7 +173,7 @@ HeadGradients head_backward(const HeadBackwardArguments& a) {
   params.d_consistency = upstream(a.d_consistency), params.d_logits = data(a.d_logits);
   params.weight = parameter(a.weight);
   params.map_grad = data(a.map_grad), params.logit_grad = data(a.logit_grad);
-  params.pooled = data(a.pooled), params.cam_grad = data(a.cam_grad);
+  if (a.need.weight) params.pooled = data(a.pooled), params.cam_grad = data(a.cam_grad);
   params.consistency_weight = float(a.consistency_weight);
   params.share = a.mean ? 1.0f / float(std::max<int64_t>(N, 1)) : 1.0f;
   params.d_features = data<void>(out.features), params.d_weight = data<void>(out.weight);

@@ -23,7 +23,7 @@ from .cross_entropy import Targets, cross_entropy, cross_entropy_gradient, log_s
 
 
 class Losses(NamedTuple):
-    """Of each sample, (N,) float32, the logits they come from and the gradient to these.
+    """Each sample's losses, (N,) float32, the logits they come from, and their gradient with respect to these.
 
     All but the consistency are None without targets, the gradient also where nobody wants it.
     """

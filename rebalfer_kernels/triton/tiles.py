@@ -67,9 +67,9 @@ class Row(NamedTuple):
 
 #: Chosen by what ptxas reports (docs/triton.md), but for the two rows of sm_90: `bench tune` measured the backward's
 #: tiles and NCHW's on an H200, bfloat16, 7 x 7 maps and 7 classes, at N = 32, C = 512 and at N = 512, C = 2048
-#: (bench/results/gpu/tune-nvidia-h200.txt); the forward's for channels_last, with its sums on tensor cores, are the
-#: fastest by the model of docs/gpu-model.md. Of other tiles, no GPU has shown how fast they are. Under Triton 3.6 such
-#: sums keep sm_80 and sm_100 from loading ahead.
+#: (bench/results/gpu/tune-nvidia-h200.txt), of earlier kernels; the forward's for channels_last, with its sums on
+#: tensor cores, are the fastest by the model of docs/gpu-model.md. Of other tiles, no GPU has shown how fast they are.
+#: Under Triton 3.6 such sums keep sm_80 and sm_100 from loading ahead.
 TABLE = (
     Row(None, True, 2, 16, forward=(128, 4, 3), backward=(256, 8)),
     Row("sm_90", True, 2, 64, forward=(128, 4, 3), backward=(128, 4), pool_by_mma=True),

@@ -253,13 +253,14 @@ def test_absent_upstreams(present):
 @pytest.mark.parametrize(
     "need", [(True, False, False), (False, True, False), (False, False, True), (False, True, True)]
 )
-def test_only_what_is_wanted(need):
-    case = Case(2, 72, 7, 7, 7, torch.bfloat16)
-    saved, _ = forward(case, maps=False)
+@pytest.mark.parametrize("c", [72, 33])  # the bias has a block of its own, or shares the last channels'
+def test_only_what_is_wanted(need, c):
+    case, detach = Case(2, c, 7, 7, 7, torch.bfloat16), c == 72
+    saved, _ = forward(case, maps=False, detach=detach)
     assert saved["maps"].isnan().all()
     ups = upstreams(case, True)
-    grads, _ = backward(case, saved, ups, need=need)
-    expected = truth(case, ups)
+    grads, _ = backward(case, saved, ups, need=need, detach=detach)
+    expected = truth(case, ups, detach=detach)
     for (name, got), wanted in zip(grads.items(), need, strict=True):
         if wanted:
             oracle.assert_close(got, expected[name], ROUNDING[case.dtype], name)

@@ -42,7 +42,7 @@ TYPES = {torch.float32: "float", torch.bfloat16: "BFloat16", torch.float16: "Hal
 INTRODUCTION = """\
 # How the CUDA kernels work, and what they use
 
-The forward kernels are not yet run on a GPU as they are; an H200 has run the backward's, and variants of the forward's
+The kernels are not yet run on a GPU as they are; an H100 and an H200 have run earlier versions
 ([what a GPU has run](../bench/results/gpu/README.md)). Instructions are counted too: `python -m bench budget` shows
 how many bytes of features each warp instruction of a kernel moves. At 7 x 7 positions and 7 classes, for bfloat16, it
 should be 8.
@@ -74,27 +74,27 @@ bits. Lane 4 g + q holds, of the positions g, g + 8, ..., the channels 8 q to 8 
   it is (`st.async`, which an mbarrier counts), so nobody waits for stores to global memory that are still under way,
   as a barrier of the cluster that orders memory does. That block adds them in fixed order. 8 lanes sum a row of the
   maps; the last warp has the cross-entropy, a lane a class, while the others have the consistency, each with its
-  gradient. What that needs (bias, target row, the twin's index) was loaded while the features were.
+  gradient. What that needs (bias, target row, map weights, the twin's index) was loaded while the features were.
 - *float32.* The same roads with FMAs.
 
 **Backward**, one launch (`kernels_backward.cuh`): blocks of the weight's gradient first, 8 channels each, then blocks
 that write the features' gradients, 128 channels of a pair (of 16-bit features).
 
 - *Only what is linear.* The forward has saved the gradients of each sample's losses with respect to its maps and
-  logits: there is no softmax here and no target, and nothing that is loaded waits for anything else that is.
-- *Maps first.* E = dS + dz / (H W) and, where the twin's index says, E~ = -dS + dz~ / (H W). Then dF = W^T E and dF~
-  = W^T E~: a warp writes one view, 64 channels of 16 bits.
+  logits: there is no softmax here and no target, and no load waits for another.
+- *Maps first.* E = dS + dz / (H W) and, where the twin's index says, E~ = -dS + dz~ / (H W). Then dF = W^T E and
+  dF~ = W^T E~: a warp writes one view, 64 channels of 16 bits.
 - *16 bits.* `mma.m16n8k8`: 16 channels x 8 classes x 8 positions, for the high and the low parts of E, and for the
   low parts of a weight that is not of bfloat16. Nothing waits for the weight until E is there.
 - *channels_last.* The rows of four mma are 8 consecutive channels of each lane, 16 bytes to be stored at a position.
 - *NCHW.* Where H W is odd, every second channel begins at an odd element. Its columns are computed one position
   earlier, so that a lane stores two positions in one aligned word of shared memory. A warp's channels are contiguous
   there as in memory: they leave in 16-byte stores, and no warp waits for another.
-- *The weight's gradient.* 256 rows of dz at a time, or 128 where L > 8, two for each thread, which are loaded
-  together with their means over positions. The bias is the weight of one more channel, whose mean is 1. Every such
-  block walks over all samples, and what it waits for, it waits for once a round. Before the forward saved these
-  gradients, with 128 rows an H100 took 190 to 196 µs for a backward of N = 4096, C = 512, whose writes alone take
-  134; with 256 an H200 took 145, where they take 130.
+- *The weight's gradient.* 256 rows of dz at a time, or 128 where L > 8, which are loaded together with their means
+  over positions. The bias is the weight of one more channel, whose mean is 1. Every such block walks over all
+  samples, and what it waits for, it waits for once a round. Before the forward saved these gradients, with 128 rows
+  an H100 took 190 to 196 µs for a backward of N = 4096, C = 512, whose writes alone take 134; with 256 an H200 took
+  145, where they take 130.
 - *float32.* The same with FMAs.
 - *Its start* overlaps with the end of the forward, where that is the kernel before it on the stream (programmatic
   dependent launch); it waits for the forward before it touches memory.

@@ -256,7 +256,7 @@ void run_head_math(int64_t L) {
   const double lse = 500 + std::log(sum), upstream = -1.5;
   for (int64_t l = 0; l < L; ++l) {
     loss += t_row[l] * (lse - Z[l]);
-    truth[l] += upstream * (total * std::exp(Z[l] - lse) - t_row[l]);
+    truth[l] = upstream * (total * std::exp(Z[l] - lse) - t_row[l]);
   }
   cross_entropy_gradient(z.get(), t.get(), L, A(upstream), dz.get());
   A top;

@@ -256,7 +256,7 @@ MUTANTS = [
         "emulator/test_cuda_kernels.py::test_options",
     ),
     Mutant(
-        "CUDA: dF of p = 2 in place of p = 1",
+        "CUDA: the maps' gradient of p = 2 in place of p = 1",
         "csrc/cuda/kernels_forward.cuh",
         "share * consistency_gradient(v, s, p.p)",
         "share * consistency_gradient(v, s, 2)",
@@ -345,6 +345,13 @@ MUTANTS = [
         "c + j == C ? 1.0f : 0.0f",
         "0.0f",
         "emulator/test_cuda_kernels.py::test_options",
+    ),
+    Mutant(
+        "CUDA: the bias alone: its block begins behind it",
+        "csrc/cuda/kernels_backward.cuh",
+        "left = p.d_weight ? 0 : p.g.C / kWeightChannels;",
+        "left = p.d_weight ? 0 : (p.g.C + kWeightChannels - 1) / kWeightChannels;",
+        "emulator/test_cuda_kernels.py::test_only_what_is_wanted",
     ),
     Mutant(
         "CUDA: dW of each thread's first row alone",

@@ -60,6 +60,13 @@ MUTANTS = [
         "test_triton.py::test_agreement",
     ),
     Mutant(
+        "Triton: without an upstream of its own, a classification that is NaN reaches the features",
+        "rebalfer_kernels/triton/backward.py",
+        "if up.d_loss.data is not None or up.d_classification.data is not None:",
+        "if True:",
+        "test_head.py::test_a_classification_that_is_nan_stays_out_of_the_consistency",
+    ),
+    Mutant(
         "Triton: the gradient of |vS|^2 without its 2",
         "rebalfer_kernels/triton/common.py",
         "else 2 * v * x",
