@@ -64,7 +64,7 @@ MUTANTS = [
         "rebalfer_kernels/triton/backward.py",
         "if up.d_loss.data is not None or up.d_classification.data is not None:",
         "if True:",
-        "test_head.py::test_a_classification_that_is_nan_stays_out_of_the_consistency",
+        "test_head.py::test_a_classification_that_is_nan_stays_out_of_the_consistency[triton]",
     ),
     Mutant(
         "Triton: the gradient of |vS|^2 without its 2",
