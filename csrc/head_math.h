@@ -86,36 +86,39 @@ struct Targets {
   }
 };
 
-// log sum_l exp(z_l - top), where top is the largest logit: no exponential overflows, and since the differences are
-// taken first, logits that are all large lose no digits.
+// What the next two need of all logits: the largest, and log sum_l exp(z_l - top). No exponential overflows, and since
+// the differences are taken first, logits that are all large lose no digits.
+template <typename A>
+struct LogSumExp {
+  A top, log_sum;
+};
+
 template <typename Z>
-REBALFER_HD Element<Z> log_sum_exp(const Z& z, int64_t L, Element<Z>& top) {
-  top = z[0];
+REBALFER_HD LogSumExp<Element<Z>> log_sum_exp(const Z& z, int64_t L) {
+  Element<Z> top = z[0], sum = 0;
   for (int64_t l = 1; l < L; ++l) top = z[l] > top ? z[l] : top;
-  Element<Z> sum = 0;
   for (int64_t l = 0; l < L; ++l) sum += std::exp(z[l] - top);
-  return std::log(sum);
+  return {top, std::log(sum)};
 }
 
 // -sum_l t_l log softmax(z)_l. A target of 0 takes no part, so that a class masked by a logit of -inf costs nothing.
 template <typename Z, typename T>
-REBALFER_HD Element<Z> cross_entropy(const Z& z, const T& t, int64_t L) {
-  Element<Z> top, loss = 0;
-  const auto lse = log_sum_exp(z, L, top);
+REBALFER_HD Element<Z> cross_entropy(const Z& z, LogSumExp<Element<Z>> of, const T& t, int64_t L) {
+  Element<Z> loss = 0;
   for (int64_t l = 0; l < L; ++l) {
     const auto target = t[l];
-    if (target != 0) loss += target * (lse - (z[l] - top));
+    if (target != 0) loss += target * (of.log_sum - (z[l] - of.top));
   }
   return loss;
 }
 
 // dz_l = g ((sum t) softmax(z)_l - t_l): the rows of the target table need not sum to 1.
 template <typename Z, typename T, typename D>
-REBALFER_HD void cross_entropy_gradient(const Z& z, const T& t, int64_t L, Element<Z> g, const D& dz) {
-  Element<Z> top, total = 0;
-  const auto lse = log_sum_exp(z, L, top);
+REBALFER_HD void cross_entropy_gradient(const Z& z, LogSumExp<Element<Z>> of, const T& t, int64_t L, Element<Z> g,
+                                        const D& dz) {
+  Element<Z> total = 0;
   for (int64_t l = 0; l < L; ++l) total += t[l];
-  for (int64_t l = 0; l < L; ++l) dz[l] = g * (total * std::exp(z[l] - top - lse) - t[l]);
+  for (int64_t l = 0; l < L; ++l) dz[l] = g * (total * std::exp(z[l] - of.top - of.log_sum) - t[l]);
 }
 
 }  // namespace rebalfer

@@ -37,7 +37,7 @@ inline TwinMap twin_map_on(const std::vector<int64_t>& t, const Tensor& maps) {
   return {t[0] * (H - 1) * W + t[3] * (W - 1), t[1] * W + t[4], t[2] * W + t[5]};
 }
 
-// The outputs of the head's forward that not every call needs.
+// The outputs of the head's forward that not every call needs; cam_grad only beside gradients.
 struct Wanted {
   bool maps, gradients, pooled, cam_grad;
 };

@@ -36,7 +36,7 @@ class Wanted(NamedTuple):
     maps: bool
     gradients: bool  #: map_grad and logit_grad
     pooled: bool
-    cam_grad: bool
+    cam_grad: bool  #: only beside gradients
 
 
 class HeadPlan(NamedTuple):

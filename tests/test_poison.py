@@ -26,7 +26,7 @@ def test_tensors_of_python_begin_poisoned(dtype):
 
 
 def test_tensors_of_the_operators_begin_poisoned():
-    """The call by which csrc/cpu/ops.cpp allocates its outputs."""
+    """The call by which csrc/cpu/tensors.h allocates its outputs."""
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libtorch_cpu.so"))
     one, handle, data = ctypes.c_int64 * 1, ctypes.c_void_p(), ctypes.c_void_p()
     leave_ones_behind()

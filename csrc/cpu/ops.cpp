@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/MemoryFormat.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
@@ -20,9 +19,6 @@
 #include <tuple>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -30,12 +26,12 @@
 #include "../head_math.h"
 #include "../operators.h"
 #include "kernels.h"
+#include "tensors.h"
 #include "views.h"
 
 namespace rebalfer {
 namespace {
 
-constexpr int64_t kHugePage = 2 << 20;         // bytes
 constexpr int64_t kStreamingBytes = 24 << 20;  // gradients from this size on are written past the caches
 constexpr int64_t kChannelChunk = 128;         // channels of one task in sums over the batch
 
@@ -83,74 +79,6 @@ Storage storage_of(ScalarType dtype) {
   }
 }
 
-template <typename A>
-constexpr ScalarType kCompute = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
-
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-int64_t bytes_of(ScalarType dtype) { return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2; }
-
-// By the C shim, past the dispatcher, which a call would go through for every output.
-Tensor empty(const Shape& shape, const int64_t* strides, ScalarType dtype) {
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      shape.size(), shape.data(), strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-Tensor output(const Shape& shape, ScalarType dtype, bool wanted = true) {
-  int64_t strides[4], step = 1;
-  if (!wanted) return empty({0}, &step, dtype);
-  for (size_t i = shape.size(); i-- > 0; step *= std::max<int64_t>(shape[i], 1)) strides[i] = step;
-  return empty(shape, strides, dtype);
-}
-
-// A gradient of the features, or views. A large fresh one costs more in page faults than in stores, so it is allocated
-// on whole huge pages of its own: the ends of a mapping that begins anywhere would be small pages.
-Tensor feature_output(int64_t M, int64_t C, int64_t H, int64_t W, ScalarType dtype, bool channels_last, bool wanted) {
-  if (!wanted) return output({0}, dtype);
-  const Shape shape{M, C, H, W};
-  const int64_t nchw[] = {C * H * W, H * W, W, 1}, nhwc[] = {C * H * W, 1, W * C, C};
-  const int64_t* const strides = channels_last ? nhwc : nchw;
-  const int64_t size = bytes_of(dtype), bytes = M * C * H * W * size;
-#if defined(__linux__)
-  if (bytes >= kHugePage) {
-    const int64_t whole = round_up(bytes, kHugePage);
-    Tensor room = output({(whole + kHugePage) / size}, dtype);  // what is never touched never becomes memory
-    const int64_t address = reinterpret_cast<int64_t>(room.data_ptr()), begin = round_up(address, kHugePage);
-    madvise(reinterpret_cast<void*>(begin), whole, MADV_HUGEPAGE);  // advice: failure changes nothing
-    AtenTensorHandle handle = nullptr;
-    TORCH_ERROR_CODE_CHECK(
-        aoti_torch__reinterpret_tensor(room.get(), 4, shape.data(), strides, (begin - address) / size, &handle));
-    return Tensor(handle);
-  }
-#endif
-  return empty(shape, strides, dtype);
-}
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-
-// Zeroed scratch, aligned to a cache line, with room for a vector behind it. By calloc, as aligned_alloc cuts each
-// piece of memory out of a larger one, which a small call notices.
-template <typename A>
-class Buffer {
- public:
-  explicit Buffer(int64_t count) {
-    if (!count) return;
-    memory_.reset(std::calloc(1, count * sizeof(A) + 2 * kCacheLine));
-    if (!memory_) throw std::bad_alloc();
-    data_ = reinterpret_cast<A*>(round_up(reinterpret_cast<int64_t>(memory_.get()), kCacheLine));
-  }
-  A* get() const { return data_; }
-
- private:
-  std::unique_ptr<void, Free> memory_;
-  A* data_ = nullptr;
-};
-
 // run(begin, end) over tasks; one task needs no threads.
 template <typename Run>
 void in_parallel(int64_t tasks, const Run& run) {
@@ -165,42 +93,6 @@ Buffer<A> pack(const Kernels& k, Geometry g, const Tensor& weight) {
   Buffer<A> packed(k.packed_size(g));
   k.pack(g, weight.data_ptr(), weight.scalar_type() == kCompute<A>, packed.get());
   return packed;
-}
-
-float widened(uint16_t bits, ScalarType dtype) {
-  if (dtype == ScalarType::BFloat16) {
-    const uint32_t wide = uint32_t(bits) << 16;
-    float out;
-    std::memcpy(&out, &wide, 4);
-    return out;
-  }
-  return static_cast<float>(c10::Half(bits, c10::Half::from_bits()));
-}
-
-// A small tensor (bias, logits) in the compute type.
-template <typename A>
-std::vector<A> values(const Tensor& t) {
-  std::vector<A> out(t.numel());
-  const void* const from = t.data_ptr();
-  const ScalarType dtype = t.scalar_type();
-  for (size_t i = 0; i < out.size(); ++i) {
-    switch (dtype) {
-      case ScalarType::Double: out[i] = A(static_cast<const double*>(from)[i]); break;
-      case ScalarType::Float: out[i] = A(static_cast<const float*>(from)[i]); break;
-      default: out[i] = widened(static_cast<const uint16_t*>(from)[i], dtype);
-    }
-  }
-  return out;
-}
-
-template <typename A>
-void write(void* out, ScalarType dtype, int64_t i, A x) {
-  switch (dtype) {
-    case ScalarType::Double: static_cast<double*>(out)[i] = x; break;
-    case ScalarType::Float: static_cast<float*>(out)[i] = float(x); break;
-    case ScalarType::BFloat16: static_cast<c10::BFloat16*>(out)[i] = c10::BFloat16(float(x)); break;
-    default: static_cast<c10::Half*>(out)[i] = c10::Half(float(x));
-  }
 }
 
 // The targets of a batch in the compute type, after a check of their classes.
@@ -347,9 +239,9 @@ class HeadForward {
     view(N + i, work.pooled.get() + pooled_pitch, work.z.get() + g.L, work);
     consistency[i] = consistency_of(work.residual.get());
     if (targets) classify(i, work);
-    if (!wanted.gradients && !wanted.cam_grad) return;
+    if (!wanted.gradients) return;
     differentiate(work.residual.get());
-    if (wanted.gradients) write_maps(work.residual.get(), map_grad[i]);
+    write_maps(work.residual.get(), map_grad[i]);
     if (wanted.cam_grad) cam_gradient(i, work.residual.get(), work);
   }
 
@@ -396,8 +288,9 @@ class HeadForward {
       const A* const z = work.z.get() + view * g.L;
       A* const dz = wanted.gradients ? logit_grad[view * N + i] : nullptr;
       if (view == 0 || options.both_views) {
-        classification[i] += cross_entropy(z, t, g.L);
-        if (dz) cross_entropy_gradient(z, t, g.L, A(1), dz);
+        const auto of = log_sum_exp(z, g.L);
+        classification[i] += cross_entropy(z, of, t, g.L);
+        if (dz) cross_entropy_gradient(z, of, t, g.L, A(1), dz);
       } else if (dz) {
         std::fill(dz, dz + g.L, A(0));
       }
@@ -640,7 +533,8 @@ Tensor cross_entropy_forward_as(const Tensor& logits, const Tensor& targets, con
   std::vector<A> losses(M), t(L);
   for (int64_t m = 0; m < M; ++m) {
     write_target_row(of_batch, m, L, t.data());
-    losses[m] = cross_entropy(z.data() + m * L, t.data(), L);
+    const A* const row = z.data() + m * L;
+    losses[m] = cross_entropy(row, log_sum_exp(row, L), t.data(), L);
   }
   Tensor out = output(mean ? Shape{} : Shape{M}, kCompute<A>);
   if (mean)
@@ -669,7 +563,8 @@ Tensor cross_entropy_backward_as(const Tensor& d_loss, const Tensor& logits, con
   std::vector<A> dz(L), t(L);
   for (int64_t m = 0; m < M; ++m) {
     write_target_row(of_batch, m, L, t.data());
-    cross_entropy_gradient(z.data() + m * L, t.data(), L, mean ? g[m] / A(M) : g[m], dz.data());
+    const A* const row = z.data() + m * L;
+    cross_entropy_gradient(row, log_sum_exp(row, L), t.data(), L, mean ? g[m] / A(M) : g[m], dz.data());
     for (int64_t l = 0; l < L; ++l) write(to, dtype, m * L + l, dz[l]);
   }
   return out;

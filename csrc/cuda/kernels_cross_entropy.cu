@@ -26,7 +26,7 @@ __global__ __launch_bounds__(kThreads) void cross_entropy_forward(const __grid_c
   const int64_t m = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (m < p.M) {
     const Logits<T> z{static_cast<const T*>(p.logits) + m * p.L};
-    const float loss = cross_entropy(z, target_row(p.targets, m, p.L), p.L);
+    const float loss = cross_entropy(z, log_sum_exp(z, p.L), target_row(p.targets, m, p.L), p.L);
     (p.ticket ? p.per_sample : p.loss)[m] = loss;
   }
   if (!p.ticket) return;
@@ -42,7 +42,8 @@ __global__ __launch_bounds__(kThreads) void cross_entropy_backward(const __grid_
   const int64_t m = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (m >= p.M) return;
   const float g = __ldg(p.d_loss.data + m * p.d_loss.stride) * p.share;
-  cross_entropy_gradient(Logits<T>{static_cast<const T*>(p.logits) + m * p.L}, target_row(p.targets, m, p.L), p.L, g,
+  const Logits<T> z{static_cast<const T*>(p.logits) + m * p.L};
+  cross_entropy_gradient(z, log_sum_exp(z, p.L), target_row(p.targets, m, p.L), p.L, g,
                          Rounded<T>{static_cast<T*>(p.d_logits) + m * p.L});
 }
 

@@ -172,8 +172,6 @@ def head_forward(features, weight, bias, targets, target_table, map_weights, con
         )
     if options.mean:
         losses = _means(**losses)
-    if not wanted.gradients:
-        outputs["map_grad"] = None
     return tuple(_or_empty(x, features) for x in (*losses.values(), *outputs.values(), cam_grad))
 
 
@@ -189,7 +187,7 @@ def _forward_outputs(features: Tensor, classes: int, classified: bool, wanted: o
     outputs = dict(
         logits=output(m, classes, wanted=classified),
         maps=output(m, classes, height, width, wanted=wanted.maps),
-        map_grad=output(n, classes, height, width, wanted=wanted.gradients or wanted.cam_grad),  # K comes from it
+        map_grad=output(n, classes, height, width, wanted=wanted.gradients),
         logit_grad=output(m, classes, wanted=wanted.gradients and classified),
         pooled=output(m, channels, wanted=wanted.pooled),
     )

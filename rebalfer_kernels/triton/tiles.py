@@ -116,7 +116,7 @@ def policy(problem: Problem) -> Policy:
         Tiles(rows, channels, every if one_tile else min(every, 64), warps, stages),
         Tiles(min(rows, 64), min(back_channels, widest), classes, back_warps, 1),
         Tiles(min(rows, 64), min(64, widest), classes, 4, 2),
-        max(every, classes),
+        every,
         max(16, min(64, 2048 // every)),
         row.pool_by_mma,
     )

@@ -1,0 +1,133 @@
+// The operators' tensors and scratch on a CPU: how they are allocated, and small ones in the compute type.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <type_traits>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "../operators.h"
+#include "kernels.h"
+
+namespace rebalfer {
+
+constexpr int64_t kHugePage = 2 << 20;  // bytes
+
+template <typename A>
+constexpr ScalarType kCompute = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+inline int64_t bytes_of(ScalarType dtype) {
+  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+}
+
+// By the C shim, past the dispatcher, which a call would go through for every output.
+inline Tensor empty(const Shape& shape, const int64_t* strides, ScalarType dtype) {
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      shape.size(), shape.data(), strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor output(const Shape& shape, ScalarType dtype, bool wanted = true) {
+  int64_t strides[4], step = 1;
+  if (!wanted) return empty({0}, &step, dtype);
+  for (size_t i = shape.size(); i-- > 0; step *= std::max<int64_t>(shape[i], 1)) strides[i] = step;
+  return empty(shape, strides, dtype);
+}
+
+// A gradient of the features, or views. A large fresh one costs more in page faults than in stores, so it is allocated
+// on whole huge pages of its own: the ends of a mapping that begins anywhere would be small pages.
+inline Tensor feature_output(int64_t M, int64_t C, int64_t H, int64_t W, ScalarType dtype, bool channels_last,
+                             bool wanted) {
+  if (!wanted) return output({0}, dtype);
+  const Shape shape{M, C, H, W};
+  const int64_t nchw[] = {C * H * W, H * W, W, 1}, nhwc[] = {C * H * W, 1, W * C, C};
+  const int64_t* const strides = channels_last ? nhwc : nchw;
+  const int64_t size = bytes_of(dtype), bytes = M * C * H * W * size;
+#if defined(__linux__)
+  if (bytes >= kHugePage) {
+    const int64_t whole = round_up(bytes, kHugePage);
+    Tensor room = output({(whole + kHugePage) / size}, dtype);  // what is never touched never becomes memory
+    const int64_t address = reinterpret_cast<int64_t>(room.data_ptr()), begin = round_up(address, kHugePage);
+    madvise(reinterpret_cast<void*>(begin), whole, MADV_HUGEPAGE);  // advice: failure changes nothing
+    AtenTensorHandle handle = nullptr;
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch__reinterpret_tensor(room.get(), 4, shape.data(), strides, (begin - address) / size, &handle));
+    return Tensor(handle);
+  }
+#endif
+  return empty(shape, strides, dtype);
+}
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+// Zeroed scratch, aligned to a cache line, with room for a vector behind it. By calloc, as aligned_alloc cuts each
+// piece of memory out of a larger one, which a small call notices.
+template <typename A>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) {
+    if (!count) return;
+    memory_.reset(std::calloc(1, count * sizeof(A) + 2 * kCacheLine));
+    if (!memory_) throw std::bad_alloc();
+    data_ = reinterpret_cast<A*>(round_up(reinterpret_cast<int64_t>(memory_.get()), kCacheLine));
+  }
+  A* get() const { return data_; }
+
+ private:
+  std::unique_ptr<void, Free> memory_;
+  A* data_ = nullptr;
+};
+
+inline float widened(uint16_t bits, ScalarType dtype) {
+  if (dtype == ScalarType::BFloat16) {
+    const uint32_t wide = uint32_t(bits) << 16;
+    float out;
+    std::memcpy(&out, &wide, 4);
+    return out;
+  }
+  return static_cast<float>(c10::Half(bits, c10::Half::from_bits()));
+}
+
+// A small tensor (bias, logits) in the compute type.
+template <typename A>
+std::vector<A> values(const Tensor& t) {
+  std::vector<A> out(t.numel());
+  const void* const from = t.data_ptr();
+  const ScalarType dtype = t.scalar_type();
+  for (size_t i = 0; i < out.size(); ++i) {
+    switch (dtype) {
+      case ScalarType::Double: out[i] = A(static_cast<const double*>(from)[i]); break;
+      case ScalarType::Float: out[i] = A(static_cast<const float*>(from)[i]); break;
+      default: out[i] = widened(static_cast<const uint16_t*>(from)[i], dtype);
+    }
+  }
+  return out;
+}
+
+template <typename A>
+void write(void* out, ScalarType dtype, int64_t i, A x) {
+  switch (dtype) {
+    case ScalarType::Double: static_cast<double*>(out)[i] = x; break;
+    case ScalarType::Float: static_cast<float*>(out)[i] = float(x); break;
+    case ScalarType::BFloat16: static_cast<c10::BFloat16*>(out)[i] = c10::BFloat16(float(x)); break;
+    default: static_cast<c10::Half*>(out)[i] = c10::Half(float(x));
+  }
+}
+
+}  // namespace rebalfer
