@@ -31,7 +31,10 @@ LARGEST_BYTES = {"cpu": 2**31, "cuda": 2**34}
 
 def ours(x: Problem, backend: str | None = None) -> Tensor:
     """The library's head, on the backend it chooses or the one that is named."""
-    return rk.rebalanced_head_loss(*x[:4], backend=backend, **x.options()).loss
+    return rk.rebalanced_head_loss(
+        x.features, x.weight, x.bias, x.targets, target_table=x.target_table, map_weights=x.map_weights,
+        consistency_weight=x.consistency_weight, detach_cam_weight=x.op != "undetached", backend=backend,
+    ).loss  # fmt: skip
 
 
 def our_consistency(x: Problem, backend: str | None = None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -203,10 +203,6 @@ class Problem(NamedTuple):
     def leaves(self) -> tuple[Tensor, ...]:
         """What the result is differentiated by; nothing of an operation that is forward only."""
         return tuple(t for t in self[:3] if t.requires_grad)
-
-    def options(self) -> dict[str, Any]:
-        """The head's keyword arguments."""
-        return {**dict(zip(self._fields[4:7], self[4:7], strict=True)), "detach_cam_weight": self.op != "undetached"}
 
     def cam_weight(self) -> Tensor:
         """As it multiplies the features to maps."""

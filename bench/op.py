@@ -125,6 +125,7 @@ def run(
         if kind == "cpu":
             with _foreign_load(result):
                 result["bfloat16_over_float32"] = bfloat16_over_float32(cases, seconds, clock)
+                result["fixed_cost"] = fixed_cost(cases, seconds, clock)
         else:  # last, as the profiler stays attached to the process
             for case, passed in proven.items():
                 if time.monotonic() < end:
@@ -143,7 +144,7 @@ def _begin(found: dict[str, Any], device: str, clock: Clock) -> dict[str, Any]:
     print({key: value for key, value in found.items() if key != "backends"})
     result = {**found, "l2_bytes": clock.l2_bytes(), "copy_gb_per_s": None, "quiet": False}
     result |= {name: [] for name in ("rows", "rejected", "errors", "left_out", "foreign_cores")}
-    result |= {"served_by": {}, "bfloat16_over_float32": {}, "sm_mhz": {}}
+    result |= {"served_by": {}, "bfloat16_over_float32": {}, "fixed_cost": {}, "sm_mhz": {}}
     with _foreign_load(result):
         try:
             result["copy_gb_per_s"] = copy_gb_per_s(device)
@@ -320,4 +321,19 @@ def bfloat16_over_float32(cases: Sequence[Case], seconds: float, clock: Clock) -
             runs = {c.name: _runs({"": baselines.ours}, problem(c))[""] for c in (case, half)}
             times = measure.phases_ms(clock, runs, seconds)
             ratios[case.name] = times[half.name]["both"][1] / times[case.name]["both"][1]
+    return ratios
+
+
+def fixed_cost(cases: Sequence[Case], seconds: float, clock: Clock) -> dict[str, dict[str, float]]:
+    """Time of ours over that of the identity op in a smallest call, by its case, of the forward and of the backward.
+
+    The two take turns in a run of their own: between more programs, each finds less of itself in the caches.
+    """
+    contenders: dict[str, Formulation] = {"ours": baselines.ours, "identity": baselines.identity}
+    ratios = {}
+    for case in cases:
+        if case.group == "fixed cost":
+            times = measure.phases_ms(clock, _runs(contenders, problem(case)), seconds)
+            ours, identity = (times[name] for name in contenders)
+            ratios[case.name] = {phase: ours[phase][1] / identity[phase][1] for phase in ("forward", "backward")}
     return ratios

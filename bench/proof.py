@@ -45,7 +45,10 @@ def _reference(x: Problem) -> Tensor:
             return rk.reference.class_activation_maps(x.features, x.weight)
         case "cross_entropy":
             return rk.reference.rebalanced_cross_entropy(x.features, x.targets, x.target_table)
-    return rk.reference.rebalanced_head_loss(*x[:4], **x.options()).loss
+    return rk.reference.rebalanced_head_loss(
+        *x[:4], target_table=x.target_table, map_weights=x.map_weights, consistency_weight=x.consistency_weight,
+        detach_cam_weight=x.op != "undetached",
+    ).loss  # fmt: skip
 
 
 def gradients(result: Tensor, problem: Problem) -> tuple[Tensor | None, ...]:

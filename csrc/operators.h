@@ -6,10 +6,11 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <tuple>
-#include <vector>
 
 #include "head_math.h"
 
@@ -18,7 +19,39 @@ namespace rebalfer {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-using Shape = std::vector<int64_t>;
+
+// Sizes or strides of at most four dimensions; off the heap, as a call makes a dozen.
+struct Shape {
+  Shape(std::initializer_list<int64_t> sizes) : rank(sizes.size()) { std::copy(sizes.begin(), sizes.end(), size); }
+  int64_t rank, size[4];
+};
+
+struct DeviceId {
+  int32_t type, index;
+};
+
+// By the C shim, past the dispatcher, which a call would go through for every output.
+inline Tensor empty(DeviceId device, const Shape& shape, const Shape& strides, ScalarType dtype) {
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      shape.rank, shape.size, strides.size, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      device.type, device.index, &handle));
+  return Tensor(handle);
+}
+
+// Contiguous, or with shape (0,) where it is not wanted.
+inline Tensor output(DeviceId device, const Shape& shape, ScalarType dtype, bool wanted = true) {
+  if (!wanted) return empty(device, {0}, {1}, dtype);
+  Shape strides = shape;
+  int64_t step = 1;
+  for (int64_t i = shape.rank; i-- > 0; step *= std::max<int64_t>(shape.size[i], 1)) strides.size[i] = step;
+  return empty(device, shape, strides, dtype);
+}
+
+// The strides of features (M, C, H, W).
+inline Shape feature_strides(int64_t C, int64_t H, int64_t W, bool channels_last) {
+  return channels_last ? Shape{C * H * W, 1, W * C, C} : Shape{C * H * W, H * W, W, 1};
+}
 
 // The caller made sure that the strides are one of the two.
 inline bool is_channels_last(const Tensor& features) {
@@ -30,11 +63,13 @@ inline bool is_channels_last(const Tensor& features) {
   return true;
 }
 
-// The operators' twin_map, whose coefficients hold for maps of every size (rebalfer_kernels/transforms.py), on the maps
+// The operators' twin_map, three corners of a 2 x 2 map (TwinMap.of in rebalfer_kernels/transforms.py), on the maps
 // (..., H, W) of one size.
-inline TwinMap twin_map_on(const std::vector<int64_t>& t, const Tensor& maps) {
-  const int64_t H = maps.size(2), W = maps.size(3);
-  return {t[0] * (H - 1) * W + t[3] * (W - 1), t[1] * W + t[4], t[2] * W + t[5]};
+inline TwinMap twin_map_on(int64_t corners, const Tensor& maps) {
+  const int64_t H = maps.size(2), W = maps.size(3), start = corners / 16, down = corners / 4 % 4, right = corners % 4;
+  const int64_t row = start / 2, column = start % 2;
+  return {row * (H - 1) * W + column * (W - 1), (down / 2 - row) * W + down % 2 - column,
+          (right / 2 - row) * W + right % 2 - column};
 }
 
 // The outputs of the head's forward that not every call needs; cam_grad only beside gradients.
@@ -55,13 +90,12 @@ struct HeadForwardOutputs {
   Tensor map_grad, logit_grad, pooled, cam_grad;  // saved for the backward
 };
 
-// allocate(shape, wanted) makes a tensor of the compute type, an empty one where it is not wanted.
-template <typename Allocate>
-HeadForwardOutputs head_forward_outputs(const HeadForwardArguments& a, const Allocate& allocate) {
+inline HeadForwardOutputs head_forward_outputs(const HeadForwardArguments& a, DeviceId device, ScalarType compute) {
   const int64_t M = a.features.size(0), C = a.features.size(1), H = a.features.size(2), W = a.features.size(3);
   const int64_t N = M / 2, L = a.weight.size(0);
   const bool classified = a.targets.has_value();
   const Shape losses = a.options.mean ? Shape{} : Shape{N};
+  const auto allocate = [&](const Shape& shape, bool wanted) { return output(device, shape, compute, wanted); };
   return {allocate(losses, classified),
           allocate(losses, classified),
           allocate(losses, true),
@@ -98,8 +132,8 @@ template <HeadForwardOutputs (*run)(const HeadForwardArguments&)>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_forward_operator(
     const Tensor& features, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& targets,
     const OptionalTensor& target_table, const Tensor& map_weights, double consistency_weight, int64_t p,
-    const std::vector<int64_t>& twin_map, bool both_views, bool mean, bool with_maps, bool save_gradients,
-    bool save_pooled, bool save_cam_grad) {
+    int64_t twin_map, bool both_views, bool mean, bool with_maps, bool save_gradients, bool save_pooled,
+    bool save_cam_grad) {
   const HeadOptions options{consistency_weight, int(p), twin_map_on(twin_map, features), both_views, mean};
   HeadForwardOutputs out = run({features,
                                 weight,
@@ -118,8 +152,8 @@ template <HeadGradients (*run)(const HeadBackwardArguments&)>
 std::tuple<Tensor, Tensor, Tensor> head_backward_operator(
     const OptionalTensor& d_loss, const OptionalTensor& d_classification, const OptionalTensor& d_consistency,
     const OptionalTensor& d_logits, const Tensor& weight, const Tensor& map_grad, const Tensor& logit_grad,
-    const Tensor& pooled, const Tensor& cam_grad, double consistency_weight, const std::vector<int64_t>& twin_map,
-    bool mean, ScalarType dtype, bool channels_last, bool need_features, bool need_weight, bool need_bias) {
+    const Tensor& pooled, const Tensor& cam_grad, double consistency_weight, int64_t twin_map, bool mean,
+    ScalarType dtype, bool channels_last, bool need_features, bool need_weight, bool need_bias) {
   HeadGradients out = run({d_loss,
                            d_classification,
                            d_consistency,

@@ -104,7 +104,7 @@ def _consistency_plan(
     checks.consistency_options(p, transform, detach_cam_weight, features)
     checks.reduction(reduction)
     inputs = HeadInputs(features, weight, None, None, None, map_weights)
-    options = HeadOptions(p, tuple(TWIN_MAPS[transform]), True, reduction == "mean")
+    options = HeadOptions(p, TWIN_MAPS[transform].corners, True, reduction == "mean")
     weight_gradient = recording and weight.requires_grad and not detach_cam_weight
     gradients = weight_gradient or recording and features.requires_grad
     return _plan(inputs, options, Wanted(False, gradients, False, weight_gradient), backend)
@@ -224,10 +224,10 @@ def rebalanced_head_loss(
     # Outside the operator a lambda is differentiable if it is a tensor and, compiled, may change from call to call.
     scheduled = plan.compiled or isinstance(consistency_weight, Tensor)
     outputs = _head(inputs, 0.0 if scheduled else float(consistency_weight), plan)
-    loss, classification, consistency, logits = outputs[:4]
+    loss, classification, consistency, logits, maps = outputs[:5]
     if scheduled:
         loss = reference.combine(classification, consistency, consistency_weight)
-    return HeadLoss(loss, classification, consistency, logits, outputs[5] if return_maps else None)
+    return HeadLoss(loss, classification, consistency, logits, maps if return_maps else None)
 
 
 def _head_plan(
@@ -237,7 +237,7 @@ def _head_plan(
 ) -> HeadPlan:  # fmt: skip
     inputs = HeadInputs(features, weight, bias, targets, target_table, map_weights)
     checks.head(*inputs, p, transform, views, detach_cam_weight, reduction, return_maps)
-    options = HeadOptions(p, tuple(TWIN_MAPS[transform]), views == "both", reduction == "mean")
+    options = HeadOptions(p, TWIN_MAPS[transform].corners, views == "both", reduction == "mean")
     weight_gradient = recording and weight.requires_grad
     bias_gradient = recording and bias is not None and bias.requires_grad
     gradients = weight_gradient or bias_gradient or recording and features.requires_grad
@@ -276,14 +276,17 @@ def _plan(inputs: HeadInputs, options: HeadOptions, wanted: Wanted, backend: str
     compiled = torch.compiler.is_compiling()
     known = name != "reference" and not compiled
     as_served = known and all(map(operator.is_, inputs, inputs.as_served(request.layout)))
+    recorded = ops.recorded(name, options, wanted) if known and wanted.gradients else None
     classified = inputs.targets is not None
-    return HeadPlan(name, request.layout, as_served, compiled, features.dtype, classified, options, wanted)
+    return HeadPlan(name, request.layout, as_served, compiled, recorded, features.dtype, classified, options, wanted)
 
 
 def _head(inputs: tuple[Any, ...], lam: float, plan: HeadPlan) -> tuple[Tensor, ...]:
-    """What HeadLossFunction returns; the inputs are a HeadInputs."""
+    """The outputs of ``head_forward``; the inputs are a HeadInputs."""
     if not plan.as_served:
         inputs = HeadInputs(*inputs).as_served(plan.layout)
+    if plan.recorded is not None:
+        return plan.recorded.head(*inputs, lam, plan.recorded.options)
     return ops.HeadLossFunction.apply(*inputs, lam, plan)
 
 

@@ -5,7 +5,8 @@ Schemas and fakes live here; a backend only registers implementations: ``head_fo
 not asked for come back empty, with shape (0,).
 
 The ``autograd.Function`` stands outside the operators: 26 us per forward and backward against 37 us for the same by
-``torch.library.custom_op`` with ``register_autograd``.
+``torch.library.custom_op`` with ``register_autograd``. The head's has a twin in C++ (``csrc/autograd``), for the calls
+that torch.compile does not trace.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import native
 from .backend import BACKENDS
 from .reference import compute_dtype
 
@@ -25,7 +27,7 @@ class HeadOptions(NamedTuple):
     """What the head's forward needs besides tensors and lambda."""
 
     p: int  #: of Eq. 5, 1 or 2
-    twin_map: tuple[int, ...]  #: a TwinMap, undoes the twin's transform; a plain tuple, which PyTorch reads faster
+    twin_map: int  #: TwinMap.corners, undoes the twin's transform; a list would cost a call more time
     both_views: bool  #: the twin is classified too (Eq. 1)
     mean: bool  #: losses are means over the batch, not per sample
 
@@ -39,6 +41,22 @@ class Wanted(NamedTuple):
     cam_grad: bool  #: only beside gradients
 
 
+class Recorded(NamedTuple):
+    """How a call reaches the C++ autograd, ``csrc/autograd``."""
+
+    head: Any  #: the operator, which records its own backward
+    options: int  #: HeadOptions, Wanted and the backend in one number, as every argument costs a call time
+
+
+def recorded(backend: str, options: HeadOptions, wanted: Wanted) -> Recorded | None:
+    """None where the C++ autograd is absent, or cannot be built: there HeadLossFunction serves."""
+    if not native.load("autograd")[0]:
+        return None
+    flags = (options.both_views, options.mean, *wanted)
+    number = options.p + 4 * sum(flag << i for i, flag in enumerate(flags)) + 256 * options.twin_map
+    return Recorded(_namespace.head.default, number + 2**14 * _namespace.backend_number(backend))
+
+
 class HeadPlan(NamedTuple):
     """All that a call of the head's operators needs besides tensors and lambda."""
 
@@ -46,6 +64,7 @@ class HeadPlan(NamedTuple):
     layout: str  #: as in Request
     as_served: bool  #: the tensors already have the layouts and dtypes that the backend reads
     compiled: bool  #: by torch.compile
+    recorded: Recorded | None  #: None where HeadLossFunction records the backward
     dtype: torch.dtype  #: of the features
     classified: bool  #: there are targets
     options: HeadOptions
@@ -68,7 +87,7 @@ _library = _namespace.library
 _SCHEMAS = {
     "head_forward": (
         "(Tensor features, Tensor weight, Tensor? bias, Tensor? targets, Tensor? target_table, Tensor map_weights, "
-        "float consistency_weight, int p, int[] twin_map, bool both_views, bool mean, bool with_maps, "
+        "float consistency_weight, int p, int twin_map, bool both_views, bool mean, bool with_maps, "
         "bool save_gradients, bool save_pooled, bool save_cam_grad) -> (Tensor loss, Tensor classification, "
         "Tensor consistency, Tensor logits, Tensor maps, Tensor map_grad, Tensor logit_grad, Tensor pooled, "
         "Tensor cam_grad)"
@@ -76,7 +95,7 @@ _SCHEMAS = {
     "head_backward": (
         "(Tensor? d_loss, Tensor? d_classification, Tensor? d_consistency, Tensor? d_logits, Tensor weight, "
         "Tensor map_grad, Tensor logit_grad, Tensor pooled, Tensor cam_grad, float consistency_weight, "
-        "int[] twin_map, bool mean, ScalarType dtype, bool channels_last, bool need_features, bool need_weight, "
+        "int twin_map, bool mean, ScalarType dtype, bool channels_last, bool need_features, bool need_weight, "
         "bool need_bias) -> (Tensor d_features, Tensor d_weight, Tensor d_bias)"
     ),
     "cam_forward": "(Tensor features, Tensor weight) -> Tensor",
@@ -88,7 +107,7 @@ _SCHEMAS = {
     "paired_views": (
         "(Tensor images, Tensor indices, Tensor samples, Tensor? epoch_tensor, SymInt epoch, int seed, SymInt[] size, "
         "float[] mean, float[] std, int[] chances, int[] reach, float[] crop, float brightness, float contrast, "
-        "float noise, float[] erase, int[] twin_map, bool both, ScalarType dtype) -> Tensor"
+        "float noise, float[] erase, int twin_map, bool both, ScalarType dtype) -> Tensor"
     ),
     "cross_entropy_forward": "(Tensor logits, Tensor targets, Tensor target_table, bool mean) -> Tensor",
     "cross_entropy_backward": (
@@ -253,7 +272,7 @@ def _first_order(name: str, grads: tuple[Tensor | None, ...], sources: tuple[Ten
 
 
 class HeadLossFunction(torch.autograd.Function):
-    """``head_forward`` and ``head_backward`` of one backend.
+    """``head_forward`` and ``head_backward`` of one backend, returning what ``head_forward`` returns first.
 
     Saves, in the compute dtype, the gradients of each sample's losses with respect to its maps (N L H W) and logits
     (2 N L), the pooled features (2 N C) and, when the CAM's weight is not detached, the gradient K (N L C) of each
@@ -269,12 +288,10 @@ class HeadLossFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(weight, map_grad, *saved)
         ctx.call = lam, plan
+        ctx.mark_non_differentiable(maps)
         # Of what is saved only map_grad is an output: through it a second differentiation finds this node. No caller
         # sees it, so whatever is done in place to an output that one does see, the gradients stay right.
-        if not plan.wanted.maps:
-            return loss, classification, consistency, logits, map_grad
-        ctx.mark_non_differentiable(maps)
-        return loss, classification, consistency, logits, map_grad, maps
+        return loss, classification, consistency, logits, maps, map_grad
 
     @staticmethod
     def backward(ctx, d_loss, d_classification, d_consistency, d_logits, *_):

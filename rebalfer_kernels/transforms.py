@@ -2,7 +2,8 @@
 
 Every transform is a symmetry of the square, so T(A~)[h, w] reads A~ in a row and a column that are each linear in h and
 w, with coefficients that do not depend on the size of the map: six small integers are all a kernel needs to undo it, on
-the load or on the tiny map. A new transform is one row of ``reference.TRANSFORMS``.
+the load or on the tiny map. Where three corners go says them all, so the operators take one number. A new transform is
+one row of ``reference.TRANSFORMS``.
 """
 
 from __future__ import annotations
@@ -24,6 +25,24 @@ class TwinMap(NamedTuple):
     column_h: int
     column_w: int
 
+    @classmethod
+    def of(cls, corners: int) -> TwinMap:
+        """From the elements of a 2 x 2 map that are read for its elements [0, 0], [1, 0] and [0, 1]: three digits to
+        base 4, as the operators take them.
+
+        >>> TwinMap.of(16 * 1 + 4 * 3 + 0)  # hflip reads [0, 1], [1, 1] and [0, 0]
+        TwinMap(row=0, row_h=1, row_w=0, column=1, column_h=0, column_w=-1)
+        """
+        start, down, right = corners // 16, corners // 4 % 4, corners % 4
+        row, column = divmod(start, 2)
+        return cls(row, down // 2 - row, right // 2 - row, column, down % 2 - column, right % 2 - column)
+
+    @property
+    def corners(self) -> int:
+        """The same in one number, see :meth:`of`."""
+        offset, stride_h, stride_w = self.on(2, 2)
+        return 16 * offset + 4 * (offset + stride_h) + offset + stride_w
+
     def on(self, height: int, width: int) -> tuple[int, int, int]:
         """(offset, stride_h, stride_w) on such a map: T(A~)[h, w] = A~.flatten()[offset + h stride_h + w stride_w].
 
@@ -38,10 +57,7 @@ def _twin_map(transform: str) -> TwinMap:
     """Read off a 2 x 2 map, whose only distances are 0 and 1."""
     undo = reference.TRANSFORMS[transform][1]
     (start, right), (down, _) = undo(torch.arange(4, device="cpu").reshape(2, 2)).tolist()
-    coefficients = []
-    for at, at_down, at_right in ((start // 2, down // 2, right // 2), (start % 2, down % 2, right % 2)):
-        coefficients += [at, at_down - at, at_right - at]
-    return TwinMap(*coefficients)
+    return TwinMap.of(16 * start + 4 * down + right)
 
 
 TWIN_MAPS = {transform: _twin_map(transform) for transform in reference.TRANSFORMS}

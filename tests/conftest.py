@@ -11,8 +11,11 @@ import ctypes
 import os
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from rebalfer_kernels import native, ops, signatures
 
 _common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.differing_executors]}
 settings.register_profile("ci", max_examples=1000, derandomize=True, database=None, **_common)
@@ -25,3 +28,16 @@ settings.load_profile(
 
 _c10 = ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libc10.so"))
 ctypes.c_bool.in_dll(_c10, "FLAGS_caffe2_cpu_allocator_do_junk_fill").value = True
+
+
+@pytest.fixture(params=["C++", "Python"])
+def autograd(request, monkeypatch):
+    """The language in which the head's backward is recorded outside of compiled calls."""
+    there, reason = native.load("autograd")
+    if request.param == "Python":
+        monkeypatch.setattr(ops, "recorded", lambda *arguments: None)
+    elif not there:
+        pytest.skip(f"the C++ autograd is absent: {reason}")
+    signatures._decided.clear()
+    yield request.param
+    signatures._decided.clear()

@@ -96,7 +96,7 @@ def test_rebalanced_cross_entropy(backend, dtype, soft, mean):
 
 @EVERY_BACKEND
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_upstream_gradients_of_any_stride(backend, layout):
+def test_upstream_gradients_of_any_stride(backend, layout, autograd):
     data = features, weight, bias, targets, table, v = case(3, 20, 5, 3, 4, torch.float32, layout)
     inputs = leaf(features, backend), leaf(weight, backend), leaf(bias, backend)
     y, rows, weights = there(backend, targets, table, v)

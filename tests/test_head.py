@@ -10,6 +10,7 @@ from support.backends import BACKENDS, FUSED, serving, with_dtypes
 from support.cases import case
 
 import rebalfer_kernels as rk
+from rebalfer_kernels import native, ops, signatures
 
 OPTIONS = [
     {},
@@ -65,7 +66,7 @@ def test_shapes(backend, layout, c, h, w, classes, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_empty_batch(backend):
+def test_empty_batch(backend, autograd):
     features, weight, bias, _, table, v = case(1, 5, 2, 2, 3, torch.float32, device=backend.device)
     for mean, detach in itertools.product((True, False), (True, False)):
         f = features[:0].clone().requires_grad_()
@@ -82,7 +83,7 @@ def test_empty_batch(backend):
 
 @pytest.mark.parametrize("backend", serving(torch.float64))
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-def test_gradcheck(backend, layout):
+def test_gradcheck(backend, layout, autograd):
     backend = backend.name
     features, weight, bias, targets, table, v = case(2, 5, 3, 3, 3, torch.float64, layout)
     inputs = (features.requires_grad_(), weight.requires_grad_(), bias.requires_grad_())
@@ -130,7 +131,7 @@ def test_none_does_not_depend_on_the_batch(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_autograd_contract(backend):
+def test_autograd_contract(backend, autograd):
     features, weight, bias, targets, table, v = case(4, 24, 7, 7, 7, torch.float32, device=backend.device)
     f, w, b = features.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()
     saved = []
@@ -149,7 +150,53 @@ def test_autograd_contract(backend):
 
 
 @pytest.mark.parametrize("backend", FUSED)
-def test_outputs_may_be_changed_in_place(backend):
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("options", [*OPTIONS, {"return_maps": True, "reduction": "none"}], ids=str)
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_autograd_in_cpp_is_that_in_python_to_the_last_bit(backend, layout, options, scheduled, monkeypatch):
+    """Every output, and the gradients of several upstream gradients to each choice of the inputs that may have one."""
+    there, reason = native.load("autograd")
+    if not there:
+        pytest.skip(f"the C++ autograd is absent: {reason}")
+    dtype = backend.dtypes[0 if layout == "nchw" else 1]
+    arguments = case(3, 20, 4, 4, 5, dtype, layout, device=backend.device)
+    lam = torch.tensor(0.7, device=backend.device) if scheduled else 0.7
+
+    def run(needs, upstreams):
+        features, weight, bias, targets, table, v = arguments
+        f, w, b = (
+            x.clone().requires_grad_(need is True) for x, need in zip((features, weight, bias), needs, strict=True)
+        )
+        out = rk.rebalanced_head_loss(
+            f, w, None if needs[2] is None else b, targets, target_table=table, map_weights=v,
+            **{"consistency_weight": lam} | options, backend=backend.name,
+        )  # fmt: skip
+        chosen = [out[i] for i in upstreams]
+        leaves = [x for x in (f, w, b) if x.requires_grad]
+        upstream = [torch.linspace(-1, 2, x.numel(), dtype=x.dtype, device=x.device).reshape(x.shape) for x in chosen]
+        return out, torch.autograd.grad(chosen, leaves, upstream, allow_unused=True)
+
+    for needs in itertools.product((True, False), (True, False), (True, False, None)):
+        if True not in needs:
+            continue
+        for upstreams in ((0,), (1,), (2,), (3,), (0, 1, 2, 3)):
+            signatures._decided.clear()
+            in_cpp, gradients = run(needs, upstreams)
+            assert "rebalfer::(anonymous namespace)::HeadLoss" in in_cpp.logits.grad_fn.name()
+            with monkeypatch.context() as patch:
+                patch.setattr(ops, "recorded", lambda *arguments: None)
+                signatures._decided.clear()
+                in_python, expected = run(needs, upstreams)
+            signatures._decided.clear()
+            assert in_python.logits.grad_fn.name() == "HeadLossFunctionBackward"
+            for x, y in zip((*in_cpp, *gradients), (*in_python, *expected), strict=True):
+                assert (x is None) == (y is None)
+                if x is not None:
+                    assert torch.equal(x, y) and x.stride() == y.stride() and x.requires_grad == y.requires_grad
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_outputs_may_be_changed_in_place(backend, autograd):
     features, weight, bias, targets, table, v = case(2, 6, 3, 3, 3, torch.float32, device=backend.device)
     grads = []
     for changed in (False, True):
@@ -165,7 +212,7 @@ def test_outputs_may_be_changed_in_place(backend):
 
 
 @pytest.mark.parametrize("backend", FUSED)
-def test_a_classification_that_is_nan_stays_out_of_the_consistency(backend):
+def test_a_classification_that_is_nan_stays_out_of_the_consistency(backend, autograd):
     """Where only the consistency is differentiated."""
     features, weight, bias, targets, table, v = case(2, 6, 3, 3, 3, torch.float32, device=backend.device)
     grads = []
@@ -196,7 +243,7 @@ def test_a_feature_that_is_infinite_stays_in_its_channel():
 
 
 @pytest.mark.parametrize("backend", FUSED)
-def test_second_order_is_refused(backend):
+def test_second_order_is_refused(backend, autograd):
     """The reference differentiates to any order."""
     features, weight, bias, targets, table, v = case(2, 6, 3, 3, 3, backend.widest, device=backend.device)
     backend = backend.name
@@ -222,7 +269,7 @@ def test_second_order_is_refused(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_labels_out_of_range(backend):
+def test_labels_out_of_range(backend, autograd):
     if backend.device != "cpu":
         pytest.skip("on a GPU the sample becomes NaN, see tests/gpu")
     features, weight, bias, targets, table, v = case(3, 6, 3, 3, 3, torch.float32)

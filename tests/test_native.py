@@ -100,13 +100,14 @@ def test_two_builds_at_once_in_paths_with_spaces_and_dollars_after_one_that_was_
     runs = [start(directory, "-m", "rebalfer_kernels", "build", **environment) for _ in range(2)]
     results = [run.communicate(timeout=500) for run in runs]
     assert [run.returncode for run in runs] == [0, 0], results
-    (made,) = (path for path in directory.iterdir() if path.name != "cpu.lock")
-    assert made.suffix == ".so"
-    assert [out.strip() for out, _ in results] == [str(made)] * 2
-    # One built, the other waited and found it; nothing else was said.
-    line = f"building the CPU kernels in {directory}, once; this takes about a minute"
-    assert sorted(errors.strip() for _, errors in results) == ["", line]
-    for path in (directory, made):  # holds no secret: what root built, others may load
+    autograd, cpu = sorted(path for path in directory.iterdir() if path.suffix != ".lock")
+    assert [out.splitlines() for out, _ in results] == [[str(cpu), str(autograd)]] * 2
+    # Each was built once, while the other process waited and found it; nothing else was said.
+    assert sorted("".join(errors for _, errors in results).splitlines()) == [
+        f"building the C++ autograd in {directory}, once; this takes about half a minute",
+        f"building the CPU kernels in {directory}, once; this takes about a minute",
+    ]
+    for path in (directory, cpu, autograd):  # holds no secret: what root built, others may load
         mode = stat.S_IMODE(path.stat().st_mode)
         assert mode == 0o777 & ~_umask(), oct(mode)
     assert first_use(directory, **environment) == ("available", "")
@@ -205,6 +206,12 @@ def test_a_library_is_named_by_its_sources_and_flags_alone(tmp_path, monkeypatch
         (tmp_path / "csrc" / file).write_text((ROOT / "csrc" / file).read_text() + "//\n")
         assert native.cpu_recipe().name() != name
         name = native.cpu_recipe().name()
+
+
+def test_the_autograd_library_is_of_one_version_of_torch(monkeypatch):
+    name = recipe.autograd_recipe().name()
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cpu")
+    assert recipe.autograd_recipe().name() != name
 
 
 def test_a_shipped_library_comes_before_the_cache(tmp_path, directory, monkeypatch):
@@ -322,6 +329,49 @@ def test_without_fcntl_it_imports_and_loads_but_does_not_build(directory, built)
     assert out.strip() == "available", errors
 
 
+GRADIENT = (
+    LOSS.replace("torch.zeros(2, 3, 1, 1)", "torch.zeros(2, 3, 1, 1, requires_grad=True)")
+    + """
+out.loss.backward()
+print("C++" if "rebalfer" in out.loss.grad_fn.name() else "Python")
+"""
+)
+
+
+@COMPILER
+def test_the_first_gradient_builds_the_autograd(directory, built):
+    shutil.copy(built, directory)
+    out, errors = start(directory, "-c", GRADIENT).communicate(timeout=300)
+    assert out.split() == ["available", "C++"]
+    assert errors == f"building the C++ autograd in {directory}, once; this takes about half a minute\n"
+    assert start(directory, "-c", GRADIENT, PATH="", CXX="").communicate(timeout=100) == (out, "")
+
+
+@pytest.mark.parametrize(
+    "environment", [{"PATH": "", "CXX": ""}, {"REBALFER_BUILD": "0"}], ids=["no tools", "forbidden"]
+)
+def test_where_the_autograd_cannot_be_built_python_serves_in_silence(directory, built, environment):
+    shutil.copy(built, directory)
+    out, errors = start(directory, "-c", GRADIENT, **environment).communicate(timeout=100)
+    assert out.split() == ["available", "Python"] and errors == ""
+    assert list(directory.iterdir()) == [directory / built.name]
+
+
+def test_where_building_the_autograd_fails_python_serves_and_the_message_is_shown(tmp_path, directory, built):
+    shutil.copy(built, directory)
+    compiler = script(tmp_path / "failing", "echo 'no space on moon' >&2; exit 1")
+    out, errors = start(directory, "-c", GRADIENT, CXX=str(compiler)).communicate(timeout=100)
+    assert out.split() == ["available", "Python"]
+    assert "small calls take longer, their autograd is in Python: building the C++ autograd failed" in errors
+    assert "no space on moon" in errors
+
+
+@COMPILER
+def test_the_autograd_builds_here():
+    """Else its tests would all be skipped, and all would seem well."""
+    assert native.load("autograd") == (True, "available")
+
+
 # Tools ----------------------------------------------------------------------------------------------------------------
 
 
@@ -351,7 +401,7 @@ def test_a_compiler_may_come_with_a_launcher_and_options(tmp_path, monkeypatch):
         assert native.find_compiler() == words
     home = script(tmp_path / "cuda/bin/nvcc", "")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
-    assert recipe.cuda_recipe(("90a",))._compiler() == [str(home), "-ccbin", program, "-Xcompiler", "-O1"]
+    assert recipe.cuda_recipe(("90a",)).compiler() == [str(home), "-ccbin", program, "-Xcompiler", "-O1"]
 
 
 def test_nvcc_comes_from_cuda_home_then_path_then_the_usual_place(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ def head_forward(dtype, layout, *, soft=False, mean=True, cam_grad=False, alone=
     compute = rk.reference.compute_dtype(dtype)
     classified = (None, None, None) if alone else (bias, targets.to(compute) if soft else targets, table.to(compute))
     return (
-        features, weight, *classified, v.to(compute), 2.0, 1 if cam_grad else 2, TWIN_MAPS["hflip"], not soft,
+        features, weight, *classified, v.to(compute), 2.0, 1 if cam_grad else 2, TWIN_MAPS["hflip"].corners, not soft,
         mean, cam_grad, True, not alone, cam_grad,
     )  # fmt: skip
 
@@ -71,7 +71,17 @@ def paired_views(dtype, layout, *, soft=False, mean=True, **_):
     plan = rk.reference.view_plan(augment, (5, 4, 3), (6, 4), (0.5,), (0.25,))
     epoch = (torch.tensor(3), 0) if soft else (None, 3)
     of_views = dtype if dtype != torch.float64 else torch.float16
-    return images, torch.tensor([2, 0]), torch.tensor([7, 1]), *epoch, 5, *plan, TWIN_MAPS["hflip"], mean, of_views
+    return (
+        images,
+        torch.tensor([2, 0]),
+        torch.tensor([7, 1]),
+        *epoch,
+        5,
+        *plan,
+        TWIN_MAPS["hflip"].corners,
+        mean,
+        of_views,
+    )
 
 
 #: operator -> its arguments, on detached tensors

@@ -194,7 +194,7 @@ def test_the_default_backend_may_change_between_calls(monkeypatch):
     features = torch.randn(2, 3, 2, 2, requires_grad=True)
 
     def fused():
-        return type(loss(features=features).loss.grad_fn).__name__ == "HeadLossFunctionBackward"
+        return "HeadLoss" in loss(features=features).loss.grad_fn.name()
 
     monkeypatch.delenv("REBALFER_BACKEND", raising=False)
     assert fused()

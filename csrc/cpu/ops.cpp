@@ -204,8 +204,7 @@ class HeadForward {
         packed(pack<A>(k, g, a.weight)), bias(a.bias ? values<A>(*a.bias) : std::vector<A>()),
         v(static_cast<const A*>(a.map_weights.data_ptr())),
         features(a.features, g.C * g.HW * bytes_of(a.features.scalar_type())),
-        out(head_forward_outputs(a, [](const Shape& s, bool wanted) { return output(s, kCompute<A>, wanted); })),
-        classification(N), consistency(N) {}
+        out(head_forward_outputs(a, cpu(), kCompute<A>)), classification(N), consistency(N) {}
 
   HeadForwardOutputs run() {
     in_parallel(N, [&](int64_t begin, int64_t end) {
@@ -356,7 +355,7 @@ class HeadBackward {
         cam_grad(a.cam_grad, g.L * g.C), packed(need.features ? pack<A>(k, g, a.weight) : Buffer<A>(0)),
         view_bytes(g.C * g.HW * bytes_of(a.dtype)),
         out{feature_output(2 * N, g.C, a.map_grad.size(2), a.map_grad.size(3), a.dtype, g.channels_last, need.features),
-            output({g.L, g.C}, weight_dtype, need.weight), output({g.L}, weight_dtype, need.bias)},
+            output(cpu(), {g.L, g.C}, weight_dtype, need.weight), output(cpu(), {g.L}, weight_dtype, need.bias)},
         d_features(out.features, view_bytes), dz(2 * N * g.L), g_s(N) {}
 
   HeadGradients run() {
@@ -458,7 +457,7 @@ Tensor cam_forward_as(const Tensor& features, const Tensor& weight) {
   const Geometry g{C, HW, L, is_channels_last(features)};
   const Kernels& k = kernels(storage_of(features.scalar_type()));
   const int64_t pitch = round_up(HW, k.lanes);
-  Tensor maps = output({M, L, H, W}, kCompute<A>);
+  Tensor maps = output(cpu(), {M, L, H, W}, kCompute<A>);
   const auto packed = pack<A>(k, g, weight);
   const char* f = static_cast<const char*>(features.data_ptr());
   const int64_t view_bytes = C * HW * bytes_of(features.scalar_type());
@@ -488,7 +487,7 @@ std::tuple<Tensor, Tensor> cam_backward_as(const Tensor& d_maps, const Tensor& f
   const Kernels& k = kernels(storage_of(dtype));
   const int64_t pitch = round_up(HW, k.lanes);
   Tensor d_features = feature_output(M, C, H, W, dtype, channels_last, need_features);
-  Tensor d_weight = output({L, C}, weight.scalar_type(), need_weight);
+  Tensor d_weight = output(cpu(), {L, C}, weight.scalar_type(), need_weight);
   const auto packed = need_features ? pack<A>(k, g, weight) : Buffer<A>(0);
   const int64_t view_bytes = C * HW * bytes_of(dtype);
   const bool streaming = M * view_bytes >= kStreamingBytes;
@@ -536,7 +535,7 @@ Tensor cross_entropy_forward_as(const Tensor& logits, const Tensor& targets, con
     const A* const row = z.data() + m * L;
     losses[m] = cross_entropy(row, log_sum_exp(row, L), t.data(), L);
   }
-  Tensor out = output(mean ? Shape{} : Shape{M}, kCompute<A>);
+  Tensor out = output(cpu(), mean ? Shape{} : Shape{M}, kCompute<A>);
   if (mean)
     *static_cast<A*>(out.data_ptr()) = mean_of(losses);
   else if (M)
@@ -558,7 +557,7 @@ Tensor cross_entropy_backward_as(const Tensor& d_loss, const Tensor& logits, con
   const std::vector<A> z = values<A>(logits);
   const Upstream<A> g{OptionalTensor(d_loss)};
   const ScalarType dtype = logits.scalar_type();
-  Tensor out = output({M, L}, dtype);
+  Tensor out = output(cpu(), {M, L}, dtype);
   void* const to = out.data_ptr();
   std::vector<A> dz(L), t(L);
   for (int64_t m = 0; m < M; ++m) {
@@ -582,8 +581,7 @@ Tensor paired_views(const Tensor& images, const Tensor& indices, const Tensor& s
                     const std::vector<double>& mean, const std::vector<double>& std,
                     const std::vector<int64_t>& chances, const std::vector<int64_t>& reach,
                     const std::vector<double>& crop, double brightness, double contrast, double noise,
-                    const std::vector<double>& erase, const std::vector<int64_t>& twin_map, bool both,
-                    ScalarType dtype) {
+                    const std::vector<double>& erase, int64_t twin_map, bool both, ScalarType dtype) {
   const auto rectangle = [](const std::vector<double>& x) { return Rectangle{float(x[0]), float(x[1]), float(x[2])}; };
   if (epoch_tensor) epoch = *static_cast<const int64_t*>(epoch_tensor->data_ptr());
   const int64_t K = images.size(0), N = indices.size(0), C = images.size(3), H = size[0], W = size[1];

@@ -32,44 +32,28 @@ inline int64_t bytes_of(ScalarType dtype) {
   return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
 }
 
-// By the C shim, past the dispatcher, which a call would go through for every output.
-inline Tensor empty(const Shape& shape, const int64_t* strides, ScalarType dtype) {
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      shape.size(), shape.data(), strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-inline Tensor output(const Shape& shape, ScalarType dtype, bool wanted = true) {
-  int64_t strides[4], step = 1;
-  if (!wanted) return empty({0}, &step, dtype);
-  for (size_t i = shape.size(); i-- > 0; step *= std::max<int64_t>(shape[i], 1)) strides[i] = step;
-  return empty(shape, strides, dtype);
-}
+inline DeviceId cpu() { return {aoti_torch_device_type_cpu(), 0}; }
 
 // A gradient of the features, or views. A large fresh one costs more in page faults than in stores, so it is allocated
 // on whole huge pages of its own: the ends of a mapping that begins anywhere would be small pages.
 inline Tensor feature_output(int64_t M, int64_t C, int64_t H, int64_t W, ScalarType dtype, bool channels_last,
                              bool wanted) {
-  if (!wanted) return output({0}, dtype);
-  const Shape shape{M, C, H, W};
-  const int64_t nchw[] = {C * H * W, H * W, W, 1}, nhwc[] = {C * H * W, 1, W * C, C};
-  const int64_t* const strides = channels_last ? nhwc : nchw;
+  if (!wanted) return output(cpu(), {0}, dtype);
+  const Shape shape{M, C, H, W}, strides = feature_strides(C, H, W, channels_last);
   const int64_t size = bytes_of(dtype), bytes = M * C * H * W * size;
 #if defined(__linux__)
   if (bytes >= kHugePage) {
     const int64_t whole = round_up(bytes, kHugePage);
-    Tensor room = output({(whole + kHugePage) / size}, dtype);  // what is never touched never becomes memory
+    Tensor room = output(cpu(), {(whole + kHugePage) / size}, dtype);  // what is never touched never becomes memory
     const int64_t address = reinterpret_cast<int64_t>(room.data_ptr()), begin = round_up(address, kHugePage);
     madvise(reinterpret_cast<void*>(begin), whole, MADV_HUGEPAGE);  // advice: failure changes nothing
     AtenTensorHandle handle = nullptr;
     TORCH_ERROR_CODE_CHECK(
-        aoti_torch__reinterpret_tensor(room.get(), 4, shape.data(), strides, (begin - address) / size, &handle));
+        aoti_torch__reinterpret_tensor(room.get(), 4, shape.size, strides.size, (begin - address) / size, &handle));
     return Tensor(handle);
   }
 #endif
-  return empty(shape, strides, dtype);
+  return empty(cpu(), shape, strides, dtype);
 }
 
 struct Free {

@@ -6,7 +6,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/MemoryFormat.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
@@ -16,7 +15,6 @@
 #include <string>
 #include <tuple>
 #include <utility>
-#include <vector>
 
 #include "../operators.h"
 #include "kernels.cuh"
@@ -44,6 +42,7 @@ class Device {
     return static_cast<cudaStream_t>(stream);
   }
   int32_t index() const { return index_; }
+  DeviceId id() const { return {aoti_torch_device_type_cuda(), index_}; }
   const Granted& granted() const { return granted_; }
 
  private:
@@ -61,17 +60,10 @@ void share(ForwardParams& params, Storage storage, const Device& device) {
   params.early = granted.early;
 }
 
-Tensor output(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype, bool wanted = true) {
-  if (!wanted) shape = {0};
-  return torch::stable::new_empty(like, shape, dtype);
-}
-
-Tensor feature_output(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype, bool channels_last,
+Tensor feature_output(DeviceId device, int64_t M, int64_t C, int64_t H, int64_t W, ScalarType dtype, bool channels_last,
                       bool wanted) {
-  if (!wanted) return output(like, {0}, dtype);
-  return torch::stable::empty(
-      shape, dtype, std::nullopt, like.device(), std::nullopt,
-      channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
+  if (!wanted) return output(device, {0}, dtype);
+  return empty(device, {M, C, H, W}, feature_strides(C, H, W, channels_last), dtype);
 }
 
 // Null for a tensor without elements.
@@ -125,8 +117,7 @@ HeadForwardOutputs head_forward(const HeadForwardArguments& a) {
   const Geometry g = geometry(N, C, H, W, a.weight.size(0), 2, is_channels_last(a.features), a.options.twin);
   const Device device(a.features);
   const cudaStream_t stream = device.stream();
-  const auto allocate = [&](Shape shape, bool wanted) { return output(a.features, shape, ScalarType::Float, wanted); };
-  HeadForwardOutputs out = head_forward_outputs(a, allocate);
+  HeadForwardOutputs out = head_forward_outputs(a, device.id(), ScalarType::Float);
   if (N == 0) {  // NaN of nothing, as PyTorch's own losses
     for (Tensor* t : {&out.loss, &out.classification, &out.consistency})
       if (a.options.mean && t->numel()) torch::stable::fill_(*t, std::numeric_limits<double>::quiet_NaN());
@@ -150,7 +141,7 @@ HeadForwardOutputs head_forward(const HeadForwardArguments& a) {
   std::optional<Tensor> per_sample;
   std::optional<Ticket> ticket;
   if (a.options.mean) {
-    per_sample = allocate({2, N}, true);
+    per_sample = output(device.id(), {2, N}, ScalarType::Float);
     params.per_sample = data(*per_sample);
     params.ticket = ticket.emplace(device, a.features, stream).get();
   }
@@ -163,9 +154,9 @@ HeadGradients head_backward(const HeadBackwardArguments& a) {
   const int64_t L = a.weight.size(0), C = a.weight.size(1);
   const ScalarType weight_dtype = a.weight.scalar_type();
   const Device device(a.weight);
-  const HeadGradients out{feature_output(a.weight, {2 * N, C, H, W}, a.dtype, a.channels_last, a.need.features),
-                          output(a.weight, {L, C}, weight_dtype, a.need.weight),
-                          output(a.weight, {L}, weight_dtype, a.need.bias)};
+  const HeadGradients out{feature_output(device.id(), 2 * N, C, H, W, a.dtype, a.channels_last, a.need.features),
+                          output(device.id(), {L, C}, weight_dtype, a.need.weight),
+                          output(device.id(), {L}, weight_dtype, a.need.bias)};
   BackwardParams params{};
   params.early = device.granted().early;
   params.g = geometry(N, C, H, W, L, 2, a.channels_last, a.twin);
@@ -190,7 +181,7 @@ Tensor cam_forward(Tensor features, Tensor weight) {
   params.features = data<void>(features);
   params.weight = parameter(weight);
   share(params, storage_of(features.scalar_type()), device);
-  Tensor maps = output(features, {params.g.N, params.g.L, params.g.H, params.g.W}, ScalarType::Float);
+  Tensor maps = output(device.id(), {params.g.N, params.g.L, params.g.H, params.g.W}, ScalarType::Float);
   params.maps = data(maps);
   if (params.g.N)
     launch_forward(storage_of(features.scalar_type()), params, device.granted().multiprocessors, device.stream());
@@ -201,9 +192,9 @@ std::tuple<Tensor, Tensor> cam_backward(Tensor d_maps, Tensor features, Tensor w
                                         bool channels_last, bool need_features, bool need_weight) {
   const int64_t M = d_maps.size(0), L = d_maps.size(1), H = d_maps.size(2), W = d_maps.size(3), C = weight.size(1);
   const Device device(weight);
-  Tensor d_features = feature_output(weight, {M, C, H, W}, dtype, channels_last, need_features);
-  Tensor d_weight = output(weight, {L, C}, weight.scalar_type(), need_weight);
-  Tensor cam_grad = output(weight, {M, L, C}, ScalarType::Float, need_weight);
+  Tensor d_features = feature_output(device.id(), M, C, H, W, dtype, channels_last, need_features);
+  Tensor d_weight = output(device.id(), {L, C}, weight.scalar_type(), need_weight);
+  Tensor cam_grad = output(device.id(), {M, L, C}, ScalarType::Float, need_weight);
   const Geometry g = geometry(M, C, H, W, L, 1, channels_last, {});
   const Granted& granted = device.granted();
   if (need_weight && M) {
@@ -232,7 +223,7 @@ Tensor cross_entropy_forward(Tensor logits, Tensor targets, Tensor target_table,
   const Device device(logits);
   CrossEntropyParams params{};
   params.M = logits.size(0), params.L = logits.size(1);
-  Tensor loss = output(logits, mean ? std::vector<int64_t>{} : std::vector<int64_t>{params.M}, ScalarType::Float);
+  Tensor loss = output(device.id(), mean ? Shape{} : Shape{params.M}, ScalarType::Float);
   if (params.M == 0) {
     if (mean) torch::stable::fill_(loss, std::numeric_limits<double>::quiet_NaN());
     return loss;
@@ -244,7 +235,7 @@ Tensor cross_entropy_forward(Tensor logits, Tensor targets, Tensor target_table,
   std::optional<Tensor> per_sample;
   std::optional<Ticket> ticket;
   if (mean) {
-    per_sample = output(logits, {params.M}, ScalarType::Float);
+    per_sample = output(device.id(), {params.M}, ScalarType::Float);
     params.per_sample = data(*per_sample);
     params.ticket = ticket.emplace(device, logits, stream).get();
   }
@@ -256,7 +247,7 @@ Tensor cross_entropy_backward(Tensor d_loss, Tensor logits, Tensor targets, Tens
   const Device device(logits);
   CrossEntropyParams params{};
   params.M = logits.size(0), params.L = logits.size(1);
-  Tensor d_logits = output(logits, {params.M, params.L}, logits.scalar_type());
+  Tensor d_logits = output(device.id(), {params.M, params.L}, logits.scalar_type());
   if (params.M == 0) return d_logits;
   params.logits = logits.data_ptr();
   params.targets = targets_of(targets, target_table);

@@ -1,10 +1,11 @@
 """Building csrc with ninja and loading it, ahead (``python -m rebalfer_kernels build``) or on first use.
 
-Two libraries, ``cpu`` and ``cuda``, by one recipe, against PyTorch's stable ABI for torch 2.11 and later. A library's
-name has a hash of its sources and flags, so that nothing stale is ever loaded, but neither the compiler nor torch's
-version, so that what was built elsewhere is. It is looked for in the package, which ``make wheel`` ships with the
-libraries inside, then in a cache. Processes that build at the same moment take turns at a lock, and the finished file
-appears by an atomic rename. With ``REBALFER_BUILD=0`` nothing is built, only what is stored is loaded.
+Three libraries by one recipe: ``cpu`` and ``cuda`` against PyTorch's stable ABI, for torch 2.11 and later;
+``autograd``, which needs more than that, for one version of torch. A library's name has a hash of its sources and
+flags, so that nothing stale is ever loaded, but not the compiler nor, with the stable ABI, torch's version, so that
+what was built elsewhere is. It is looked for in the package, which ``make wheel`` ships with the libraries inside, then
+in a cache. Processes that build at the same moment take turns at a lock, and the finished file appears by an atomic
+rename. With ``REBALFER_BUILD=0`` nothing is built, only what is stored is loaded.
 """
 
 from .cache import cache_directory, cache_files, clear_cache

@@ -9,7 +9,7 @@ from .library import build
 from .recipe import AHEAD
 from .tools import BuildError
 
-SUMMARY = "compile native kernels into the cache, unless they are stored there or shipped with the package"
+SUMMARY = "compile native kernels and their autograd into the cache, unless they are stored there or shipped"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,9 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Build what was asked for and print where it is stored; returns the exit status."""
+    """Build what was asked for and print where each library is stored; returns the exit status."""
     try:
         print(build(options.part, tuple(options.arch)))
+        print(build("autograd"))
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -20,12 +20,17 @@ from .tools import BuildError, ToolMissing, find_ninja
 
 logger = logging.getLogger(__package__)
 
-_DURATION = {"cpu": "about a minute", "cuda": "some minutes"}
+#: Part -> what is built, how long that takes, and what it means that it is absent.
+_PARTS = {
+    "cpu": ("CPU kernels", "about a minute", "the cpu backend is absent"),
+    "cuda": ("CUDA kernels", "some minutes", "the cuda backend is absent"),
+    "autograd": ("C++ autograd", "about half a minute", "small calls take longer, their autograd is in Python"),
+}
 
 
 @functools.cache
 def load(part: str) -> tuple[bool, str]:
-    """Whether "cpu" or "cuda" can serve, built and loaded if need be, and "available" or the reason why not."""
+    """Whether a part is there, built and loaded if need be, and "available" or the reason why not."""
     try:
         if part == "cuda" and not torch.cuda.is_available():
             return False, "no CUDA GPU" if torch.version.cuda else "this torch is built without CUDA"
@@ -37,8 +42,9 @@ def load(part: str) -> tuple[bool, str]:
                 f"`python -m rebalfer_kernels build cuda --arch {architectures}` builds for those of this machine)"
             )
     except (OSError, RuntimeError, ValueError) as error:  # whatever the machine lacks; the reference serves
-        level = logging.INFO if isinstance(error, ToolMissing) and part == "cuda" else logging.WARNING
-        logger.log(level, "the %s backend is absent: %s", part, error)
+        expected = part != "cpu" and isinstance(error, ToolMissing)
+        expected |= part == "autograd" and os.environ.get("REBALFER_BUILD") == "0"
+        logger.log(logging.INFO if expected else logging.WARNING, "%s: %s", _PARTS[part][2], error)
         return False, (str(error) or repr(error)).splitlines()[0]
     return True, "available"
 
@@ -121,6 +127,7 @@ def _build(recipe: Recipe, directory: Path) -> Path:
     before = _identity(library)
     if os.environ.get("REBALFER_BUILD") == "0":
         raise BuildError(f"not built, and REBALFER_BUILD=0 (`python -m rebalfer_kernels build {recipe.arguments}`)")
+    recipe.compiler()  # where it is missing, no folder is made
     with cache.lock(directory, part):
         if _identity(library) not in (None, before):
             return library
@@ -145,11 +152,11 @@ def _identity(library: Path) -> tuple[int, int] | None:
 def _run_ninja(recipe: Recipe, work: str) -> None:
     command = [find_ninja(), "-C", work]
     # No warning, but what a user who waits should see: without any configuration, Python shows only warnings.
-    part, directory, duration = recipe.part, Path(work).parent, _DURATION[recipe.part]
-    logger.warning("building the %s kernels in %s, once; this takes %s", part.upper(), directory, duration)
+    what, duration, _ = _PARTS[recipe.part]
+    logger.warning("building the %s in %s, once; this takes %s", what, Path(work).parent, duration)
     run = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if run.returncode:
         raise BuildError(
-            f"building the {part.upper()} kernels failed; repeat it with "
+            f"building the {what} failed; repeat it with "
             f"`python -m rebalfer_kernels build {recipe.arguments}`\n" + run.stdout[-4000:] + run.stderr[-2000:]
         )

@@ -44,11 +44,12 @@ class Recipe(NamedTuple):
     objects: dict[str, tuple[str, str]]  #: object -> its source and flags of its own
     libraries: str
     arguments: str  #: of the command ``build`` that builds it
+    torch: str = ""  #: the version of torch whose C++ ABI it needs; none where the stable ABI is all it uses
 
     def name(self) -> str:
-        """File name with a hash of the sources, flags, platform and stable ABI.
+        """File name with a hash of the sources, flags, platform and ABI.
 
-        No compiler and no version of torch is part of it, so that a library is found where no compiler is installed.
+        No compiler is part of it, so that a library is found where none is installed.
         """
         digest = hashlib.sha256(repr((self, compiler_options(), sys.platform, platform.machine())).encode())
         for file in sorted([*_sources().glob("*.h"), *(_sources() / self.part).glob("*.[ch]*")]):
@@ -60,7 +61,7 @@ class Recipe(NamedTuple):
 
         It reaches all else through links, so that no path has to be quoted for ninja, the shell and nvcc.
         """
-        compiler = shlex.join(self._compiler()).replace("$", "$$")
+        compiler = shlex.join(self.compiler()).replace("$", "$$")
         (work / "csrc").symlink_to(_sources())
         (work / "torch").symlink_to(Path(torch.__file__).parent.absolute())
         lines = [
@@ -72,8 +73,9 @@ class Recipe(NamedTuple):
         lines.append(f"build library.so: link {' '.join(self.objects)}")
         (work / "build.ninja").write_text("\n".join(lines) + "\n")
 
-    def _compiler(self) -> list[str]:
-        if self.part == "cpu":
+    def compiler(self) -> list[str]:
+        """The first words of its command. Raises ToolMissing."""
+        if self.part != "cuda":
             return find_compiler()
         if not os.environ.get("CXX"):
             return [find_nvcc()]
@@ -90,6 +92,12 @@ def cpu_recipe() -> Recipe:
         exact = "-ffp-contract=off -fno-math-errno"  # views round as the reference does; roots are instructions
         objects[f"views_{isa}.o"] = ("views.cpp", f"{own} {exact} -DREBALFER_ISA=views_{isa}")
     return Recipe("cpu", flags, objects, "-ltorch_cpu -lc10", "cpu")
+
+
+def autograd_recipe() -> Recipe:
+    flags = "-std=c++20 -O2 -fPIC -fvisibility=hidden -Itorch/include"
+    objects = {"head.o": ("head.cpp", "")}
+    return Recipe("autograd", flags, objects, "-ltorch_cpu -lc10", "cpu", str(torch.__version__))
 
 
 def cuda_recipe(architectures: Sequence[str]) -> Recipe:
@@ -113,8 +121,8 @@ def cuda_recipe(architectures: Sequence[str]) -> Recipe:
 
 def recipes(part: str, architectures: Sequence[str] | None = None) -> list[Recipe]:
     """Those that serve, the preferred one first: for CUDA the present GPUs' own, then the one made ahead of time."""
-    if part == "cpu":
-        return [cpu_recipe()]
+    if part != "cuda":
+        return [cpu_recipe() if part == "cpu" else autograd_recipe()]
     return [cuda_recipe(a) for a in ([architectures] if architectures else [present_architectures(), AHEAD])]
 
 

@@ -23,7 +23,6 @@ An output that is not wanted is None here and in the kernels; only in the operat
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -111,9 +110,9 @@ def _cdiv(a: int, b: int) -> int:
     return (a + b - 1) // b
 
 
-def _twin(twin_map: Sequence[int], height: int, width: int) -> dict[str, int]:
+def _twin(twin_map: int, height: int, width: int) -> dict[str, int]:
     names = ("twin_offset", "twin_stride_h", "twin_stride_w")
-    return dict(zip(names, TwinMap(*twin_map).on(height, width), strict=True))
+    return dict(zip(names, TwinMap.of(twin_map).on(height, width), strict=True))
 
 
 def _check_labels(targets: Tensor | None, classes: int) -> None:
@@ -445,7 +444,7 @@ def paired_views(images, indices, samples, epoch_tensor, epoch, seed, *rest):
     n, (k, h, w, channels), (height, width) = len(indices), images.shape, plan.size
     shape = (n * (1 + both), channels, height, width)
     out = torch.empty(shape, dtype=dtype, device=images.device, memory_format=torch.channels_last)
-    offset, stride_h, stride_w = TwinMap(*twin_map).on(height, width)
+    offset, stride_h, stride_w = TwinMap.of(twin_map).on(height, width)
     flip, noise, erase = plan.chances
     _launch(
         views.paired_views_kernel,

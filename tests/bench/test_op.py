@@ -115,6 +115,19 @@ def test_the_dtypes_take_turns_at_each_size_that_has_both(monkeypatch):
     assert len(turns) == 2 * (measure.WARM_UP + measure.MINIMUM)
 
 
+def test_the_identity_op_takes_turns_with_ours_alone_at_the_fixed_cost(monkeypatch):
+    times = {"ours": (20.0, 13.0), "identity": (10.0, 8.0)}
+
+    def phases_ms(clock, runs, seconds):
+        assert set(runs) == set(times)
+        return {name: {"forward": [0, times[name][0], 0], "backward": [0, times[name][1], 0]} for name in runs}
+
+    monkeypatch.setattr(measure, "phases_ms", phases_ms)
+    smallest = Case(1, 16, "nchw", torch.float32)
+    ratios = op.fixed_cost([smallest, smallest._replace(C=17)], 0.0, FakeClock())
+    assert ratios == {smallest.name: {"forward": 2.0, "backward": 1.625}}
+
+
 def test_a_cpus_run_writes_what_it_measured(monkeypatch, tmp_path):
     monkeypatch.setattr(baselines, "contenders", lambda case, more: baselines.FORMULATIONS)  # without the compiler
     monkeypatch.setattr(op, "copy_gb_per_s", lambda device: 10.0)

@@ -80,7 +80,8 @@ def kill(mutant: Mutant, work: str) -> tuple[str, float]:
     shutil.rmtree(tree)
     # 1: a test failed; 0: none did, or all were skipped; anything else is no verdict (no such test, ...).
     verdict = {0: "SURVIVED", 1: "killed"}.get(status, f"pytest exited with {status}")
-    if "building the CPU kernels failed" in output or " -x c++ " in output:  # the second is the emulator's compiler
+    # The last is the emulator's compiler.
+    if any(f"building the {part} failed" in output for part in ("CPU kernels", "C++ autograd")) or " -x c++ " in output:
         verdict = "does not compile"
     return verdict if verdict == "killed" else f"{verdict}\n{output[-1500:]}", time.monotonic() - start
 
@@ -88,7 +89,8 @@ def kill(mutant: Mutant, work: str) -> tuple[str, float]:
 def failure_without_a_fault(tests: set[str], work: str) -> str:
     """What pytest printed if the tests do not pass on the tree as it is; empty if they do."""
     interpreted = sorted(filter(_interpreted, tests))
-    native = ["test_native.py::test_it_builds_here", *sorted(tests - set(interpreted))]
+    built = ["test_native.py::test_it_builds_here", "test_native.py::test_the_autograd_builds_here"]
+    native = [*built, *sorted(tests - set(interpreted))]
     for part in (native, interpreted):
         status, output = run(copy(work), part) if part else (0, "")
         if status != 0:

@@ -1,5 +1,5 @@
 """The injected faults, one file for each part of the sources."""
 
-from . import cpu, cuda, python, triton
+from . import autograd, cpu, cuda, python, triton
 
-MUTANTS = python.MUTANTS + cpu.MUTANTS + triton.MUTANTS + cuda.MUTANTS
+MUTANTS = python.MUTANTS + autograd.MUTANTS + cpu.MUTANTS + triton.MUTANTS + cuda.MUTANTS

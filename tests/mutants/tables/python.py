@@ -41,8 +41,8 @@ MUTANTS = [
     Mutant(
         "the index of the twin's map with h and w exchanged",
         "rebalfer_kernels/transforms.py",
-        "coefficients += [at, at_down - at, at_right - at]",
-        "coefficients += [at, at_right - at, at_down - at]",
+        "start, down, right = corners // 16, corners // 4 % 4, corners % 4",
+        "start, right, down = corners // 16, corners // 4 % 4, corners % 4",
         "test_head.py::test_square_transforms",
     ),
     Mutant(
@@ -69,8 +69,8 @@ MUTANTS = [
     Mutant(
         'views="original" classifies the twin too',
         "rebalfer_kernels/functional.py",
-        'TWIN_MAPS[transform]), views == "both", reduction',
-        "TWIN_MAPS[transform]), True, reduction",
+        'TWIN_MAPS[transform].corners, views == "both", reduction',
+        "TWIN_MAPS[transform].corners, True, reduction",
         "test_head.py::test_options",
     ),
     Mutant(
