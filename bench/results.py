@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import rebalfer_kernels as rk
+from rebalfer_kernels import native
 from rebalfer_kernels.doctor.environment import environment as machine
 from rebalfer_kernels.doctor.environment import without_home
 
@@ -33,6 +34,7 @@ def environment(kind: str) -> dict[str, Any]:
         "transparent_hugepage": pages.read_text().strip() if pages.exists() else None,
         "load_average": os.getloadavg(),
         "backends": rk.backends(),
+        "cpp_autograd": native.load("autograd")[1],
         **version(),
     }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -30,7 +31,7 @@ struct DeviceId {
   int32_t type, index;
 };
 
-// By the C shim, past the dispatcher, which a call would go through for every output.
+// By the C shim: on a CPU past the dispatcher, else by a plain call of it in place of a boxed one.
 inline Tensor empty(DeviceId device, const Shape& shape, const Shape& strides, ScalarType dtype) {
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
@@ -47,6 +48,9 @@ inline Tensor output(DeviceId device, const Shape& shape, ScalarType dtype, bool
   for (int64_t i = shape.rank; i-- > 0; step *= std::max<int64_t>(shape.size[i], 1)) strides.size[i] = step;
   return empty(device, shape, strides, dtype);
 }
+
+// An upstream gradient, which has any strides, as kernels read it.
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 // The strides of features (M, C, H, W).
 inline Shape feature_strides(int64_t C, int64_t H, int64_t W, bool channels_last) {
@@ -113,7 +117,7 @@ struct Needed {
 };
 
 struct HeadBackwardArguments {
-  const OptionalTensor &d_loss, &d_classification, &d_consistency, &d_logits;
+  const OptionalTensor &d_loss, &d_classification, &d_consistency, d_logits;
   const Tensor &weight, &map_grad, &logit_grad, &pooled, &cam_grad;
   double consistency_weight;
   TwinMap twin;
@@ -157,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor> head_backward_operator(
   HeadGradients out = run({d_loss,
                            d_classification,
                            d_consistency,
-                           d_logits,
+                           d_logits ? OptionalTensor(dense(*d_logits)) : std::nullopt,
                            weight,
                            map_grad,
                            logit_grad,

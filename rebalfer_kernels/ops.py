@@ -253,13 +253,13 @@ class _FirstOrderOnly(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, name: str, count: int, *tensors: Tensor | None):
-        ctx.name = name
+        ctx.operation = name
         return tuple(t if t is None else t.view_as(t) for t in tensors[:count])
 
     @staticmethod
     def backward(ctx, *_):
         raise RuntimeError(
-            f"{ctx.name}: second-order gradients are not implemented by the fused backends; "
+            f"{ctx.operation}: second-order gradients are not implemented by the fused backends; "
             'use backend="reference" where a gradient must itself be differentiated'
         )
 
@@ -299,8 +299,6 @@ class HeadLossFunction(torch.autograd.Function):
         lam, plan = ctx.call
         if not plan.classified:  # torch.compile passes empty gradients of empty outputs
             d_loss = d_classification = d_logits = None
-        if d_logits is not None:
-            d_logits = d_logits.contiguous()
         upstream = (d_loss, d_classification, d_consistency, d_logits)
         need = ctx.needs_input_grad[:3]
         d_features, d_weight, d_bias = OPERATORS[plan.backend]["head_backward"](
@@ -328,7 +326,7 @@ class ClassActivationMapsFunction(torch.autograd.Function):
         features, weight, anchor = ctx.saved_tensors
         need = ctx.needs_input_grad[:2]
         d_features, d_weight = OPERATORS[ctx.backend]["cam_backward"](
-            d_maps.contiguous(), weight if features is None else features, weight, ctx.dtype, ctx.channels_last, *need
+            d_maps, weight if features is None else features, weight, ctx.dtype, ctx.channels_last, *need
         )
         grads = (d_features if need[0] else None, d_weight if need[1] else None)
         d_features, d_weight = _first_order("class_activation_maps", grads, (anchor, weight, d_maps))

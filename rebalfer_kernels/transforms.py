@@ -2,8 +2,8 @@
 
 Every transform is a symmetry of the square, so T(A~)[h, w] reads A~ in a row and a column that are each linear in h and
 w, with coefficients that do not depend on the size of the map: six small integers are all a kernel needs to undo it, on
-the load or on the tiny map. Where three corners go says them all, so the operators take one number. A new transform is
-one row of ``reference.TRANSFORMS``.
+the load or on the tiny map. Where three corners go determines all six, so the operators take one number. A new
+transform is one row of ``reference.TRANSFORMS``.
 """
 
 from __future__ import annotations

@@ -95,6 +95,18 @@ def test_rebalanced_cross_entropy(backend, dtype, soft, mean):
 
 
 @EVERY_BACKEND
+def test_an_upstream_gradient_that_is_zero_without_memory(backend, autograd):
+    """PyTorch makes such tensors itself; operators get them expanded from one element."""
+    features, weight, bias, targets, table, v = there(backend, *case(3, 20, 5, 3, 4, torch.float32))
+    f = features.requires_grad_()
+    out = rk.rebalanced_head_loss(f, weight, bias, targets, target_table=table, map_weights=v, backend=backend.name)
+    maps = rk.class_activation_maps(f, weight, backend=backend.name)
+    for x in (out.logits, maps):
+        (gradient,) = torch.autograd.grad(x, f, torch._efficientzerotensor(x.shape, device=x.device))
+        assert gradient.shape == f.shape and not gradient.any()
+
+
+@EVERY_BACKEND
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_upstream_gradients_of_any_stride(backend, layout, autograd):
     data = features, weight, bias, targets, table, v = case(3, 20, 5, 3, 4, torch.float32, layout)

@@ -145,8 +145,17 @@ def test_autograd_contract(backend, autograd):
         assert all(t.data_ptr() != f.data_ptr() for t in saved if t.numel())
     grads = [torch.autograd.grad(out.loss, (f, w, b), retain_graph=True) for _ in range(3)]
     assert all(torch.equal(x, y) for g in grads[1:] for x, y in zip(g, grads[0], strict=True))
+    for i, leaf in enumerate((f, w, b)):
+        assert torch.equal(torch.autograd.grad(out.loss, leaf, retain_graph=True)[0], grads[0][i])
     scaled = torch.autograd.grad(out.loss * 2.0**16, (f, w, b))
     assert all(torch.equal(x / 2.0**16, y) for x, y in zip(scaled, grads[0], strict=True))
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        out.loss.backward()
+    loss = rk.rebalanced_head_loss(f, w, b, targets, target_table=table, map_weights=v, backend=backend.name).loss
+    with torch.no_grad():
+        w.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("backend", FUSED)

@@ -357,13 +357,29 @@ def test_where_the_autograd_cannot_be_built_python_serves_in_silence(directory, 
     assert list(directory.iterdir()) == [directory / built.name]
 
 
-def test_where_building_the_autograd_fails_python_serves_and_the_message_is_shown(tmp_path, directory, built):
+@COMPILER
+def test_where_building_the_autograd_fails_python_serves_and_the_message_is_shown_once(
+    tmp_path, directory, built, monkeypatch
+):
     shutil.copy(built, directory)
     compiler = script(tmp_path / "failing", "echo 'no space on moon' >&2; exit 1")
     out, errors = start(directory, "-c", GRADIENT, CXX=str(compiler)).communicate(timeout=100)
     assert out.split() == ["available", "Python"]
-    assert "small calls take longer, their autograd is in Python: building the C++ autograd failed" in errors
+    assert "the C++ autograd is absent, so small calls take longer: building the C++ autograd failed" in errors
     assert "no space on moon" in errors
+    # No other process tries; who asks for it does.
+    out, errors = start(directory, "-c", GRADIENT, CXX=str(compiler)).communicate(timeout=100)
+    assert out.split() == ["available", "Python"] and errors == ""
+    run = start(directory, "-m", "rebalfer_kernels", "build", CXX=str(compiler))
+    out, errors = run.communicate(timeout=100)
+    assert run.returncode == 0 and out == f"{directory / built.name}\n"
+    assert "without the C++ autograd, small calls take longer: building" in errors and "no space on moon" in errors
+    run = start(directory, "-m", "rebalfer_kernels", "build", PATH="", CXX="")
+    out, errors = run.communicate(timeout=100)
+    assert run.returncode == 0 and errors == f"without the C++ autograd, small calls take longer: {NO_COMPILER}\n"
+    monkeypatch.setenv("CXX", "")
+    assert native.build("autograd") in set(directory.glob("rebalfer_autograd_*.so"))
+    assert not list(directory.glob("*.failed"))
 
 
 @COMPILER

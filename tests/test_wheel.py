@@ -49,7 +49,7 @@ def pure(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shipping(tmp_path_factory):
-    return wheel.make(tmp_path_factory.mktemp("shipping"), [native.build()])
+    return wheel.make(tmp_path_factory.mktemp("shipping"), [native.build(), native.build("autograd")])
 
 
 def names(file):
@@ -92,9 +92,10 @@ def test_the_pure_wheel_builds_on_first_use_and_is_right(pure, tmp_path):
 
 
 def test_the_wheel_with_libraries_holds_them_besides(pure, shipping):
-    assert shipping.name.endswith(f"-py3-none-{wheel.platform_tag([native.build()])}.whl")
-    (more,) = {name for name in names(shipping) - names(pure) if ".dist-info/" not in name}
-    assert more == f"rebalfer_kernels/native/shipped/{native.cpu_recipe().name()}"
+    built = [native.build(), native.build("autograd")]
+    assert shipping.name.endswith(f"-py3-none-{wheel.platform_tag(built)}.whl")
+    more = {name for name in names(shipping) - names(pure) if ".dist-info/" not in name}
+    assert more == {f"rebalfer_kernels/native/shipped/{file.name}" for file in built}
 
 
 @pytest.mark.parametrize("name", ["this one", *ENVIRONMENTS])
@@ -106,10 +107,15 @@ def test_the_wheel_with_libraries_needs_no_compiler_and_builds_nothing(shipping,
         pytest.skip(f"there is no {name} besides the environment of this test")
     site = tmp_path / "site"
     install(python, shipping, site)
-    code = FIRST_USE + "print(rk.backends()['cpu'], *torch.ops.loaded_libraries)"
+    code = FIRST_USE + "print(rk.backends()['cpu'], *sorted(torch.ops.loaded_libraries))"
     variables = {"PYTHONPATH": str(site), "REBALFER_CACHE_DIR": str(tmp_path / "cache"), "PATH": str(tmp_path)}
-    library = site / "rebalfer_kernels/native/shipped" / native.cpu_recipe().name()
-    assert run(python, "-c", code, site, cwd=tmp_path, **variables) == f"right\navailable {library}\n"
+    shipped = site / "rebalfer_kernels/native/shipped"
+    loaded = [shipped / native.cpu_recipe().name()]
+    if name == "this one":  # the other torch has Python's autograd
+        loaded.insert(0, shipped / native.build("autograd").name)
+    assert (
+        run(python, "-c", code, site, cwd=tmp_path, **variables) == f"right\navailable {' '.join(map(str, loaded))}\n"
+    )
     assert not (tmp_path / "cache").exists()
 
 
@@ -131,6 +137,11 @@ def test_a_symbol_version_of_unknown_age_is_refused(monkeypatch):
     monkeypatch.setattr(wheel, "_output", lambda *command: "GLIBCXX_3.4.99")
     with pytest.raises(native.BuildError, match=r"GLIBCXX_3\.4\.99"):
         wheel.platform_tag([Path("some.so")])
+
+
+def test_every_library_is_in_the_wheel(monkeypatch):
+    monkeypatch.setattr(wheel, "build", lambda part, *architectures: (part, *architectures))
+    assert wheel.libraries() == [("cpu",), ("autograd",), ("cuda", native.AHEAD)]
 
 
 def test_libraries_are_not_made_with_options_that_users_will_not_have(monkeypatch):

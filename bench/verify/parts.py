@@ -119,7 +119,7 @@ def _first_build(rehearse: bool) -> Piece:
 
 def _build(part: str, weight: float) -> Piece:
     # Of CUDA only for the present GPU, as on first use: a quarter of what `build cuda` compiles.
-    code = f"from rebalfer_kernels import native; print(native.build({part!r}))"
+    code = f"from rebalfer_kernels import native; print(native.build({part!r})); print(native.load('autograd'))"
     return Piece(f"build-{part}", weight, lambda _: [PYTHON, "-c", code])
 
 

@@ -139,7 +139,6 @@ struct HeadLoss : Function<HeadLoss> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
     const auto given = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
-    const OptionalTensor d_logits = given(upstream[3].defined() ? upstream[3].contiguous() : Tensor());
     const variable_list saved = ctx->get_saved_variables();
     const auto [consistency_weight, packed, dtype, channels_last, has_bias] =
         ctx->saved_data["constants"].to<std::tuple<double, int64_t, int64_t, bool, bool>>();
@@ -148,10 +147,10 @@ struct HeadLoss : Function<HeadLoss> {
     variable_list gradients(4);  // one for each argument of the forward
     {
       at::AutoDispatchBelowADInplaceOrView guard;
-      std::tie(gradients[0], gradients[1], gradients[2]) =
-          of.backend().backward.call(given(upstream[0]), given(upstream[1]), given(upstream[2]), d_logits, saved[0],
-                                     saved[1], saved[2], saved[3], saved[4], consistency_weight, of.twin_map(),
-                                     of.mean(), at::ScalarType(dtype), channels_last, need[0], need[1], need[2]);
+      std::tie(gradients[0], gradients[1], gradients[2]) = of.backend().backward.call(
+          given(upstream[0]), given(upstream[1]), given(upstream[2]), given(upstream[3]), saved[0], saved[1], saved[2],
+          saved[3], saved[4], consistency_weight, of.twin_map(), of.mean(), at::ScalarType(dtype), channels_last,
+          need[0], need[1], need[2]);
     }
     for (int i = 0; i < 3; ++i)
       if (!need[i]) gradients[i] = Tensor();

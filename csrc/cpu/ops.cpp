@@ -3,7 +3,6 @@
 // One task is one pair of views, so a sample's results never depend on the batch; sums over the batch are taken in a
 // fixed order, by channel, after all pairs are done.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -521,7 +520,7 @@ std::tuple<Tensor, Tensor> cam_backward_as(const Tensor& d_maps, const Tensor& f
 std::tuple<Tensor, Tensor> cam_backward(Tensor d_maps, Tensor features, Tensor weight, ScalarType dtype,
                                         bool channels_last, bool need_features, bool need_weight) {
   auto run = dtype == ScalarType::Double ? cam_backward_as<double> : cam_backward_as<float>;
-  return run(d_maps, features, weight, dtype, channels_last, need_features, need_weight);
+  return run(dense(d_maps), features, weight, dtype, channels_last, need_features, need_weight);
 }
 
 template <typename A>

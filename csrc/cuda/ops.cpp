@@ -4,7 +4,6 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -192,6 +191,7 @@ std::tuple<Tensor, Tensor> cam_backward(Tensor d_maps, Tensor features, Tensor w
                                         bool channels_last, bool need_features, bool need_weight) {
   const int64_t M = d_maps.size(0), L = d_maps.size(1), H = d_maps.size(2), W = d_maps.size(3), C = weight.size(1);
   const Device device(weight);
+  d_maps = dense(d_maps);
   Tensor d_features = feature_output(device.id(), M, C, H, W, dtype, channels_last, need_features);
   Tensor d_weight = output(device.id(), {L, C}, weight.scalar_type(), need_weight);
   Tensor cam_grad = output(device.id(), {M, L, C}, ScalarType::Float, need_weight);

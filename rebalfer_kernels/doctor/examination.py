@@ -56,8 +56,10 @@ def examine(backend: str, seconds: float, progress: Callable[[dict], object] = l
 def _load(backend: str) -> dict[str, Any]:
     before, start = _libraries(), time.monotonic()
     reason = BACKENDS[backend].available().reason
+    autograd = native.load("autograd")[1] if BACKENDS[backend].fused and reason == AVAILABLE.reason else None
     seconds = time.monotonic() - start
-    return {"reason": without_home(reason), "load_s": seconds, "built": sorted(_libraries() - before)}
+    built = sorted(_libraries() - before)
+    return {"reason": without_home(reason), "cpp_autograd": autograd, "load_s": seconds, "built": built}
 
 
 def _libraries() -> set[str]:

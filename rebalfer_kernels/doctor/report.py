@@ -36,6 +36,8 @@ def section(report: dict) -> str:
     """One backend: whether it is available and why not, its table, and what it printed if it failed."""
     reason, *more = report["reason"].splitlines()
     lines = ["", f"{report['backend']}: {reason}{_loaded(report)}", *(f"  {line}" for line in more)]
+    if report.get("cpp_autograd") not in (None, "available"):
+        lines.append(f"  the C++ autograd is absent, so small calls take longer: {report['cpp_autograd']}")
     for device in dict.fromkeys(row["device"] for row in report.get("rows", ())):
         lines += _table(report, device)
     if report.get("unchecked"):

@@ -16,7 +16,7 @@ except ImportError:  # not a POSIX system
     fcntl = None  # type: ignore[assignment]
 
 SHIPPED = Path(__file__).with_name("shipped")  #: the libraries of a wheel that was built with them
-_NAME = re.compile(r"rebalfer_(cpu|cuda|autograd)_[0-9a-f]{20}\.(so|refused)|(cpu|cuda|autograd)\.lock")
+_NAME = re.compile(r"rebalfer_(cpu|cuda|autograd)_[0-9a-f]{20}\.(so|refused|failed)|(cpu|cuda|autograd)\.lock")
 
 
 def cache_directory() -> Path:

@@ -16,7 +16,7 @@ import torch
 
 from . import cache
 from .recipe import Recipe, present_architectures, recipes
-from .tools import BuildError, ToolMissing, find_ninja
+from .tools import BuildError, CompileError, ToolMissing, find_ninja
 
 logger = logging.getLogger(__package__)
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__package__)
 _PARTS = {
     "cpu": ("CPU kernels", "about a minute", "the cpu backend is absent"),
     "cuda": ("CUDA kernels", "some minutes", "the cuda backend is absent"),
-    "autograd": ("C++ autograd", "about half a minute", "small calls take longer, their autograd is in Python"),
+    "autograd": ("C++ autograd", "about half a minute", "the C++ autograd is absent, so small calls take longer"),
 }
 
 
@@ -42,8 +42,12 @@ def load(part: str) -> tuple[bool, str]:
                 f"`python -m rebalfer_kernels build cuda --arch {architectures}` builds for those of this machine)"
             )
     except (OSError, RuntimeError, ValueError) as error:  # whatever the machine lacks; the reference serves
-        expected = part != "cpu" and isinstance(error, ToolMissing)
-        expected |= part == "autograd" and os.environ.get("REBALFER_BUILD") == "0"
+        # What only saves time is worth a warning once, where its compilation fails.
+        expected = (
+            not isinstance(error, CompileError)
+            if part == "autograd"
+            else (part == "cuda" and isinstance(error, ToolMissing))
+        )
         logger.log(logging.INFO if expected else logging.WARNING, "%s: %s", _PARTS[part][2], error)
         return False, (str(error) or repr(error)).splitlines()[0]
     return True, "available"
@@ -51,7 +55,7 @@ def load(part: str) -> tuple[bool, str]:
 
 def _load(part: str) -> None:
     """Load the library; if the system refuses what the cache has, build it anew, but only once."""
-    library = build(part)
+    library = build(part, retry=False)
     refusal = _refusal(library)
     if refusal is None:
         return
@@ -95,11 +99,13 @@ def _truncated(library: Path) -> bool:
     return library.stat().st_size < offset + size * count
 
 
-def build(part: str = "cpu", architectures: Sequence[str] | None = None, *, anew: bool = False) -> Path:
+def build(
+    part: str = "cpu", architectures: Sequence[str] | None = None, *, anew: bool = False, retry: bool = True
+) -> Path:
     """Path of the library: the one that the package ships, else from the cache, else (or ``anew``) built now.
 
     For "cuda", ``architectures`` such as "90a" or "90+ptx"; None for the present GPUs, unless only a library that was
-    made ahead of time is stored.
+    made ahead of time is stored. ``retry`` also where its compilation failed before.
 
     Raises:
         BuildError: the sources are missing, the cache cannot be used, or the compiler's message.
@@ -110,7 +116,7 @@ def build(part: str = "cpu", architectures: Sequence[str] | None = None, *, anew
         return stored
     directory = cache.cache_directory()
     try:
-        return _build(wanted[0], directory)
+        return _build(wanted[0], directory, retry)
     except OSError as error:  # not readable, not writable, full, without locks, ...
         raise BuildError(f"{directory} cannot be used ({error}): set REBALFER_CACHE_DIR to another directory") from None
 
@@ -121,7 +127,7 @@ def _stored(wanted: list[Recipe]) -> Path | None:
     return next((path for path in paths if os.path.exists(path)), None)  # unlike exists(), False if it is unreadable
 
 
-def _build(recipe: Recipe, directory: Path) -> Path:
+def _build(recipe: Recipe, directory: Path, retry: bool) -> Path:
     """Build it, also where it is stored already, unless another process does so while this one waits."""
     library, part = directory / recipe.name(), recipe.part
     before = _identity(library)
@@ -133,12 +139,23 @@ def _build(recipe: Recipe, directory: Path) -> Path:
             return library
         for leftover in directory.glob(f"build-{part}-*/build.ninja"):  # of a build that was killed: the lock is ours
             shutil.rmtree(leftover.parent, ignore_errors=True)
+        failed = library.with_suffix(".failed")
+        if failed.exists() and not retry:
+            raise BuildError(
+                f"building it failed before (`python -m rebalfer_kernels build {recipe.arguments}` retries)"
+            )
         with tempfile.TemporaryDirectory(dir=directory, prefix=f"build-{part}-") as work:
             recipe.prepare(Path(work))
-            _run_ninja(recipe, work)
+            try:
+                _run_ninja(recipe, work)
+            except CompileError:
+                if part == "autograd":  # without which all works, so that no other process needs to try
+                    failed.touch()
+                raise
             if directory / recipe.name() != library:
                 raise BuildError("the sources changed while they were built; build again")
             os.replace(Path(work) / "library.so", library)
+            failed.unlink(missing_ok=True)
     return library
 
 
@@ -156,7 +173,7 @@ def _run_ninja(recipe: Recipe, work: str) -> None:
     logger.warning("building the %s in %s, once; this takes %s", what, Path(work).parent, duration)
     run = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if run.returncode:
-        raise BuildError(
+        raise CompileError(
             f"building the {what} failed; repeat it with "
             f"`python -m rebalfer_kernels build {recipe.arguments}`\n" + run.stdout[-4000:] + run.stderr[-2000:]
         )

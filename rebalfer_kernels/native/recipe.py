@@ -44,7 +44,7 @@ class Recipe(NamedTuple):
     objects: dict[str, tuple[str, str]]  #: object -> its source and flags of its own
     libraries: str
     arguments: str  #: of the command ``build`` that builds it
-    torch: str = ""  #: the version of torch whose C++ ABI it needs; none where the stable ABI is all it uses
+    torch_build: str = ""  #: the torch whose C++ ABI it needs; none where the stable ABI is all that it uses
 
     def name(self) -> str:
         """File name with a hash of the sources, flags, platform and ABI.
@@ -97,7 +97,9 @@ def cpu_recipe() -> Recipe:
 def autograd_recipe() -> Recipe:
     flags = "-std=c++20 -O2 -fPIC -fvisibility=hidden -Itorch/include"
     objects = {"head.o": ("head.cpp", "")}
-    return Recipe("autograd", flags, objects, "-ltorch_cpu -lc10", "cpu", str(torch.__version__))
+    return Recipe(
+        "autograd", flags, objects, "-ltorch_cpu -lc10", "cpu", f"{torch.__version__} {torch.version.git_version}"
+    )
 
 
 def cuda_recipe(architectures: Sequence[str]) -> Recipe:

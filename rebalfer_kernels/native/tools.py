@@ -18,6 +18,10 @@ class ToolMissing(BuildError):
     """A compiler or ninja is not installed."""
 
 
+class CompileError(BuildError):
+    """The compiler or the linker failed; the message is theirs."""
+
+
 def find_compiler() -> list[str]:
     """The C++ compiler as the first words of a command: ``CXX``, such as "ccache g++" or "g++ -m64", else g++ or c++.
 

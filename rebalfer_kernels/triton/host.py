@@ -281,6 +281,7 @@ def head_backward(
 ):
     n, classes, height, width = map_grad.shape
     channels = weight.shape[1]
+    d_logits = d_logits if d_logits is None else d_logits.contiguous()
     shape, cut = _cut(channels, height, width, classes, channels_last, dtype, weight.device)
     tiles = cut.backward
     size = (2 * n, channels, height, width)
@@ -355,6 +356,7 @@ def cam_forward(features, weight):
 def cam_backward(d_maps, features, weight, dtype, channels_last, need_features, need_weight):
     m, classes, height, width = d_maps.shape
     channels = weight.shape[1]
+    d_maps = d_maps.contiguous()
     shape, cut = _cut(channels, height, width, classes, channels_last, dtype, weight.device)
     d_features = d_weight = None
     if need_features:

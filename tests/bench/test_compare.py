@@ -117,7 +117,7 @@ def _kernel(monkeypatch, name, instead):
     monkeypatch.setitem(ops.OPERATORS[backend], name, lambda *arguments: instead(real, *arguments))
 
 
-def test_a_slowed_kernel_is_caught(tmp_path, monkeypatch, capsys):
+def test_a_slowed_kernel_is_caught(tmp_path, monkeypatch, capsys, python_autograd):
     before = _measure(tmp_path / "before", monkeypatch)
     _kernel(monkeypatch, "head_backward", lambda real, *arguments: time.sleep(0.05) or real(*arguments))
     after = _measure(tmp_path / "after", monkeypatch)
@@ -130,7 +130,7 @@ def test_a_slowed_kernel_is_caught(tmp_path, monkeypatch, capsys):
     assert main(["compare", str(before), str(before)]) == 0
 
 
-def test_a_wrong_kernel_has_no_row_and_fails_the_run(tmp_path, monkeypatch, capsys):
+def test_a_wrong_kernel_has_no_row_and_fails_the_run(tmp_path, monkeypatch, capsys, python_autograd):
     def wrong(real, *arguments):
         d_features, *others = real(*arguments)
         return 1.01 * d_features, *others

@@ -68,7 +68,7 @@ def _environment(tree: Path, interpret: bool) -> dict[str, str]:
 
 
 def _interpreted(test: str) -> bool:
-    return "triton" in test.split("::")[0] or "[triton]" in test
+    return "triton" in test
 
 
 def kill(mutant: Mutant, work: str) -> tuple[str, float]:

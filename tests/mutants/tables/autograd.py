@@ -40,13 +40,6 @@ MUTANTS = [
         SAME,
     ),
     Mutant(
-        "autograd in C++: the strides of the logits' upstream are ignored",
-        "csrc/autograd/head.cpp",
-        "upstream[3].contiguous()",
-        "upstream[3]",
-        "test_functional.py::test_upstream_gradients_of_any_stride",
-    ),
-    Mutant(
         "autograd in C++: second-order gradients are let through",
         "csrc/autograd/head.cpp",
         "if (at::GradMode::is_enabled()) refuse",

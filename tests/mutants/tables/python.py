@@ -89,16 +89,16 @@ MUTANTS = [
     ),
     Mutant(
         "the strides of the logits' upstream are ignored",
-        "rebalfer_kernels/ops.py",
-        "d_logits = d_logits.contiguous()",
-        "pass",
+        "csrc/operators.h",
+        "d_logits ? OptionalTensor(dense(*d_logits)) : std::nullopt",
+        "d_logits",
         "test_functional.py::test_upstream_gradients_of_any_stride",
     ),
     Mutant(
         "the strides of the maps' upstream are ignored",
-        "rebalfer_kernels/ops.py",
-        "d_maps.contiguous(), weight if features",
-        "d_maps, weight if features",
+        "csrc/cpu/ops.cpp",
+        "return run(dense(d_maps), features",
+        "return run(d_maps, features",
         "test_functional.py::test_class_activation_maps",
     ),
     Mutant(

@@ -122,4 +122,18 @@ MUTANTS = [
         "twin_pixel = pixel + 0 * (twin_offset + y * twin_stride_h + x * twin_stride_w)",
         "test_triton.py::test_views_agree",
     ),
+    Mutant(
+        "Triton: the strides of the logits' upstream are ignored",
+        "rebalfer_kernels/triton/host.py",
+        "d_logits if d_logits is None else d_logits.contiguous()",
+        "d_logits",
+        "test_functional.py::test_upstream_gradients_of_any_stride[nchw-triton-Python]",
+    ),
+    Mutant(
+        "Triton: the strides of the maps' upstream are ignored",
+        "rebalfer_kernels/triton/host.py",
+        "    d_maps = d_maps.contiguous()\n",
+        "",
+        "test_functional.py::test_class_activation_maps",
+    ),
 ]
