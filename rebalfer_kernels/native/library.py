@@ -42,12 +42,9 @@ def load(part: str) -> tuple[bool, str]:
                 f"`python -m rebalfer_kernels build cuda --arch {architectures}` builds for those of this machine)"
             )
     except (OSError, RuntimeError, ValueError) as error:  # whatever the machine lacks; the reference serves
-        # What only saves time is worth a warning once, where its compilation fails.
-        expected = (
-            not isinstance(error, CompileError)
-            if part == "autograd"
-            else (part == "cuda" and isinstance(error, ToolMissing))
-        )
+        expected = part == "cuda" and isinstance(error, ToolMissing)
+        if part == "autograd":  # it only saves time: worth a warning once, where its compilation fails
+            expected = not isinstance(error, CompileError)
         logger.log(logging.INFO if expected else logging.WARNING, "%s: %s", _PARTS[part][2], error)
         return False, (str(error) or repr(error)).splitlines()[0]
     return True, "available"
@@ -108,7 +105,7 @@ def build(
     made ahead of time is stored. ``retry`` also where its compilation failed before.
 
     Raises:
-        BuildError: the sources are missing, the cache cannot be used, or the compiler's message.
+        BuildError: the sources are missing or the cache cannot be used. CompileError: the compiler's message.
         ToolMissing: no compiler, no ninja.
     """
     wanted = recipes(part, architectures)
@@ -149,7 +146,7 @@ def _build(recipe: Recipe, directory: Path, retry: bool) -> Path:
             try:
                 _run_ninja(recipe, work)
             except CompileError:
-                if part == "autograd":  # without which all works, so that no other process needs to try
+                if part == "autograd":  # all works without it, so no other process needs to try
                     failed.touch()
                 raise
             if directory / recipe.name() != library:

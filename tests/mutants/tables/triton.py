@@ -64,7 +64,7 @@ MUTANTS = [
         "rebalfer_kernels/triton/backward.py",
         "if up.d_loss.data is not None or up.d_classification.data is not None:",
         "if True:",
-        "test_head.py::test_a_classification_that_is_nan_stays_out_of_the_consistency[triton]",
+        "test_head.py::test_a_classification_that_is_nan_stays_out_of_the_consistency[Python-triton]",
     ),
     Mutant(
         "Triton: the gradient of |vS|^2 without its 2",
@@ -127,13 +127,13 @@ MUTANTS = [
         "rebalfer_kernels/triton/host.py",
         "d_logits if d_logits is None else d_logits.contiguous()",
         "d_logits",
-        "test_functional.py::test_upstream_gradients_of_any_stride[nchw-triton-Python]",
+        "test_functional.py::test_upstream_gradients_of_any_stride[Python-nchw-triton]",
     ),
     Mutant(
         "Triton: the strides of the maps' upstream are ignored",
         "rebalfer_kernels/triton/host.py",
         "    d_maps = d_maps.contiguous()\n",
         "",
-        "test_functional.py::test_class_activation_maps",
+        "test_functional.py::test_class_activation_maps[nchw-triton-float32]",
     ),
 ]
