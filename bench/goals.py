@@ -15,14 +15,14 @@ Figures = Callable[[dict[str, Any]], dict[str, float | None]]  #: result -> case
 EPOCHS, IMAGES = 60, 12_271
 
 
-def median_ms(row: dict[str, Any] | None, phase: str = "both") -> float | None:
-    """Of forward and backward, or one; None for a contender that was refused or could not be timed."""
-    return row[phase][1] if row and row[phase] else None
+def median_ms(row: dict[str, Any] | None) -> float | None:
+    """Of forward and backward; None for a contender that was refused or could not be timed."""
+    return row["both"][1] if row and row["both"] else None
 
 
-def time_over(contender: str, phase: str = "both") -> Callable[[Rows], float | None]:
+def time_over(contender: str) -> Callable[[Rows], float | None]:
     """Our time over that of the contender."""
-    return _ratio("ours", contender, phase)
+    return _ratio("ours", contender)
 
 
 def speed_up(contender: str) -> Callable[[Rows], float | None]:
@@ -30,9 +30,9 @@ def speed_up(contender: str) -> Callable[[Rows], float | None]:
     return _ratio(contender, "ours")
 
 
-def _ratio(numerator: str, denominator: str, phase: str = "both") -> Callable[[Rows], float | None]:
+def _ratio(numerator: str, denominator: str) -> Callable[[Rows], float | None]:
     def ratio(rows: Rows) -> float | None:
-        over, under = (median_ms(rows.get(name), phase) for name in (numerator, denominator))
+        over, under = (median_ms(rows.get(name)) for name in (numerator, denominator))
         return over / under if over and under else None
 
     return ratio

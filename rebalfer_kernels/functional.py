@@ -104,7 +104,7 @@ def _consistency_plan(
     checks.consistency_options(p, transform, detach_cam_weight, features)
     checks.reduction(reduction)
     inputs = HeadInputs(features, weight, None, None, None, map_weights)
-    options = HeadOptions(p, TWIN_MAPS[transform].corners, True, reduction == "mean")
+    options = HeadOptions(p, TWIN_MAPS[transform], True, reduction == "mean")
     weight_gradient = recording and weight.requires_grad and not detach_cam_weight
     gradients = weight_gradient or recording and features.requires_grad
     return _plan(inputs, options, Wanted(False, gradients, False, weight_gradient), backend)
@@ -237,7 +237,7 @@ def _head_plan(
 ) -> HeadPlan:  # fmt: skip
     inputs = HeadInputs(features, weight, bias, targets, target_table, map_weights)
     checks.head(*inputs, p, transform, views, detach_cam_weight, reduction, return_maps)
-    options = HeadOptions(p, TWIN_MAPS[transform].corners, views == "both", reduction == "mean")
+    options = HeadOptions(p, TWIN_MAPS[transform], views == "both", reduction == "mean")
     weight_gradient = recording and weight.requires_grad
     bias_gradient = recording and bias is not None and bias.requires_grad
     gradients = weight_gradient or bias_gradient or recording and features.requires_grad

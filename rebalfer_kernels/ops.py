@@ -5,8 +5,9 @@ Schemas and fakes live here; a backend only registers implementations: ``head_fo
 not asked for come back empty, with shape (0,).
 
 The ``autograd.Function`` stands outside the operators: 26 us per forward and backward against 37 us for the same by
-``torch.library.custom_op`` with ``register_autograd``. The head's has a twin in C++ (``csrc/autograd``), for the calls
-that torch.compile does not trace.
+``torch.library.custom_op`` with ``register_autograd``.
+
+The head's is there in C++ too (``csrc/autograd``), for the calls that torch.compile does not trace.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class HeadOptions(NamedTuple):
     """What the head's forward needs besides tensors and lambda."""
 
     p: int  #: of Eq. 5, 1 or 2
-    twin_map: int  #: TwinMap.corners, undoes the twin's transform; a list would cost a call more time
+    twin_map: int  #: of TWIN_MAPS, undoes the twin's transform; a list would cost a call more time
     both_views: bool  #: the twin is classified too (Eq. 1)
     mean: bool  #: losses are means over the batch, not per sample
 

@@ -37,30 +37,25 @@ class TwinMap(NamedTuple):
         row, column = divmod(start, 2)
         return cls(row, down // 2 - row, right // 2 - row, column, down % 2 - column, right % 2 - column)
 
-    @property
-    def corners(self) -> int:
-        """The same in one number, see :meth:`of`."""
-        offset, stride_h, stride_w = self.on(2, 2)
-        return 16 * offset + 4 * (offset + stride_h) + offset + stride_w
-
     def on(self, height: int, width: int) -> tuple[int, int, int]:
         """(offset, stride_h, stride_w) on such a map: T(A~)[h, w] = A~.flatten()[offset + h stride_h + w stride_w].
 
-        >>> TWIN_MAPS["hflip"].on(7, 7)  # T(A~)[h, w] = A~[h, 6 - w]
+        >>> TwinMap.of(TWIN_MAPS["hflip"]).on(7, 7)  # T(A~)[h, w] = A~[h, 6 - w]
         (6, 7, -1)
         """
         offset = self.row * (height - 1) * width + self.column * (width - 1)
         return offset, self.row_h * width + self.column_h, self.row_w * width + self.column_w
 
 
-def _twin_map(transform: str) -> TwinMap:
+def _corners(transform: str) -> int:
     """Read off a 2 x 2 map, whose only distances are 0 and 1."""
     undo = reference.TRANSFORMS[transform][1]
     (start, right), (down, _) = undo(torch.arange(4, device="cpu").reshape(2, 2)).tolist()
-    return TwinMap.of(16 * start + 4 * down + right)
+    return 16 * start + 4 * down + right
 
 
-TWIN_MAPS = {transform: _twin_map(transform) for transform in reference.TRANSFORMS}
+#: transform -> its map as the operators take it, see :meth:`TwinMap.of`.
+TWIN_MAPS = {transform: _corners(transform) for transform in reference.TRANSFORMS}
 NAMES = tuple(TWIN_MAPS)
 #: Transforms that swap the axes, so that the map must be square.
-SQUARE_ONLY = tuple(transform for transform, twin_map in TWIN_MAPS.items() if twin_map.row_w)
+SQUARE_ONLY = tuple(transform for transform, corners in TWIN_MAPS.items() if TwinMap.of(corners).row_w)

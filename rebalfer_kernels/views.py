@@ -86,7 +86,7 @@ def paired_views(
         number,
         (int(seed) + 2**63) % 2**64 - 2**63,  # as a signed number
         *plan,
-        TWIN_MAPS[transform].corners,
+        TWIN_MAPS[transform],
         views == "both",
         dtype,
     )

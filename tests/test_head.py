@@ -10,7 +10,7 @@ from support.backends import BACKENDS, FUSED, serving, with_dtypes
 from support.cases import case
 
 import rebalfer_kernels as rk
-from rebalfer_kernels import native, ops, signatures
+from rebalfer_kernels import ops, signatures
 
 OPTIONS = [
     {},
@@ -162,11 +162,10 @@ def test_autograd_contract(backend, autograd):
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("options", [*OPTIONS, {"return_maps": True, "reduction": "none"}], ids=str)
 @pytest.mark.parametrize("scheduled", [False, True])
-def test_autograd_in_cpp_is_that_in_python_to_the_last_bit(backend, layout, options, scheduled, monkeypatch):
+def test_autograd_in_cpp_is_that_in_python_to_the_last_bit(
+    backend, layout, options, scheduled, monkeypatch, cpp_autograd
+):
     """Every output, and the gradients of several upstream gradients to each choice of the inputs that may have one."""
-    there, reason = native.load("autograd")
-    if not there:
-        pytest.skip(f"the C++ autograd is absent: {reason}")
     dtype = backend.dtypes[0 if layout == "nchw" else 1]
     arguments = case(3, 20, 4, 4, 5, dtype, layout, device=backend.device)
     lam = torch.tensor(0.7, device=backend.device) if scheduled else 0.7

@@ -23,7 +23,7 @@ def head_forward(dtype, layout, *, soft=False, mean=True, cam_grad=False, alone=
     compute = rk.reference.compute_dtype(dtype)
     classified = (None, None, None) if alone else (bias, targets.to(compute) if soft else targets, table.to(compute))
     return (
-        features, weight, *classified, v.to(compute), 2.0, 1 if cam_grad else 2, TWIN_MAPS["hflip"].corners, not soft,
+        features, weight, *classified, v.to(compute), 2.0, 1 if cam_grad else 2, TWIN_MAPS["hflip"], not soft,
         mean, cam_grad, True, not alone, cam_grad,
     )  # fmt: skip
 
@@ -78,7 +78,7 @@ def paired_views(dtype, layout, *, soft=False, mean=True, **_):
         *epoch,
         5,
         *plan,
-        TWIN_MAPS["hflip"].corners,
+        TWIN_MAPS["hflip"],
         mean,
         of_views,
     )

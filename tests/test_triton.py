@@ -162,11 +162,11 @@ def test_launches(n, sum_of_chunks, classes, mean, cam_grad, forward, launched):
     f, w = torch.empty(2 * n, 16, 7, 7, device="meta"), torch.empty(classes, 16, device="meta")
     y, table = torch.empty(n, device="meta", dtype=torch.int64), torch.empty(classes, classes, device="meta")
     v, one = w[:, 0].contiguous(), torch.empty((), device="meta")
-    options = (2.0, 2, TWIN_MAPS["hflip"].corners, True, mean)
+    options = (2.0, 2, TWIN_MAPS["hflip"], True, mean)
     *_, map_grad, logit_grad, pooled, k = host.head_forward(
         f, w, None, y, table, v, *options, False, True, True, cam_grad
     )
-    flags = (2.0, TWIN_MAPS["hflip"].corners, mean, f.dtype, False, True, True, True)
+    flags = (2.0, TWIN_MAPS["hflip"], mean, f.dtype, False, True, True, True)
     host.head_backward(one, None, None, None, w, map_grad, logit_grad, pooled, k, *flags)
     assert launched == [*forward, "head_backward", *sum_of_chunks]
 

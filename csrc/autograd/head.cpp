@@ -11,7 +11,6 @@
 #include <optional>
 #include <string>
 #include <tuple>
-#include <utility>
 
 namespace rebalfer {
 namespace {

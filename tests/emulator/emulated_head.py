@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import rebalfer_kernels as rk
-from rebalfer_kernels.transforms import TWIN_MAPS
+from rebalfer_kernels.transforms import TWIN_MAPS, TwinMap
 
 CUDA = emulate.CSRC / "cuda"
 LAYOUTS = ("nchw", "channels_last")
@@ -56,7 +56,7 @@ class Case:
         self.table, self.v = rk.target_table(weights) * 1.25, weights.sqrt()
 
     def geometry(self, transform="hflip", views=2, n=None):
-        twin = torch.tensor(TWIN_MAPS[transform].on(self.h, self.w))
+        twin = torch.tensor(TwinMap.of(TWIN_MAPS[transform]).on(self.h, self.w))
         n = self.n if n is None else n
         return STORAGE[self.dtype], n, self.c, self.h, self.w, self.classes, views, int(self.channels_last), twin
 

@@ -82,7 +82,7 @@ def launched(case: Case, arch: str) -> list[tuple[Any, dict[str, Any], dict[str,
         b = torch.empty(case.classes, dtype=weight_dtype)
         y = torch.empty(2, dtype=torch.int64)
         table, v = torch.empty(case.classes, case.classes), torch.empty(case.classes)
-        options = (2.0, 2, transforms.TWIN_MAPS["hflip"].corners, True, case.every_kernel)
+        options = (2.0, 2, transforms.TWIN_MAPS["hflip"], True, case.every_kernel)
         wanted = (False, True, True, case.every_kernel)
         _, _, _, logits, _, *saved = host.head_forward(f, w, b, y, table, v, *options, *wanted)
         upstreams = (torch.empty(() if case.every_kernel else 2), None, None, None)

@@ -120,7 +120,7 @@ class Head:
         self.weight = (torch.randn(7, channels, generator=g) / channels**0.5).to(self.dtype)
         self.bias, self.targets = torch.randn(7, generator=g).to(self.dtype), torch.randint(0, 7, (n,), generator=g)
         self.table, self.v = torch.rand(7, 7, generator=g) + 0.1, torch.rand(7, generator=g) + 0.5
-        self.options = (2.0, 2, transforms.TWIN_MAPS["hflip"].corners, True, True)
+        self.options = (2.0, 2, transforms.TWIN_MAPS["hflip"], True, True)
         with self._caught() as self.of_forward:
             outputs = host.head_forward(
                 f, self.weight, self.bias, self.targets, self.table, self.v, *self.options, False, True, True, False

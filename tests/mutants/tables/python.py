@@ -69,8 +69,8 @@ MUTANTS = [
     Mutant(
         'views="original" classifies the twin too',
         "rebalfer_kernels/functional.py",
-        'TWIN_MAPS[transform].corners, views == "both", reduction',
-        "TWIN_MAPS[transform].corners, True, reduction",
+        'TWIN_MAPS[transform], views == "both", reduction',
+        "TWIN_MAPS[transform], True, reduction",
         "test_head.py::test_options",
     ),
     Mutant(
