@@ -4,6 +4,7 @@
     python -m bench op                         every case, into bench/results/; taskset picks the cores
     python -m bench op --memory reused         the same where no page is fresh
     python -m bench op --set curves            along N, C and L; --set all: other maps, classes, dtypes, operations too
+    python -m bench op --isa avx2              a CPU with AVX-512 held to AVX2
     python -m bench op --cases C512 --seconds 5 --out DIR
     python -m bench op --device cuda           the GPU's cases, in CUDA graphs and call by call
     python -m bench memory                     which of the two a training loop sees, by its page faults
@@ -45,6 +46,15 @@ if TYPE_CHECKING:  # PyTorch is imported only after what must be set before
     from .clocks import Clock
 
 RESULTS = Path(__file__).with_name("results")
+#: Instruction set -> the variables that hold our kernels, PyTorch's own and compiled ones, MKL and oneDNN to it.
+ISAS = {
+    "avx2": {
+        "REBALFER_CPU_ISA": "avx2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+    }
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -62,6 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     op.add_argument("--more", action="store_true", help="max-autotune and a gradient in the forward, too")
     op.add_argument("--seconds", type=float, default=20.0, help="of timing for each case")
     op.add_argument("--memory", choices=memory.RULES, default="fresh", help="of a CPU; see python -m bench --help")
+    op.add_argument("--isa", choices=ISAS, help="hold a CPU, ours and PyTorch's kernels, to an older instruction set")
     op.add_argument("--limit", type=float, default=3600.0, help="seconds in all; later cases are left out")
     step = commands.add_parser("step", help="time a whole training step")
     methods = commands.add_parser("methods", help="time a training step of every method of the trainer")
@@ -136,7 +147,7 @@ def _op(options: argparse.Namespace) -> int:
     kind = "rehearsal" if options.rehearse else options.device
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler counts and would print at each start
     if kind == "cpu":
-        _settle(options.memory)
+        _settle(options.memory, ISAS.get(options.isa, {}))
 
     from . import goals, measure, op
     from .cases import REHEARSED
@@ -327,9 +338,10 @@ def _refuse_load(limit: float) -> None:
         raise Refused(f"other programs keep {foreign:.2f} cores busy, so no time would be right (--allow-load)")
 
 
-def _settle(rules: str) -> None:
-    """Start again, if need be, with what must be set before a process begins: pinned threads, and malloc's rules."""
+def _settle(rules: str, isa: dict[str, str]) -> None:
+    """Start again, if need be, with what a process begins with: pinned threads, malloc's rules, an instruction set."""
     wanted = {
+        **isa,
         "OMP_PROC_BIND": "true",
         "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
         "KINETO_LOG_LEVEL": "99",  # the profiler counts allocations here and would print at each start

@@ -309,7 +309,7 @@ def _regime(found: Found) -> list[Block]:
 
 def _cpu_section(result: Result) -> list[Block]:
     where = (
-        f"{result['device']} ({result['capability']}), {result['threads']} threads, torch {result['torch']}, "
+        f"{result['device']} ({pictures.capability(result)}), {result['threads']} threads, torch {result['torch']}, "
         f"{_origin(result)}, {_copy(result)}."
     )
     return [Heading(3, texts.MEMORY[result["memory"]]), where, _times(result, 1.0), _every_figure(result)]

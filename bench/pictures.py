@@ -70,7 +70,18 @@ def where(result: Result) -> str:
     if result["kind"] != "cpu":
         return result["device"] + earlier(result)
     memory = f", {result['memory']} memory" if result.get("memory") else ""
-    return f"{result['device']} ({result['capability']}){memory}{earlier(result)}"
+    return f"{result['device']} ({capability(result)}){memory}{earlier(result)}"
+
+
+def capability(result: Result) -> str:
+    """A CPU's instruction set.
+
+    >>> capability({"capability": "AVX2", "settings": {"REBALFER_CPU_ISA": "avx2"}})
+    'held to AVX2'
+    """
+    return (
+        f"held to {result['capability']}" if "REBALFER_CPU_ISA" in result.get("settings", {}) else result["capability"]
+    )
 
 
 def earlier(result: Result) -> str:

@@ -20,7 +20,7 @@ def speed_line(found: Found) -> str:
     for result in found.headline:
         where, memory = f"bfloat16, {pictures.where(result)}", ""
         if result["kind"] == "cpu":
-            where = f"float32, {result['device']}, {result['capability']}, {result['threads']} threads"
+            where = f"float32, {result['device']}, {pictures.capability(result)}, {result['threads']} threads"
             where += pictures.earlier(result)
             memory = f" with {result['memory']} memory"
         plain, best, released = (page.speed(result, name) for name in (goals.PLAIN, goals.BEST, goals.RELEASED))

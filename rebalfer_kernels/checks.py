@@ -52,6 +52,9 @@ def _known(condition: bool) -> bool:
 def tensor(name: str, value: object, expected: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor {expected}")
+    if value.layout is not torch.strided or value.is_nested:
+        got = "a nested" if value.is_nested else f"a {str(value.layout).removeprefix('torch.')}"
+        raise TypeError(f"{name}: got {got} tensor, expected a dense one {expected}")
 
 
 def same_device(name: str, value: Tensor, features: Tensor) -> None:

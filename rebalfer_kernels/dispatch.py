@@ -94,13 +94,11 @@ def _in_context(r: Request) -> Request:
 
 
 def ordinary() -> bool:
-    """Whether the request says all there is to a choice: nothing is compiled, exported, traced or transformed."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
+    """Whether the arguments of a call that is not compiled say all there is to a choice: none is traced or transformed.
+
+    csrc/autograd/module.cpp has the same.
+    """
+    return not (torch._C._is_tracing() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
 
 
 def backends() -> dict[str, str]:
@@ -121,8 +119,10 @@ def forced_by(backend: str | None) -> tuple[str | None, str]:
 
 def default_entry() -> object:
     """What ``REBALFER_BACKEND`` is, only to be compared: os.environ.get decodes it, which a small call notices."""
-    stored = getattr(os.environ, "_data", None)
-    return os.environ.get("REBALFER_BACKEND") if stored is None else stored.get(_DEFAULT)
+    try:
+        return os.environ._data.get(_DEFAULT)  # type: ignore[attr-defined]
+    except AttributeError:  # another mapping in its place
+        return os.environ.get("REBALFER_BACKEND")
 
 
 def choose(r: Request, backend: str | None) -> str:

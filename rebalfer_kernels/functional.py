@@ -223,11 +223,10 @@ def rebalanced_head_loss(
         )  # fmt: skip
     # Outside the operator a lambda is differentiable if it is a tensor and, compiled, may change from call to call.
     scheduled = plan.compiled or isinstance(consistency_weight, Tensor)
-    outputs = _head(inputs, 0.0 if scheduled else float(consistency_weight), plan)
-    loss, classification, consistency, logits, maps = outputs[:5]
+    out = HeadLoss(*_head(inputs, 0.0 if scheduled else float(consistency_weight), plan))
     if scheduled:
-        loss = reference.combine(classification, consistency, consistency_weight)
-    return HeadLoss(loss, classification, consistency, logits, maps if return_maps else None)
+        out = out._replace(loss=reference.combine(out.classification, out.consistency, consistency_weight))
+    return out
 
 
 def _head_plan(
@@ -276,18 +275,22 @@ def _plan(inputs: HeadInputs, options: HeadOptions, wanted: Wanted, backend: str
     compiled = torch.compiler.is_compiling()
     known = name != "reference" and not compiled
     as_served = known and all(map(operator.is_, inputs, inputs.as_served(request.layout)))
-    recorded = ops.recorded(name, options, wanted) if known and wanted.gradients else None
+    in_cpp = known and wanted.gradients and signatures.exact(inputs)  # a subclass may have a __torch_function__
+    recorded = ops.recorded(name, options, wanted) if in_cpp else None
+    if recorded is not None:
+        signatures.describe_by(recorded.described)
     classified = inputs.targets is not None
     return HeadPlan(name, request.layout, as_served, compiled, recorded, features.dtype, classified, options, wanted)
 
 
-def _head(inputs: tuple[Any, ...], lam: float, plan: HeadPlan) -> tuple[Tensor, ...]:
-    """The outputs of ``head_forward``; the inputs are a HeadInputs."""
+def _head(inputs: tuple[Any, ...], lam: float, plan: HeadPlan) -> tuple[Any, ...]:
+    """What a HeadLoss is made of; the inputs are a HeadInputs."""
     if not plan.as_served:
         inputs = HeadInputs(*inputs).as_served(plan.layout)
     if plan.recorded is not None:
         return plan.recorded.head(*inputs, lam, plan.recorded.options)
-    return ops.HeadLossFunction.apply(*inputs, lam, plan)
+    loss, classification, consistency, logits, maps, _ = ops.HeadLossFunction.apply(*inputs, lam, plan)
+    return loss, classification, consistency, logits, maps if plan.wanted.maps else None
 
 
 def _targets(targets: Tensor, dtype: torch.dtype) -> Tensor:

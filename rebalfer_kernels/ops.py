@@ -45,17 +45,19 @@ class Wanted(NamedTuple):
 class Recorded(NamedTuple):
     """How a call reaches the C++ autograd, ``csrc/autograd``."""
 
-    head: Any  #: the operator, which records its own backward
+    head: Any  #: calls the operators and records the backward
     options: int  #: HeadOptions, Wanted and the backend in one number, as every argument costs a call time
+    described: Any  #: describes later calls for signatures.py
 
 
 def recorded(backend: str, options: HeadOptions, wanted: Wanted) -> Recorded | None:
     """None where the C++ autograd is absent, or cannot be built: there HeadLossFunction serves."""
-    if not native.load("autograd")[0]:
+    module = native.autograd()
+    if module is None:
         return None
     flags = (options.both_views, options.mean, *wanted)
     number = options.p + 4 * sum(flag << i for i, flag in enumerate(flags)) + 256 * options.twin_map
-    return Recorded(_namespace.head.default, number + 2**14 * _namespace.backend_number(backend))
+    return Recorded(module.head, number + 2**14 * module.backend_number(backend), module.described)
 
 
 class HeadPlan(NamedTuple):

@@ -1,6 +1,9 @@
 """Values and gradients of every fused operation against the float64 truth, on each available backend."""
 
 import itertools
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from support.backends import BACKENDS, FUSED, serving, with_dtypes
 from support.cases import case
 
 import rebalfer_kernels as rk
-from rebalfer_kernels import ops, signatures
+from rebalfer_kernels import native, ops, signatures
 
 OPTIONS = [
     {},
@@ -201,6 +204,50 @@ def test_autograd_in_cpp_is_that_in_python_to_the_last_bit(
                 assert (x is None) == (y is None)
                 if x is not None:
                     assert torch.equal(x, y) and x.stride() == y.stride() and x.requires_grad == y.requires_grad
+
+
+def test_a_call_lets_other_threads_run(autograd):
+    features, weight, bias, targets, table, v = case(64, 256, 8, 8, 256, torch.float32)
+    features.requires_grad_()
+
+    def call():
+        return rk.rebalanced_head_loss(
+            features, weight, bias, targets, target_table=table, map_weights=v, backend="cpu"
+        ).loss
+
+    call()
+    ticks, done = [], threading.Event()
+
+    def tick():
+        while not done.wait(0.001):
+            ticks.append(time.perf_counter())
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(tick)
+        try:
+            for _ in range(20):  # one may be too short on a fast machine, or meet a slow one
+                begin = time.perf_counter()
+                call()
+                middle = (begin + time.perf_counter()) / 2
+                quarter = (middle - begin) / 2
+                if any(abs(x - middle) < quarter for x in ticks):
+                    break
+            else:
+                pytest.fail("no other thread ran in the middle of a call")
+        finally:
+            done.set()
+
+
+def test_cpp_refuses_what_is_no_tensor(cpp_autograd):
+    features, weight, bias, targets, table, v = good = case(2, 4, 3, 3, 3, torch.float32)
+    head = native.autograd().head
+    for wrong in ((), (*good, 1.0), (*good, 1, 0), (*good, 1.0, 0.0)):
+        with pytest.raises(TypeError, match="head: expected"):
+            head(*wrong)
+    for i in range(6):
+        for value in ("text", None) if i in (0, 1, 5) else ("text",):
+            with pytest.raises(TypeError, match="head: expected"):
+                head(*good[:i], value, *good[i + 1 :], 1.0, 0)
 
 
 @pytest.mark.parametrize("backend", FUSED)

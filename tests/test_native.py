@@ -208,10 +208,21 @@ def test_a_library_is_named_by_its_sources_and_flags_alone(tmp_path, monkeypatch
         name = native.cpu_recipe().name()
 
 
-def test_the_autograd_library_is_of_one_version_of_torch(monkeypatch):
-    name = recipe.autograd_recipe().name()
-    monkeypatch.setattr(torch, "__version__", "2.11.0+cpu")
-    assert recipe.autograd_recipe().name() != name
+def test_the_autograd_library_is_of_one_version_of_torch_and_of_python(monkeypatch):
+    names = {recipe.autograd_recipe().name()}
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "2.11.0+cpu")
+        names.add(recipe.autograd_recipe().name())
+    monkeypatch.setattr(recipe.sysconfig, "get_config_var", lambda name: {"SOABI": "cpython-399"}[name])
+    names.add(recipe.autograd_recipe().name())
+    assert len(names) == 3
+
+
+def test_python_headers_that_are_missing_are_named(directory, tmp_path, monkeypatch):
+    monkeypatch.setattr(tools.sysconfig, "get_path", lambda name: {"include": str(tmp_path / "empty")}[name])
+    with pytest.raises(native.ToolMissing, match=r"no Python.h in .*empty .*python3-dev"):
+        native.build("autograd", anew=True)
+    assert not list(directory.glob("*autograd*"))
 
 
 def test_a_shipped_library_comes_before_the_cache(tmp_path, directory, monkeypatch):

@@ -7,6 +7,7 @@ import torch
 from support import child
 from support.backends import BACKENDS, FUSED
 from support.cases import case
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import rebalfer_kernels as rk
 from rebalfer_kernels import ops
@@ -165,6 +166,17 @@ def test_compiles_fullgraph_and_the_batch_recompiles_once_at_most(backend, name)
                 results.append((out, *grads))
         for got, expected in zip(*results, strict=True):
             torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_a_graph_that_is_traced_below_python_has_the_operators(pre_dispatch, autograd):
+    features, *rest = case(2, 6, 3, 3, 3, torch.float32)
+    features.requires_grad_()
+    graph = make_fx(lambda x: _rebalanced_head_loss("cpu", x, *rest), pre_dispatch=pre_dispatch)(features)
+    called = [node.target for node in graph.graph.nodes if "rebalfer" in str(node.target)]
+    assert called == [ops.OPERATORS["cpu"]["head_forward"]]
+    other = features.detach() * 2
+    torch.testing.assert_close(graph(other), _rebalanced_head_loss("cpu", other, *rest))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

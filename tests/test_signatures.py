@@ -8,11 +8,40 @@ import pytest
 import torch
 
 import rebalfer_kernels as rk
-from rebalfer_kernels import checks, signatures
+from rebalfer_kernels import checks, native, signatures
+
+LANGUAGES = ["C++", "Python"]
+
+
+@pytest.fixture(params=LANGUAGES)
+def described(request):
+    """The function that describes a call, of either language."""
+    if request.param == "Python":
+        return signatures.described_in_python
+    request.getfixturevalue("cpp_autograd")
+    return native.autograd().described
+
+
+@pytest.fixture(autouse=True)
+def _in_one_language(described, monkeypatch):
+    monkeypatch.setattr(signatures, "_described", described)
+    monkeypatch.setattr(signatures, "describe_by", lambda faster: None)
+    signatures._decided.clear()
 
 
 class Word(str):
     """Equal to a str, and hashed alike."""
+
+
+class Logged(torch.Tensor):
+    """A tensor that says which functions it meets."""
+
+    log: list[str] = []
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.log.append(str(function))
+        return super().__torch_function__(function, types, args, kwargs or {})
 
 
 def tensors(**names):
@@ -57,6 +86,8 @@ WRONG_TENSORS = {
     "complex": lambda x: x.to(torch.complex64),
     "float64": lambda x: x.double(),
     "float16": lambda x: x.half(),
+    "sparse": lambda x: x.to_sparse(),
+    "nested": lambda x: torch.nested.as_nested_tensor([x, x]),
     "device": lambda x: x.to("meta"),
     "gradient": lambda x: x.float().clone().requires_grad_(),
     "array": lambda x: x.numpy(),
@@ -114,6 +145,15 @@ def test_an_error_is_raised_after_a_good_call_as_it_is_before_any(name, argument
     assert first is not None and argument in first[1], "a wrong option is named"
 
 
+@pytest.mark.parametrize("kind", ["sparse", "nested"])
+def test_a_tensor_that_is_not_dense_is_named(kind):
+    for function, good in CALLS.values():
+        for argument, value in good.items():
+            if isinstance(value, torch.Tensor):
+                error, text = error_of(function, good | {argument: WRONG_TENSORS[kind](value)})
+                assert error is TypeError and text.startswith(f"{argument}: got a {kind}")
+
+
 def test_most_wrong_tensors_are_errors():
     """Else the test above would compare nothing with nothing."""
     raised = [error_of(CALLS[n][0], CALLS[n][1] | {a: b}) is not None for n, a, b in (case.values for case in WRONG)]
@@ -123,6 +163,90 @@ def test_most_wrong_tensors_are_errors():
 def test_every_argument_of_every_function_is_among_the_calls():
     for function, good in CALLS.values():
         assert set(inspect.signature(getattr(function, "forward", function)).parameters) == set(good)
+
+
+TENSOR = torch.ones(2, 3)
+#: Lists of tensors, no two of which are alike, and the same of options
+TENSORS = [
+    (), (None,), (TENSOR,), (TENSOR, TENSOR), (TENSOR, None), (None, TENSOR), (None, None), (torch.ones(3, 2),),
+    (torch.ones(3, 2).t(),), (torch.ones(2, 6)[:, ::2],), (torch.ones(6),), (torch.ones(1, 2, 3),), (torch.ones(()),),
+    (torch.ones(0, 3),), (torch.ones(2, 0),), (torch.ones(2), torch.ones(3)), (TENSOR.double(),), (TENSOR.half(),),
+    (TENSOR.bfloat16(),), (TENSOR.long(),), (TENSOR.to("meta"),), (TENSOR.clone().requires_grad_(),),
+    (TENSOR.to("meta").requires_grad_(),),
+]  # fmt: skip
+OPTIONS = [
+    (), (None,), (2,), (1,), (True,), (0,), (False,), (-1,), (2, 1), (1, 2), ("a",), ("ab",), ("a", "b"), ("", "ab"),
+    ("ab", ""), ("a\0",), ("hflip and more",), ("é",), (b"a",), (b"",), ("",), ("mean", None), (None, "mean"), (97,),
+]  # fmt: skip
+DEFAULTS = [None, b"cpu", "cpu", b"triton"]
+#: What has no description.
+TOO_MUCH = [
+    ((TENSOR.tolist(),), ()), ((TENSOR.numpy(),), ()), (("text",), ()), ((TENSOR.as_subclass(Logged),), ()),
+    ((TENSOR.to_sparse(),), ()), ((torch.nested.as_nested_tensor([TENSOR]),), ()), ((), (2.0,)),
+    ((), (np.int64(2),)), ((), (Word("a"),)), ((), ([1],)), ((), (TENSOR,)), ((), ((),)), ((), (1j,)),
+]  # fmt: skip
+
+
+def test_descriptions_differ_where_arguments_do(described):
+    for all_tensors, all_options, defaults in ((TENSORS, OPTIONS[:2], DEFAULTS[:1]), (TENSORS[:3], OPTIONS, DEFAULTS)):
+        seen = [described(t, o, d) for t in all_tensors for o in all_options for d in defaults]
+        assert None not in seen and len(set(seen)) == len(seen)
+    for tensors in TENSORS:
+        like = tuple(x if x is None else x.detach().clone().requires_grad_(x.requires_grad) for x in tensors)
+        if all(x is None or x.is_contiguous() for x in tensors):
+            assert described(tensors, (), None) == described(like, (), None)
+    assert described((torch.nn.Parameter(TENSOR),), (), None) == described((TENSOR.clone().requires_grad_(),), (), None)
+
+
+@pytest.mark.parametrize(("tensors", "options"), TOO_MUCH)
+def test_what_may_be_anything_has_no_description(tensors, options, described):
+    assert described(tensors, options, None) is None
+    assert described((), (), Word("cpu")) is None
+
+
+def test_what_cpp_cannot_read_has_no_description(cpp_autograd):
+    cpp = native.autograd().described
+    assert cpp((), (2**70,), None) is None and cpp((), ("\udc80",), None) is None
+    for wrong in ((), ((), ()), ([], (), None), ((), [], None)):
+        with pytest.raises(TypeError, match="described: expected"):
+            cpp(*wrong)
+
+
+def test_under_a_transform_or_a_trace_there_is_no_description(described):
+    seen = []
+
+    def look(x):
+        seen.append(described((TENSOR,), (), None))
+        return x.sum()
+
+    look(TENSOR)
+    assert seen.pop() is not None
+    torch.vmap(look)(TENSOR)
+    torch.func.grad(look)(TENSOR)
+    torch.func.functionalize(look)(TENSOR)
+    torch.func.jvp(look, (TENSOR,), (TENSOR,))
+    with torch.autograd.forward_ad.dual_level():
+        look(TENSOR)
+    with pytest.warns((FutureWarning, DeprecationWarning), match="deprecated"):
+        torch.jit.trace(look, TENSOR, check_trace=False)
+    assert seen == [None] * 6
+    look(TENSOR)
+    assert seen.pop() is not None
+
+
+@pytest.mark.skipif(rk.backends()["cpu"] != "available", reason=rk.backends()["cpu"])
+def test_a_subclass_of_tensor_meets_the_operators():
+    features = torch.randn(2, 3, 2, 2)
+    plain = features.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(features=plain).loss, plain)
+    for _ in range(2):
+        leaf = features.clone().as_subclass(Logged).requires_grad_()
+        Logged.log.clear()
+        out = loss(features=leaf)
+        assert type(out.loss) is Logged
+        assert any("head_forward_cpu" in name for name in Logged.log)
+        (got,) = torch.autograd.grad(out.loss, leaf)
+        assert torch.equal(got.as_subclass(torch.Tensor), expected)
 
 
 @pytest.mark.parametrize("name", ["rebalanced_cross_entropy", "rebalanced_head_loss", "RebalancedHead"])

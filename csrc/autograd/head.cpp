@@ -1,25 +1,20 @@
-// The head's autograd in C++: the operator head calls a backend's head_forward and records its head_backward, as
-// HeadLossFunction of rebalfer_kernels/ops.py does in Python, for less of the host's time. PyTorch's stable ABI has no
-// autograd, so this library is of one version of torch; where it cannot be built, Python's function serves.
+// The head's autograd in C++: calls a backend's head_forward and records its head_backward, as HeadLossFunction of
+// rebalfer_kernels/ops.py does in Python, for less of the host's time. PyTorch's stable ABI has no autograd, so this
+// library is of one version of torch; where it cannot be built, Python's function serves.
+#include "head.h"
+
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
-#include <cstdint>
 #include <deque>
 #include <mutex>
-#include <optional>
-#include <string>
-#include <tuple>
 
 namespace rebalfer {
 namespace {
 
-using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
-using OptionalTensor = std::optional<Tensor>;
 
 // The operators' types by their schemas.
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
@@ -76,8 +71,6 @@ Backends& backends() {
   return all;
 }
 
-int64_t backend_number(const std::string& name) { return backends().number(name); }
-
 // Identity on the gradients, which come first; refuses to be differentiated, whichever tensor the path leads to.
 struct FirstOrderOnly : Function<FirstOrderOnly> {
   static variable_list forward(AutogradContext*, at::TensorList tensors, int64_t gradients) {
@@ -128,7 +121,7 @@ struct HeadLoss : Function<HeadLoss> {
         of.backend().forward.call(features, weight, bias, a.targets, a.target_table, a.map_weights,
                                   a.consistency_weight, of.p(), of.twin_map(), of.both_views(), of.mean(), of.maps(),
                                   of.gradients(), of.pooled(), of.cam_grad());
-    a.maps = maps;
+    if (of.maps()) a.maps = maps;
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({weight, map_grad, logit_grad, pooled, cam_grad});
     ctx->saved_data["constants"] = std::make_tuple(a.consistency_weight, of.packed, int64_t(features.scalar_type()),
@@ -174,24 +167,18 @@ struct HeadLoss : Function<HeadLoss> {
   }
 };
 
+}  // namespace
+
+int64_t backend_number(const std::string& name) { return backends().number(name); }
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head(const Tensor& features, const Tensor& weight,
                                                         const OptionalTensor& bias, const OptionalTensor& targets,
                                                         const OptionalTensor& target_table, const Tensor& map_weights,
                                                         double consistency_weight, int64_t options) {
   Tensor maps;
   const Constants constants{targets, target_table, map_weights, consistency_weight, Options(options), maps};
-  const variable_list out = HeadLoss::apply(features, weight, bias, constants);
-  return {out[0], out[1], out[2], out[3], maps};
+  variable_list out = HeadLoss::apply(features, weight, bias, constants);
+  return {std::move(out[0]), std::move(out[1]), std::move(out[2]), std::move(out[3]), std::move(maps)};
 }
 
-}  // namespace
 }  // namespace rebalfer
-
-TORCH_LIBRARY_FRAGMENT(rebalfer_kernels, m) {
-  m.def(
-      "head(Tensor features, Tensor weight, Tensor? bias, Tensor? targets, Tensor? target_table, Tensor map_weights, "
-      "float consistency_weight, int options) -> (Tensor loss, Tensor classification, Tensor consistency, "
-      "Tensor logits, Tensor maps)",
-      rebalfer::head);
-  m.def("backend_number(str name) -> int", rebalfer::backend_number);
-}

@@ -91,7 +91,7 @@ def _cpu_model() -> str:
 
 
 def _settings() -> dict[str, str]:
-    prefixes = ("REBALFER_", "TRITON_", "TORCH_CUDA_", "OMP_", "KMP_", "MALLOC_")
+    prefixes = ("REBALFER_", "TRITON_", "TORCH_CUDA_", "OMP_", "KMP_", "MALLOC_", "ATEN_", "MKL_", "ONEDNN_")
     names = ("CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CXX", "GLIBC_TUNABLES", "LD_PRELOAD")
     chosen = {k: v for k, v in sorted(os.environ.items()) if k.startswith(prefixes) or k in names}
     return {k: without_home(v) for k, v in chosen.items()}

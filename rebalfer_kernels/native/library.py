@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib.machinery
+import importlib.util
 import logging
 import os
 import shutil
@@ -11,6 +13,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -50,10 +53,19 @@ def load(part: str) -> tuple[bool, str]:
     return True, "available"
 
 
+def autograd() -> ModuleType | None:
+    """The Python module of the part "autograd" (csrc/autograd/module.cpp), built and loaded if need be."""
+    return _modules["autograd"] if load("autograd")[0] else None
+
+
+#: Part -> its Python module, once it is loaded.
+_modules: dict[str, ModuleType] = {}
+
+
 def _load(part: str) -> None:
     """Load the library; if the system refuses what the cache has, build it anew, but only once."""
     library = build(part, retry=False)
-    refusal = _refusal(library)
+    refusal = _refusal(part, library)
     if refusal is None:
         return
     refused_anew = library.with_suffix(".refused")
@@ -67,7 +79,7 @@ def _load(part: str) -> None:
         )
     logger.warning("%s", refusal)
     try:
-        refusal = _refusal(build(part, anew=True))
+        refusal = _refusal(part, build(part, anew=True))
     except BuildError as error:
         raise BuildError(f"{refusal}; building it anew: {error}") from None
     if refusal is not None:
@@ -75,15 +87,27 @@ def _load(part: str) -> None:
         raise BuildError(f"{refusal} (just built)")
 
 
-def _refusal(library: Path) -> str | None:
+def _refusal(part: str, library: Path) -> str | None:
     """Load it, or say what the dynamic linker said."""
     try:
         if _truncated(library):
             raise OSError(f"{library}: truncated")
-        torch.ops.load_library(str(library))
-    except OSError as error:
+        if part == "autograd":
+            _modules[part] = _imported(part, library)
+        else:
+            torch.ops.load_library(str(library))
+    except (OSError, ImportError) as error:
         return f"the library cannot be loaded: {error.__cause__ or error}"  # torch names only the path
     return None
+
+
+def _imported(name: str, library: Path) -> ModuleType:
+    loader = importlib.machinery.ExtensionFileLoader(name, str(library))
+    spec = importlib.util.spec_from_file_location(name, library, loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
 
 
 def _truncated(library: Path) -> bool:

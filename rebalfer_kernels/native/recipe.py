@@ -7,13 +7,14 @@ import os
 import platform
 import shlex
 import sys
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from .tools import BuildError, compiler_options, find_compiler, find_nvcc
+from .tools import BuildError, compiler_options, find_compiler, find_nvcc, find_python_headers
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 #: In a wheel the sources are inside the package, in a checkout beside it.
@@ -37,14 +38,14 @@ _STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  #: what torch 2.11 ha
 
 
 class Recipe(NamedTuple):
-    """One library. Paths are relative to a folder that has links ``csrc`` and ``torch`` (:meth:`prepare`)."""
+    """One library. Paths are relative to a folder with links to the sources and headers (:meth:`prepare`)."""
 
     part: str
     flags: str
     objects: dict[str, tuple[str, str]]  #: object -> its source and flags of its own
     libraries: str
     arguments: str  #: of the command ``build`` that builds it
-    torch_build: str = ""  #: the torch whose C++ ABI it needs; none where the stable ABI is all that it uses
+    serves: str = ""  #: the torch and the Python that it serves; any where the stable ABI is all that it uses
 
     def name(self) -> str:
         """File name with a hash of the sources, flags, platform and ABI.
@@ -64,6 +65,8 @@ class Recipe(NamedTuple):
         compiler = shlex.join(self.compiler()).replace("$", "$$")
         (work / "csrc").symlink_to(_sources())
         (work / "torch").symlink_to(Path(torch.__file__).parent.absolute())
+        if self.part == "autograd":
+            (work / "python").symlink_to(find_python_headers())
         lines = [
             f"rule compile\n  command = {compiler} {self.flags} $own -c $in -o $out",
             f"rule link\n  command = {compiler} -shared $in -Ltorch/lib {self.libraries} -o $out",
@@ -75,6 +78,8 @@ class Recipe(NamedTuple):
 
     def compiler(self) -> list[str]:
         """The first words of its command. Raises ToolMissing."""
+        if self.part == "autograd":
+            find_python_headers()
         if self.part != "cuda":
             return find_compiler()
         if not os.environ.get("CXX"):
@@ -95,11 +100,10 @@ def cpu_recipe() -> Recipe:
 
 
 def autograd_recipe() -> Recipe:
-    flags = "-std=c++20 -O2 -fPIC -fvisibility=hidden -Itorch/include"
-    objects = {"head.o": ("head.cpp", "")}
-    return Recipe(
-        "autograd", flags, objects, "-ltorch_cpu -lc10", "cpu", f"{torch.__version__} {torch.version.git_version}"
-    )
+    flags = "-std=c++20 -O2 -fPIC -fvisibility=hidden -Itorch/include -Ipython"
+    objects = {"head.o": ("head.cpp", ""), "module.o": ("module.cpp", "")}
+    serves = f"{torch.__version__} {torch.version.git_version} {sysconfig.get_config_var('SOABI')}"
+    return Recipe("autograd", flags, objects, "-ltorch_python -ltorch_cpu -lc10", "cpu", serves)
 
 
 def cuda_recipe(architectures: Sequence[str]) -> Recipe:

@@ -6,6 +6,7 @@ import importlib
 import os
 import shlex
 import shutil
+import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -65,6 +66,14 @@ def find_ninja() -> str:
     except ImportError:
         pass
     return _first(places, "ninja is not installed (python -m pip install ninja)")
+
+
+def find_python_headers() -> str:
+    """The folder of Python.h. Raises ToolMissing."""
+    folder = sysconfig.get_path("include")
+    if not os.path.exists(os.path.join(folder, "Python.h")):
+        raise ToolMissing(f"no Python.h in {folder} (Python's headers: a package such as python3-dev has them)")
+    return folder
 
 
 def _first(names: Iterable[str], otherwise: str) -> str:

@@ -26,7 +26,7 @@ _GLIBC_WITH = {25: 28, 28: 31, 29: 34, 30: 35, 33: 39}
 
 
 def libraries() -> list[Path]:
-    """CPU library, autograd of this torch and, where nvcc is installed, CUDA library, from the cache or built now."""
+    """CPU library, autograd of this torch and Python and, where nvcc is installed, CUDA library; built where absent."""
     if options := compiler_options():
         raise BuildError(f"CXX: got the options {options}, which would be a part of the libraries' names")
     made = [build("cpu"), build("autograd")]

@@ -1,11 +1,14 @@
-"""Page faults are those of the head, and malloc's rules reach the processes that count them."""
+"""What a process begins with reaches it: malloc's rules, an instruction set. Page faults are those of the head."""
 
 import json
 import mmap
 import types
 
 import pytest
+from support import child
+from support.machine import ISAS_HERE
 
+from bench import __main__ as command_line
 from bench import memory, results, step
 from bench.__main__ import main
 
@@ -57,3 +60,32 @@ def test_three_processes_count_with_their_rules(monkeypatch, tmp_path, capsys):
     assert (read["faults"], read["seen"], read["config"]["batch_size"]) == (counts, "fresh", 4)
     assert results.newest_by_backbone("memory", tmp_path) == []  # a rehearsal is no result
     assert "memory is fresh" in capsys.readouterr().out
+
+
+class Started(Exception):
+    """With this environment."""
+
+
+@pytest.mark.skipif("avx2" not in ISAS_HERE, reason="this CPU has no AVX2")
+def test_a_benchmark_may_be_held_to_an_instruction_set(monkeypatch):
+    def begin(program, arguments, environment):
+        raise Started(environment)
+
+    monkeypatch.setattr(command_line.os, "execve", begin)
+    environments = []
+    for isa in ([], ["--isa", "avx2"]):
+        with pytest.raises(Started) as caught:
+            main(["op", "--memory", "reused", *isa])
+        environments.append(caught.value.args[0])
+    plain, held = ({k: v for k, v in e.items() if k not in environments[1 - i] or e[k] != environments[1 - i][k]}
+                   for i, e in enumerate(environments))  # fmt: skip
+    assert plain == {} and len(held) == 4
+    code = """
+import torch
+from rebalfer_kernels import native
+from torch._inductor.cpu_vec_isa import pick_vec_isa
+native.load("cpu")
+print(torch.ops.rebalfer_kernels.cpu_isa(), torch.backends.cpu.get_cpu_capability(), pick_vec_isa())
+"""
+    run = child.run("-c", code, **held)
+    assert run.stdout.split() == ["avx2", "AVX2", "avx2"], run.stderr

@@ -3,6 +3,8 @@
 from .mutant import Mutant
 
 SAME = "test_head.py::test_autograd_in_cpp_is_that_in_python_to_the_last_bit"
+DIFFER = "test_signatures.py::test_descriptions_differ_where_arguments_do"
+TRANSFORMS = "test_signatures.py::test_under_a_transform_or_a_trace_there_is_no_description"
 MUTANTS = [
     Mutant(
         "autograd in C++: the backward takes lambda for 1",
@@ -63,8 +65,106 @@ MUTANTS = [
     Mutant(
         "autograd in C++: maps are always left out",
         "csrc/autograd/head.cpp",
-        "    a.maps = maps;\n",
-        "    a.maps = logits;\n",
+        "a.maps = maps;",
+        "a.maps = logits;",
         SAME,
+    ),
+    Mutant(
+        "autograd in C++: maps come unasked",
+        "csrc/autograd/head.cpp",
+        "    if (of.maps()) a.maps = maps;",
+        "    a.maps = maps;",
+        SAME,
+    ),
+    Mutant(
+        "autograd in C++: a call keeps other threads waiting",
+        "csrc/autograd/module.cpp",
+        "const pybind11::gil_scoped_release no_gil;",
+        "",
+        "test_head.py::test_a_call_lets_other_threads_run",
+    ),
+    Mutant(
+        "a description leaves out strides",
+        "csrc/autograd/module.cpp",
+        "    words_.append(strides.begin(), strides.end());\n",
+        "",
+        DIFFER,
+    ),
+    Mutant(
+        "a description leaves out the dtype",
+        "csrc/autograd/module.cpp",
+        "int64_t(t.scalar_type()) << 32 | ",
+        "",
+        DIFFER,
+    ),
+    Mutant(
+        "a description leaves out the device",
+        "csrc/autograd/module.cpp",
+        "int64_t(device.type()) << 16 | ",
+        "",
+        DIFFER,
+    ),
+    Mutant(
+        "a description leaves out whether a gradient is required",
+        "csrc/autograd/module.cpp",
+        " | int64_t(t.requires_grad())",
+        "",
+        DIFFER,
+    ),
+    Mutant(
+        "a description leaves out how many tensors there are",
+        "csrc/autograd/module.cpp",
+        "words_.push_back(tensors);",
+        "",
+        DIFFER,
+    ),
+    Mutant(
+        "a description leaves out the length of a text",
+        "csrc/autograd/module.cpp",
+        "    put(kind, size);\n    const size_t begin",
+        "    put(kind, 0);\n    const size_t begin",
+        DIFFER,
+    ),
+    Mutant(
+        "a description leaves out the default backend",
+        "csrc/autograd/module.cpp",
+        "  if (!all.option(arguments[2])) Py_RETURN_NONE;\n",
+        "",
+        DIFFER,
+    ),
+    Mutant(
+        "a description takes subclasses of Tensor for tensors",
+        "csrc/autograd/module.cpp",
+        "!THPVariable_CheckExact(value)",
+        "!THPVariable_Check(value)",
+        "test_signatures.py::test_what_may_be_anything_has_no_description",
+    ),
+    Mutant(
+        "a description takes sparse tensors for dense ones",
+        "csrc/autograd/module.cpp",
+        "t.layout() != at::kStrided || t.is_nested()",
+        "t.is_sparse_csr() || t.is_nested()",
+        "test_signatures.py::test_what_may_be_anything_has_no_description",
+    ),
+    Mutant(
+        "a description overlooks transforms",
+        "csrc/autograd/module.cpp",
+        "= c10::impl::tls_local_dispatch_key_set().included_;",
+        "= {};",
+        TRANSFORMS,
+    ),
+    Mutant(
+        "a description overlooks traces",
+        "csrc/autograd/module.cpp",
+        "!torch::jit::tracer::isTracing() &&\n         ",
+        "",
+        TRANSFORMS,
+    ),
+    Mutant(
+        "a description overlooks forward-mode differentiation",
+        "csrc/autograd/module.cpp",
+        " &&\n         !torch::autograd::ForwardADLevel::try_get_by_idx(0)",
+        "",
+        TRANSFORMS,
     ),
 ]

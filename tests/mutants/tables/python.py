@@ -60,10 +60,24 @@ MUTANTS = [
         "test_signatures.py",
     ),
     Mutant(
+        "a subclass of Tensor is taken for a tensor by the C++ autograd",
+        "rebalfer_kernels/functional.py",
+        " and signatures.exact(inputs)",
+        "",
+        "test_signatures.py::test_a_subclass_of_tensor_meets_the_operators",
+    ),
+    Mutant(
+        "a sparse tensor is taken for a dense one",
+        "rebalfer_kernels/checks.py",
+        "if value.layout is not torch.strided or value.is_nested:",
+        "if value.is_nested:",
+        "test_signatures.py::test_a_tensor_that_is_not_dense_is_named",
+    ),
+    Mutant(
         "a signature takes equal options of another class for the same",
         "rebalfer_kernels/signatures.py",
-        "tuple(map(type, options))",
-        "()",
+        "options, tuple(map(type, options)), default",
+        "options, default",
         "test_signatures.py",
     ),
     Mutant(
@@ -83,8 +97,8 @@ MUTANTS = [
     Mutant(
         "a scheduled lambda is left out",
         "rebalfer_kernels/functional.py",
-        "loss = reference.combine(classification, consistency, consistency_weight)\n    return",
-        "loss = classification + consistency\n    return",
+        "loss=reference.combine(out.classification, out.consistency, consistency_weight)",
+        "loss=out.classification + out.consistency",
         "test_functional.py::test_a_scheduled_consistency_weight",
     ),
     Mutant(
