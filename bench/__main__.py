@@ -32,9 +32,11 @@ from __future__ import annotations
 
 import argparse
 import functools
+import getpass
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,13 +48,15 @@ if TYPE_CHECKING:  # PyTorch is imported only after what must be set before
     from .clocks import Clock
 
 RESULTS = Path(__file__).with_name("results")
-#: Instruction set -> the variables that hold our kernels, PyTorch's own and compiled ones, MKL and oneDNN to it.
+#: Instruction set -> the variables that hold our kernels, PyTorch's own and compiled ones, MKL and oneDNN to it. What
+#: torch.compile has cached for another set would be taken and give wrong results, so it has a cache of its own.
 ISAS = {
     "avx2": {
         "REBALFER_CPU_ISA": "avx2",
         "ATEN_CPU_CAPABILITY": "avx2",
         "MKL_ENABLE_INSTRUCTIONS": "AVX2",
         "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}_avx2")),
     }
 }
 

@@ -56,14 +56,14 @@ class Found(NamedTuple):
         if self.seen is None:
             return self.operators
         merged = [
-            as_trained(self.cpus, capability, self.seen) for capability in {c["capability"]: 0 for c in self.cpus}
+            as_trained(self.cpus, capability, self.seen) for capability in {pictures.capability(c): 0 for c in self.cpus}
         ]
         return [*self.gpus, *merged]
 
 
 def as_trained(cpus: Sequence[Result], capability: str, seen: str) -> Result:
     """The results of one instruction set as one: the rows whose memory a training loop has that sees ``seen``."""
-    own = sorted((c for c in cpus if c["capability"] == capability), key=lambda c: c["memory"] == seen)
+    own = sorted((c for c in cpus if pictures.capability(c) == capability), key=lambda c: c["memory"] == seen)
     rows = [row for cpu in own for row in cpu["rows"] if cpu["memory"] == memory.of(Case.named(row["case"]), seen)]
     return {**own[-1], "rows": rows, "memory": TRAINED}
 

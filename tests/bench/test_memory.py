@@ -79,7 +79,7 @@ def test_a_benchmark_may_be_held_to_an_instruction_set(monkeypatch):
         environments.append(caught.value.args[0])
     plain, held = ({k: v for k, v in e.items() if k not in environments[1 - i] or e[k] != environments[1 - i][k]}
                    for i, e in enumerate(environments))  # fmt: skip
-    assert plain == {} and len(held) == 4
+    assert plain == {} and len(held) == 5
     code = """
 import torch
 from rebalfer_kernels import native
