@@ -55,10 +55,8 @@ class Found(NamedTuple):
         """What a reader should see first: on a CPU, each case with the memory that a training loop has, if known."""
         if self.seen is None:
             return self.operators
-        merged = [
-            as_trained(self.cpus, capability, self.seen) for capability in {pictures.capability(c): 0 for c in self.cpus}
-        ]
-        return [*self.gpus, *merged]
+        capabilities = {pictures.capability(c): 0 for c in self.cpus}
+        return [*self.gpus, *(as_trained(self.cpus, capability, self.seen) for capability in capabilities)]
 
 
 def as_trained(cpus: Sequence[Result], capability: str, seen: str) -> Result:

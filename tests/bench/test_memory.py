@@ -77,9 +77,9 @@ def test_a_benchmark_may_be_held_to_an_instruction_set(monkeypatch):
         with pytest.raises(Started) as caught:
             main(["op", "--memory", "reused", *isa])
         environments.append(caught.value.args[0])
-    plain, held = ({k: v for k, v in e.items() if k not in environments[1 - i] or e[k] != environments[1 - i][k]}
-                   for i, e in enumerate(environments))  # fmt: skip
-    assert plain == {} and len(held) == 5
+    plain, held = environments
+    variables = command_line.ISAS["avx2"]
+    assert not variables.items() & plain.items() and variables.items() <= held.items()
     code = """
 import torch
 from rebalfer_kernels import native
@@ -87,5 +87,5 @@ from torch._inductor.cpu_vec_isa import pick_vec_isa
 native.load("cpu")
 print(torch.ops.rebalfer_kernels.cpu_isa(), torch.backends.cpu.get_cpu_capability(), pick_vec_isa())
 """
-    run = child.run("-c", code, **held)
+    run = child.run("-c", code, **variables)
     assert run.stdout.split() == ["avx2", "AVX2", "avx2"], run.stderr
