@@ -120,12 +120,13 @@ PyObject* head_of(PyObject*, PyObject* const* a, Py_ssize_t count) {
               "head: expected (features: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor | None, "
               "target_table: Tensor | None, map_weights: Tensor, consistency_weight: float, options: int)"))
     return nullptr;
+  const OptionalTensor bias = optional(a[2]), targets = optional(a[3]), target_table = optional(a[4]);
   const double consistency_weight = PyFloat_AS_DOUBLE(a[6]);
   const int64_t options = PyLong_AsLongLong(a[7]);
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> out;
   try {
     const pybind11::gil_scoped_release no_gil;
-    out = head(THPVariable_Unpack(a[0]), THPVariable_Unpack(a[1]), optional(a[2]), optional(a[3]), optional(a[4]),
+    out = head(THPVariable_Unpack(a[0]), THPVariable_Unpack(a[1]), bias, targets, target_table,
                THPVariable_Unpack(a[5]), consistency_weight, options);
   } catch (const std::out_of_range& error) {  // a class; PyTorch 2.11 would make it a RuntimeError
     PyErr_SetString(PyExc_IndexError, error.what());
