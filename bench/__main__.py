@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import getpass
 import os
 import subprocess
 import sys
@@ -56,7 +55,7 @@ ISAS = {
         "ATEN_CPU_CAPABILITY": "avx2",
         "MKL_ENABLE_INSTRUCTIONS": "AVX2",
         "ONEDNN_MAX_CPU_ISA": "AVX2",
-        "TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}_avx2")),
+        "TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir(), f"torchinductor_{os.getuid()}_avx2")),
     }
 }
 

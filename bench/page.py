@@ -55,13 +55,13 @@ class Found(NamedTuple):
         """What a reader should see first: on a CPU, each case with the memory that a training loop has, if known."""
         if self.seen is None:
             return self.operators
-        capabilities = {pictures.capability(c): 0 for c in self.cpus}
+        capabilities = {results.capability(c): 0 for c in self.cpus}
         return [*self.gpus, *(as_trained(self.cpus, capability, self.seen) for capability in capabilities)]
 
 
 def as_trained(cpus: Sequence[Result], capability: str, seen: str) -> Result:
     """The results of one instruction set as one: the rows whose memory a training loop has that sees ``seen``."""
-    own = sorted((c for c in cpus if pictures.capability(c) == capability), key=lambda c: c["memory"] == seen)
+    own = sorted((c for c in cpus if results.capability(c) == capability), key=lambda c: c["memory"] == seen)
     rows = [row for cpu in own for row in cpu["rows"] if cpu["memory"] == memory.of(Case.named(row["case"]), seen)]
     return {**own[-1], "rows": rows, "memory": TRAINED}
 
@@ -307,7 +307,7 @@ def _regime(found: Found) -> list[Block]:
 
 def _cpu_section(result: Result) -> list[Block]:
     where = (
-        f"{result['device']} ({pictures.capability(result)}), {result['threads']} threads, torch {result['torch']}, "
+        f"{result['device']} ({results.capability(result)}), {result['threads']} threads, torch {result['torch']}, "
         f"{_origin(result)}, {_copy(result)}."
     )
     return [Heading(3, texts.MEMORY[result["memory"]]), where, _times(result, 1.0), _every_figure(result)]

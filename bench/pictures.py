@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 from PIL import Image
 
-from . import curves, goals
+from . import curves, goals, results
 from .model import changed_since
 
 Result = dict[str, Any]
@@ -70,18 +70,7 @@ def where(result: Result) -> str:
     if result["kind"] != "cpu":
         return result["device"] + earlier(result)
     memory = f", {result['memory']} memory" if result.get("memory") else ""
-    return f"{result['device']} ({capability(result)}){memory}{earlier(result)}"
-
-
-def capability(result: Result) -> str:
-    """A CPU's instruction set.
-
-    >>> capability({"capability": "AVX2", "settings": {"REBALFER_CPU_ISA": "avx2"}})
-    'held to AVX2'
-    """
-    return (
-        f"held to {result['capability']}" if "REBALFER_CPU_ISA" in result.get("settings", {}) else result["capability"]
-    )
+    return f"{result['device']} ({results.capability(result)}){memory}{earlier(result)}"
 
 
 def earlier(result: Result) -> str:

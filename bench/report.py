@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import document, goals, page, pictures
+from . import document, goals, page, pictures, results
 from .page import Found
 from .results import ROOT
 
@@ -20,7 +20,7 @@ def speed_line(found: Found) -> str:
     for result in found.headline:
         where, memory = f"bfloat16, {pictures.where(result)}", ""
         if result["kind"] == "cpu":
-            where = f"float32, {result['device']}, {pictures.capability(result)}, {result['threads']} threads"
+            where = f"float32, {result['device']}, {results.capability(result)}, {result['threads']} threads"
             where += pictures.earlier(result)
             memory = f" with {result['memory']} memory"
         plain, best, released = (page.speed(result, name) for name in (goals.PLAIN, goals.BEST, goals.RELEASED))

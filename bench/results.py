@@ -95,9 +95,19 @@ def file_name(program: str, result: dict[str, Any]) -> str:
     of = result.get("set", "short")
     words = [program, result["kind"], result["device"]]
     if result["kind"] == "cpu":
-        words += [result.get("capability") or "", result.get("memory") or ""]
+        words += [capability(result), result.get("memory") or ""]
     words += ["" if of == "short" else of, chosen[0]]
     return re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower()).strip("-") + ".json"
+
+
+def capability(result: dict[str, Any]) -> str:
+    """A CPU's instruction set, or the older one that the benchmark held it to.
+
+    >>> capability({"capability": "AVX2", "settings": {"REBALFER_CPU_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2"}})
+    'held to AVX2'
+    """
+    held = {"REBALFER_CPU_ISA", "ATEN_CPU_CAPABILITY"} <= result.get("settings", {}).keys()
+    return f"held to {result['capability']}" if held else result.get("capability") or ""
 
 
 def portable(text: str) -> str:
@@ -121,7 +131,7 @@ def write(result: dict[str, Any], path: Path) -> Path:
 def newest_cpu(directory: Path = RESULTS) -> list[dict[str, Any]]:
     """For each instruction set and kind of memory the latest result that nothing disturbed."""
     found = [r for r in _read(directory, "op", "cpu") if r["quiet"] and _is_short(r)]
-    latest = {(r["capability"], r["memory"]): r for r in found}
+    latest = {(capability(r), r["memory"]): r for r in found}
     return [latest[key] for key in sorted(latest)]
 
 
@@ -129,7 +139,7 @@ def newest_more(directory: Path = RESULTS) -> list[dict[str, Any]]:
     """For each device, kind of memory and longer set of cases the latest result that nothing disturbed."""
     found = [*_read(directory, "op", "cpu"), *_read(directory, "op", "cuda")]
     longer = [r for r in found if r["quiet"] and not _is_short(r)]
-    latest = {(r["device"], r["capability"], r["memory"] or "", r["set"]): r for r in longer}
+    latest = {(r["device"], capability(r), r["memory"] or "", r["set"]): r for r in longer}
     return [latest[key] for key in sorted(latest)]
 
 

@@ -248,6 +248,8 @@ def test_cpp_refuses_what_is_no_tensor(cpp_autograd):
         for value in ("text", None) if i in (0, 1, 5) else ("text",):
             with pytest.raises(TypeError, match="head: expected"):
                 head(*good[:i], value, *good[i + 1 :], 1.0, 0)
+    with pytest.raises(OverflowError):
+        head(*good, 1.0, 2**70)
 
 
 @pytest.mark.parametrize("backend", FUSED)

@@ -123,6 +123,7 @@ PyObject* head_of(PyObject*, PyObject* const* a, Py_ssize_t count) {
   const OptionalTensor bias = optional(a[2]), targets = optional(a[3]), target_table = optional(a[4]);
   const double consistency_weight = PyFloat_AS_DOUBLE(a[6]);
   const int64_t options = PyLong_AsLongLong(a[7]);
+  if (PyErr_Occurred()) return nullptr;
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> out;
   try {
     const pybind11::gil_scoped_release no_gil;
