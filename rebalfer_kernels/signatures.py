@@ -55,8 +55,7 @@ def described_in_python(tensors: tuple[Any, ...], options: tuple[Any, ...], defa
     """The arguments as something to compare; None for a call without a signature."""
     if not (dispatch.ordinary() and exact(tensors) and {*map(type, options), type(default)} <= _OPTIONS):
         return None
-    given = [x for x in tensors if x is not None]
-    if any([x.layout is not torch.strided or x.is_nested for x in given]):
+    if any(x is not None and (x.layout is not torch.strided or x.is_nested) for x in tensors):
         return None
     seen = tuple([x if x is None else (_read(x), x.stride()) for x in tensors])
     return seen, options, tuple(map(type, options)), default
