@@ -168,6 +168,29 @@ def test_a_float32_weight_with_16_bit_features_is_not_rounded(backend, dtype, la
     assert_close(d_weight, truth["d_weight"], tolerance, "d_weight")
 
 
+@pytest.mark.parametrize(("backend", "dtype"), with_dtypes(torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_16_bits_are_rounded_to_nearest(backend, dtype, layout):
+    """Where a class has gradient 1 and the other 0, the former's weight is stored: any 32 bits, ties and NaNs too."""
+    if backend.name in ("triton", "cuda"):
+        pytest.skip("tensor cores take a weight in two halves: not any 32 bits")
+    g = torch.Generator().manual_seed(6)
+    bits = torch.randint(-(2**31), 2**31, (220,), generator=g, dtype=torch.int64)
+    bits[::3] = bits[::3] & ~0xFFFF | 0x8000  # halfway between two bfloat16
+    bits[1::6] = bits[1::6] & ~0xFFF | 0x1000  # halfway between two float16
+    bits[:10] = torch.tensor(
+        [0x7FFFFFFF, -1, 0x7F800001, 0x7F800000, -0x800000, 0x7F7FFFFF, 0x477FEFFF, 0x477FF000, 1, -(2**31)]
+    )
+    weight = torch.stack([bits.to(torch.int32).view(torch.float32), torch.zeros(220)])
+    features = leaf(case(2, 220, 5, 4, 2, dtype, layout)[0], backend)
+    maps = rk.class_activation_maps(features, *there(backend, weight), backend=backend.name)
+    d_maps = torch.tensor([1.0, 0.0], dtype=maps.dtype)[:, None, None].expand_as(maps)
+    (d_features,) = torch.autograd.grad(maps, features, *there(backend, d_maps))
+    want = weight.to(dtype)[0, :, None, None].expand(4, -1, 5, 4)
+    assert want.isnan().sum() > 100 and want.isfinite().sum() > 1000
+    torch.testing.assert_close(d_features.cpu(), want, rtol=0, atol=0, equal_nan=True)
+
+
 @EVERY_BACKEND
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("channels", [2048, 2053], ids="C{}".format)

@@ -17,7 +17,8 @@ SUITE = """
 import sys, pytest, torch, rebalfer_kernels as rk
 assert rk.backends()["cpu"] == "available"
 assert torch.ops.rebalfer_kernels.cpu_isa() == sys.argv[1], torch.ops.rebalfer_kernels.cpu_isa()
-sys.exit(pytest.main(["tests/test_head.py", "-p", "no:cacheprovider", "-k", "cpu and (options or shapes or square)"]))
+names = "cpu and (options or shapes or square or rounded_to_nearest)"
+sys.exit(pytest.main(["tests/test_head.py", "tests/test_functional.py", "-p", "no:cacheprovider", "-k", names]))
 """
 CALL = "import torch, rebalfer_kernels as rk; rk.class_activation_maps(torch.ones(1, 2, 1, 1), torch.ones(2, 2))"
 

@@ -26,6 +26,8 @@ constexpr int64_t kMaxColumns = 4;
 constexpr int64_t kAhead = 4 * 1024;  // bytes from what is read or written to what is fetched
 constexpr int64_t kRowsAhead = 8;  // the same in rows of channels_last: past a map's row, which a flip visits backwards
 constexpr int kTile = kAccumulators >= 24 ? 3 : 2;  // vectors of positions, or rows of channels_last
+constexpr int kClasses = 8;  // of channels_last's maps in one pass over the features, with as many rows as then fit
+constexpr int kMapRows = kAccumulators / kClasses;
 
 // The kernels for features stored as T. Template parameters that count: LG classes, TV vectors of positions, HT rows of
 // channels_last, CH channels, CV vectors of channels.
@@ -346,7 +348,7 @@ struct KernelsOf {
         for (int h = 0; h < HT; ++h) own[0][h] -= own[1][h];
       }
       for (int j = 0; j < LG; ++j) {
-        const V w = in_register(load(weight + j * weight_pitch + c));
+        const V w = HT > 1 ? in_register(load(weight + j * weight_pitch + c)) : load(weight + j * weight_pitch + c);
         for (int h = 0; h < HT; ++h) sums[j][h] += w * own[0][h];
       }
     };
@@ -366,8 +368,8 @@ struct KernelsOf {
   template <typename Source>
   static void maps_channels_last(const MapsRows<Source>& of) {
     // Classes outside: a group's weights stay in the L1 cache, and the features of a pair in the L2 cache.
-    for_groups<kAccumulators / kTile>(of.g.L, [&]<int LG>(int64_t l) {
-      for_groups<kTile>(of.g.HW, [&]<int HT>(int64_t x) { rows_tile<LG, HT>(of, l, x); });
+    for_groups<kClasses>(of.g.L, [&]<int LG>(int64_t l) {
+      for_groups<kMapRows>(of.g.HW, [&]<int HT>(int64_t x) { rows_tile<LG, HT>(of, l, x); });
     });
   }
 
@@ -528,11 +530,13 @@ struct KernelsOf {
       const V constants[2] = {splat(of.constants[0][c + i]), splat(of.constants[1][c + i])};
       if (!of.streaming)
         for (const T* row : rows) prefetch_ahead<TV>(row);
+      V original[TV], twin[TV];
       for (int t = 0; t < TV; ++t) {
-        const V original = constants[0] + u[i][t], twin = constants[1] - permute(u[i], from[t]);
-        store_lanes(rows[0] + t * kN, original, t == TV - 1 ? last : LaneMask(-1));
-        store_lanes(rows[1] + t * kN, twin, t == TV - 1 ? last : LaneMask(-1));
+        original[t] = constants[0] + u[i][t];
+        twin[t] = constants[1] - permute(u[i], from[t]);
       }
+      store_lanes(rows[0], original, last);
+      store_lanes(rows[1], twin, last);
     }
   }
 
@@ -562,10 +566,14 @@ struct KernelsOf {
         }
         const V constants[2] = {load(of.constants[0] + first + c), load(of.constants[1] + first + c)};
         const V original = constants[0] + here, moved = constants[1] - here, twin = constants[1] - there;
+        T narrowed[3][kN];
+        store(narrowed[0], original);
+        store(narrowed[1], moved);
+        store(narrowed[2], twin);
         for (int64_t i = 0; i < std::min<int64_t>(kN, channels - c); ++i) {
-          out[0][(c + i) * g.HW + x] = narrow<T>(original[i]);
-          out[1][(c + i) * g.HW + to] = narrow<T>(moved[i]);
-          out[1][(c + i) * g.HW + x] = narrow<T>(twin[i]);
+          out[0][(c + i) * g.HW + x] = narrowed[0][i];
+          out[1][(c + i) * g.HW + to] = narrowed[1][i];
+          out[1][(c + i) * g.HW + x] = narrowed[2][i];
         }
       }
     }
@@ -621,7 +629,7 @@ struct KernelsOf {
   template <int HT, int CV>
   [[gnu::always_inline]] static void gradient_tile(const FeatureGradient& of, int64_t x, int64_t c, int64_t count) {
     const int64_t C = of.g.C, L = of.g.L, weight_pitch = pitch(C), map_pitch = pitch(of.g.HW);
-    const bool streaming = of.streaming;
+    const bool streaming = sizeof(T) == sizeof(A) && of.streaming;  // there is no instruction for half a vector
     const A* weight = of.packed + c;
     const A* d[HT];
     T* out[2][HT];
@@ -643,23 +651,24 @@ struct KernelsOf {
       for (int view = 0; view < of.views; ++view)
         for (int h = 0; h < HT; ++h)
           for (int i = 0; i < CV; ++i) prefetch_row_ahead(out[view][h] + i * kN, C, c + i * kN);
-    auto put = [&](T* to, V v) __attribute__((always_inline)) {
-      if (CV == 1)
-        store_first(to, v, count);
-      else if (streaming)
-        store_streaming(to, v);
-      else
-        store(to, v);
+    constexpr int kAtOnce = CV % 2 ? 1 : 2;
+    auto put = [&](T* const(&to)[HT], const A* constants, auto value) __attribute__((always_inline)) {
+      for (int i = 0; i < CV; i += kAtOnce) {
+        V constant[kAtOnce], v[kAtOnce];
+        for (int k = 0; k < kAtOnce; ++k) constant[k] = load(constants + c + (i + k) * kN);
+        for (int h = 0; h < HT; ++h) {
+          for (int k = 0; k < kAtOnce; ++k) v[k] = value(constant[k], u[h][i + k]);
+          if (CV == 1)
+            store_first(to[h], v[0], count);
+          else if (streaming)
+            for (int k = 0; k < kAtOnce; ++k) store_streaming(to[h] + (i + k) * kN, v[k]);
+          else
+            store(to[h] + i * kN, v);
+        }
+      }
     };
-    for (int i = 0; i < CV; ++i) {
-      const V constant = load(of.constants[0] + c + i * kN);
-      for (int h = 0; h < HT; ++h) put(out[0][h] + i * kN, constant + u[h][i]);
-    }
-    if (of.views == 1) return;
-    for (int i = 0; i < CV; ++i) {
-      const V constant = load(of.constants[1] + c + i * kN);
-      for (int h = 0; h < HT; ++h) put(out[1][h] + i * kN, constant - u[h][i]);
-    }
+    put(out[0], of.constants[0], [](V constant, V of_u) { return constant + of_u; });
+    if (of.views == 2) put(out[1], of.constants[1], [](V constant, V of_u) { return constant - of_u; });
   }
 
   static void gradient_channels_last(FeatureGradient of) {
@@ -723,7 +732,6 @@ struct KernelsOf {
   }
 
   static void store_streaming(T* to, V v) {
-    if constexpr (sizeof(T) != sizeof(A)) return store(to, v);
 #if defined(__AVX512F__)
     _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)v);
 #elif defined(__AVX2__)

@@ -1,7 +1,7 @@
 // The operators of rebalfer_kernels/ops.py on CPU tensors: what is parallel, what is saved, and PyTorch's stable ABI.
 //
-// One task is one pair of views, so a sample's results never depend on the batch; sums over the batch are taken in a
-// fixed order, by channel, after all pairs are done.
+// A task is some pairs of views, one after another, so a sample's results never depend on the batch; sums over the
+// batch are taken channel by channel, in the order of the samples.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -32,7 +32,8 @@ namespace rebalfer {
 namespace {
 
 constexpr int64_t kStreamingBytes = 24 << 20;  // gradients from this size on are written past the caches
-constexpr int64_t kChannelChunk = 128;         // channels of one task in sums over the batch
+constexpr int64_t kChannelChunk = 128;         // channels that are summed over the batch at once
+constexpr int64_t kCopiedBytes = 128 << 10;    // a packed weight up to this size is copied by each task
 
 struct Isa {
   const char* name;
@@ -87,12 +88,39 @@ void in_parallel(int64_t tasks, const Run& run) {
     torch::stable::parallel_for(0, tasks, 1, run);
 }
 
+// The weight as the kernels read it. A task packs one of its own: what another core has just written is far away, above
+// all in another L3 cache. A large one is packed once for all.
 template <typename A>
-Buffer<A> pack(const Kernels& k, Geometry g, const Tensor& weight) {
-  Buffer<A> packed(k.packed_size(g));
-  k.pack(g, weight.data_ptr(), weight.scalar_type() == kCompute<A>, packed.get());
-  return packed;
-}
+class PackedWeight {
+ public:
+  PackedWeight(const Kernels& k, Geometry g, const Tensor& weight, bool needed = true)
+      : k_(k), g_(g), weight_(weight), size_(needed ? k.packed_size(g) : 0),
+        shared_(size_ * int64_t(sizeof(A)) > kCopiedBytes ? pack() : Buffer<A>(0)) {}
+
+  class OfTask {
+   public:
+    explicit OfTask(const PackedWeight& of)
+        : own_(of.shared_.get() ? Buffer<A>(0) : of.pack()), data_(own_.get() ? own_.get() : of.shared_.get()) {}
+    const A* get() const { return data_; }
+
+   private:
+    const Buffer<A> own_;
+    const A* data_;
+  };
+
+ private:
+  Buffer<A> pack() const {
+    Buffer<A> packed(size_);
+    if (size_) k_.pack(g_, weight_.data_ptr(), weight_.scalar_type() == kCompute<A>, packed.get());
+    return packed;
+  }
+
+  const Kernels& k_;
+  const Geometry g_;
+  const Tensor& weight_;
+  const int64_t size_;
+  const Buffer<A> shared_;
+};
 
 // The targets of a batch in the compute type, after a check of their classes.
 template <typename A>
@@ -200,7 +228,7 @@ class HeadForward {
         g{a.features.size(1), a.features.size(2) * a.features.size(3), a.weight.size(0), is_channels_last(a.features)},
         k(kernels(storage_of(a.features.scalar_type()))), options(a.options), wanted(a.wanted),
         undo(k, g, options.twin, a.features.size(3), false), targets(targets_of<A>(a.targets, a.target_table, g.L)),
-        packed(pack<A>(k, g, a.weight)), bias(a.bias ? values<A>(*a.bias) : std::vector<A>()),
+        weight(k, g, a.weight), bias(a.bias ? values<A>(*a.bias) : std::vector<A>()),
         v(static_cast<const A*>(a.map_weights.data_ptr())),
         features(a.features, g.C * g.HW * bytes_of(a.features.scalar_type())),
         out(head_forward_outputs(a, cpu(), kCompute<A>)), classification(N), consistency(N) {}
@@ -223,15 +251,16 @@ class HeadForward {
   // What a task needs for one pair after another.
   struct Workspace {
     explicit Workspace(const HeadForward& head)
-        : residual(head.maps_size), pooled(2 * head.pooled_pitch), z(2 * head.g.L), target(head.g.L),
-          maps(head.wanted.maps ? head.maps_size : 0), d_twin(head.wanted.cam_grad ? head.maps_size : 0),
-          scratch(head.k.scratch_bytes(head.g)) {}
+        : weight(head.weight), residual(head.maps_size), pooled(2 * head.pooled_pitch), z(2 * head.g.L),
+          target(head.g.L), maps(head.wanted.maps ? head.maps_size : 0),
+          d_twin(head.wanted.cam_grad ? head.maps_size : 0), scratch(head.k.scratch_bytes(head.g)) {}
+    const typename PackedWeight<A>::OfTask weight;
     Buffer<A> residual, pooled, z, target, maps, d_twin;
     Buffer<char> scratch;
   };
 
   void pair(int64_t i, Workspace& work) {
-    k.residual(g, undo.get(), features[i], features[N + i], packed.get(), work.residual.get(), work.pooled.get(),
+    k.residual(g, undo.get(), features[i], features[N + i], work.weight.get(), work.residual.get(), work.pooled.get(),
                work.pooled.get() + pooled_pitch, work.scratch.get());
     view(i, work.pooled.get(), work.z.get(), work);
     view(N + i, work.pooled.get() + pooled_pitch, work.z.get() + g.L, work);
@@ -247,11 +276,11 @@ class HeadForward {
   void view(int64_t m, const A* pooled_view, A* z, Workspace& work) {
     if (wanted.pooled) std::memcpy(pooled[m], pooled_view, g.C * sizeof(A));
     if (targets) {
-      k.logits(g, packed.get(), pooled_view, bias.empty() ? nullptr : bias.data(), z);
+      k.logits(g, work.weight.get(), pooled_view, bias.empty() ? nullptr : bias.data(), z);
       std::memcpy(logits[m], z, g.L * sizeof(A));
     }
     if (wanted.maps) {
-      k.maps(g, features[m], packed.get(), work.maps.get(), work.scratch.get());
+      k.maps(g, features[m], work.weight.get(), work.maps.get(), work.scratch.get());
       write_maps(work.maps.get(), maps[m]);
     }
   }
@@ -325,7 +354,7 @@ class HeadForward {
   const int64_t pitch = round_up(g.HW, k.lanes), pooled_pitch = round_up(g.C, k.lanes), maps_size = g.L * pitch;
   const PermutationTable undo;
   const Targets<A> targets;
-  const Buffer<A> packed;
+  const PackedWeight<A> weight;
   const std::vector<A> bias;
   const A* const v;
   const Views features;
@@ -351,29 +380,22 @@ class HeadBackward {
         inverse(k, g, a.twin, a.map_grad.size(3), true), d_loss(a.d_loss), d_classification(a.d_classification),
         d_consistency(a.d_consistency), d_logits(a.d_logits ? static_cast<const A*>(a.d_logits->data_ptr()) : nullptr),
         map_grad(a.map_grad, g.L * g.HW), logit_grad(a.logit_grad, g.L), pooled(a.pooled, g.C),
-        cam_grad(a.cam_grad, g.L * g.C), packed(need.features ? pack<A>(k, g, a.weight) : Buffer<A>(0)),
+        cam_grad(a.cam_grad, g.L * g.C), weight(k, g, a.weight, need.features),
         view_bytes(g.C * g.HW * bytes_of(a.dtype)),
         out{feature_output(2 * N, g.C, a.map_grad.size(2), a.map_grad.size(3), a.dtype, g.channels_last, need.features),
             output(cpu(), {g.L, g.C}, weight_dtype, need.weight), output(cpu(), {g.L}, weight_dtype, need.bias)},
         d_features(out.features, view_bytes), dz(2 * N * g.L), g_s(N) {}
 
   HeadGradients run() {
-    in_parallel(N, [&](int64_t begin, int64_t end) {
-      Buffer<A> d_maps(need.features ? g.L * pitch : 0);
-      Buffer<char> scratch(need.features ? k.scratch_bytes(g) : 0);
-      for (int64_t i = begin; i < end; ++i) {
-        g_s[i] = (consistency_weight * d_loss[i] + d_consistency[i]) * share;
-        if (logit_grad) logits_gradient(i);
-        if (need.features) feature_gradient(i, d_maps.get(), scratch.get());
-      }
-    });
-    if (need.weight) {
-      const int64_t chunks = (g.C + kChannelChunk - 1) / kChannelChunk;
-      in_parallel(chunks, [&](int64_t begin, int64_t end) {
-        Buffer<A> sum(g.L * kChannelChunk);
-        for (int64_t chunk = begin; chunk < end; ++chunk) weight_gradient(chunk * kChannelChunk, sum.get());
-      });
+    for (int64_t i = 0; i < N; ++i) {
+      g_s[i] = (consistency_weight * d_loss[i] + d_consistency[i]) * share;
+      if (logit_grad) logits_gradient(i);
     }
+    in_parallel(N, [&](int64_t begin, int64_t end) {
+      if (need.features) feature_gradients(begin, end);
+      if (need.weight) weight_gradient(first_channel(begin), first_channel(end));
+    });
+    if (need.weight && !N) weight_gradient(0, g.C);
     if (need.bias) bias_gradient();
     return std::move(out);
   }
@@ -393,27 +415,41 @@ class HeadBackward {
     }
   }
 
-  // dF and dF~ of pair i.
-  void feature_gradient(int64_t i, A* d_maps, char* scratch) {
-    const A* from = map_grad[i];
-    for (int64_t l = 0; l < g.L; ++l)
-      for (int64_t x = 0; x < g.HW; ++x) d_maps[l * pitch + x] = g_s[i] * *from++;
-    k.pair_gradient(g, inverse.get(), packed.get(), d_maps, logit_grad ? dz_of(i) : nullptr,
-                    logit_grad ? dz_of(N + i) : nullptr, d_features[i], d_features[N + i], streaming, scratch);
+  // dF and dF~ of the pairs from begin on.
+  void feature_gradients(int64_t begin, int64_t end) {
+    const typename PackedWeight<A>::OfTask of_task(weight);
+    Buffer<A> d_maps(g.L * pitch);
+    Buffer<char> scratch(k.scratch_bytes(g));
+    for (int64_t i = begin; i < end; ++i) {
+      const A* from = map_grad[i];
+      for (int64_t l = 0; l < g.L; ++l)
+        for (int64_t x = 0; x < g.HW; ++x) d_maps.get()[l * pitch + x] = g_s[i] * *from++;
+      k.pair_gradient(g, inverse.get(), of_task.get(), d_maps.get(), logit_grad ? dz_of(i) : nullptr,
+                      logit_grad ? dz_of(N + i) : nullptr, d_features[i], d_features[N + i], streaming, scratch.get());
+    }
   }
 
-  // dW of the chunk of channels from c0 on: dz^T P of both views, and the sum of K where the CAM is not detached.
-  void weight_gradient(int64_t c0, A* sum) {
-    const int64_t count = std::min(kChannelChunk, g.C - c0);
-    std::fill(sum, sum + g.L * kChannelChunk, A(0));
-    if (pooled) k.accumulate(2 * N, g.L, count, dz.get(), g.L, pooled[0] + c0, g.C, sum, kChannelChunk);
-    if (cam_grad && (d_loss || d_consistency))
-      for (int64_t l = 0; l < g.L; ++l)
-        k.accumulate(N, 1, count, g_s.data(), 1, cam_grad[0] + l * g.C + c0, g.L * g.C, sum + l * kChannelChunk,
-                     kChannelChunk);
+  // The channels are divided as the pairs are, at cache lines: the first that belongs to the pairs from i on.
+  int64_t first_channel(int64_t i) const {
+    constexpr int64_t in_line = kCacheLine / sizeof(A);
+    return i == N ? g.C : g.C * i / N / in_line * in_line;
+  }
+
+  // dW of the channels from begin on: dz^T P of both views, and the sum of K where the CAM is not detached.
+  void weight_gradient(int64_t begin, int64_t end) {
+    Buffer<A> sum(g.L * kChannelChunk);
     void* const to = out.weight.data_ptr();  // once: for each element, the call would take longer than the sums
-    for (int64_t l = 0; l < g.L; ++l)
-      for (int64_t c = 0; c < count; ++c) write(to, weight_dtype, l * g.C + c0 + c, sum[l * kChannelChunk + c]);
+    for (int64_t c0 = begin; c0 < end; c0 += kChannelChunk) {
+      const int64_t count = std::min(kChannelChunk, end - c0);
+      std::fill_n(sum.get(), g.L * kChannelChunk, A(0));
+      if (pooled) k.accumulate(2 * N, g.L, count, dz.get(), g.L, pooled[0] + c0, g.C, sum.get(), kChannelChunk);
+      if (cam_grad && (d_loss || d_consistency))
+        for (int64_t l = 0; l < g.L; ++l)
+          k.accumulate(N, 1, count, g_s.data(), 1, cam_grad[0] + l * g.C + c0, g.L * g.C, sum.get() + l * kChannelChunk,
+                       kChannelChunk);
+      for (int64_t l = 0; l < g.L; ++l)
+        for (int64_t c = 0; c < count; ++c) write(to, weight_dtype, l * g.C + c0 + c, sum.get()[l * kChannelChunk + c]);
+    }
   }
 
   void bias_gradient() {
@@ -436,7 +472,7 @@ class HeadBackward {
   const Upstream<A> d_loss, d_classification, d_consistency;
   const A* const d_logits;
   const Rows<A> map_grad, logit_grad, pooled, cam_grad;
-  const Buffer<A> packed;
+  const PackedWeight<A> weight;
   const int64_t view_bytes;
   const bool streaming = 2 * N * view_bytes >= kStreamingBytes;
   HeadGradients out;
@@ -457,14 +493,15 @@ Tensor cam_forward_as(const Tensor& features, const Tensor& weight) {
   const Kernels& k = kernels(storage_of(features.scalar_type()));
   const int64_t pitch = round_up(HW, k.lanes);
   Tensor maps = output(cpu(), {M, L, H, W}, kCompute<A>);
-  const auto packed = pack<A>(k, g, weight);
+  const PackedWeight<A> packed(k, g, weight);
   const char* f = static_cast<const char*>(features.data_ptr());
   const int64_t view_bytes = C * HW * bytes_of(features.scalar_type());
   in_parallel(M, [&](int64_t begin, int64_t end) {
+    const typename PackedWeight<A>::OfTask of_task(packed);
     Buffer<A> cam(L * pitch);
     Buffer<char> scratch(k.scratch_bytes(g));
     for (int64_t m = begin; m < end; ++m) {
-      k.maps(g, f + m * view_bytes, packed.get(), cam.get(), scratch.get());
+      k.maps(g, f + m * view_bytes, of_task.get(), cam.get(), scratch.get());
       for (int64_t l = 0; l < L; ++l)
         std::memcpy(static_cast<A*>(maps.data_ptr()) + (m * L + l) * HW, cam.get() + l * pitch, HW * sizeof(A));
     }
@@ -487,19 +524,20 @@ std::tuple<Tensor, Tensor> cam_backward_as(const Tensor& d_maps, const Tensor& f
   const int64_t pitch = round_up(HW, k.lanes);
   Tensor d_features = feature_output(M, C, H, W, dtype, channels_last, need_features);
   Tensor d_weight = output(cpu(), {L, C}, weight.scalar_type(), need_weight);
-  const auto packed = need_features ? pack<A>(k, g, weight) : Buffer<A>(0);
+  const PackedWeight<A> packed(k, g, weight, need_features);
   const int64_t view_bytes = C * HW * bytes_of(dtype);
   const bool streaming = M * view_bytes >= kStreamingBytes;
   Buffer<A> partial(need_weight ? M * L * C : 0);
   in_parallel(M, [&](int64_t begin, int64_t end) {
+    const typename PackedWeight<A>::OfTask of_task(packed);
     Buffer<A> d(L * pitch);
     Buffer<char> scratch(k.scratch_bytes(g));
     for (int64_t m = begin; m < end; ++m) {
       for (int64_t l = 0; l < L; ++l)
         std::memcpy(d.get() + l * pitch, static_cast<const A*>(d_maps.data_ptr()) + (m * L + l) * HW, HW * sizeof(A));
       if (need_features)
-        k.view_gradient(g, packed.get(), d.get(), static_cast<char*>(d_features.data_ptr()) + m * view_bytes, streaming,
-                        scratch.get());
+        k.view_gradient(g, of_task.get(), d.get(), static_cast<char*>(d_features.data_ptr()) + m * view_bytes,
+                        streaming, scratch.get());
       if (need_weight)
         k.correlate(g, static_cast<const char*>(features.data_ptr()) + m * view_bytes, d.get(),
                     partial.get() + m * L * C, scratch.get());

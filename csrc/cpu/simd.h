@@ -182,11 +182,22 @@ inline VecF load(const Half* p) {
 
 inline void store(float* p, VecF v) { std::memcpy(p, &v, sizeof v); }
 inline void store(double* p, VecD v) { std::memcpy(p, &v, sizeof v); }
-inline void store(BFloat16* p, VecF v) {
+// v as bfloat16 in the high half of each lane: to nearest, ties to even. A NaN becomes the default one, as rounding
+// could make a number of another.
+inline VecU round_to_bfloat16(VecF v) {
+#if defined(__AVX512F__)
+  const __m512i nan = _mm512_set1_epi32(0x33);  // either kind of NaN becomes the default one, all else stays
+  const __m512i bits = _mm512_castps_si512(_mm512_fixupimm_ps((__m512)v, (__m512)v, nan, 0));
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __m512i even = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  return (VecU)_mm512_mask_add_epi32(even, odd, bits, _mm512_set1_epi32(0x8000));
+#else
   const VecU bits = (VecU)v;
-  VecU rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  rounded = (v != v) ? (VecU{} + 0x7fc0) : rounded;
-  const HalfVecU half = __builtin_convertvector(rounded, HalfVecU);
+  return (v != v) ? (VecU{} + 0x7fc00000) : bits + 0x7fff + ((bits >> 16) & 1);
+#endif
+}
+inline void store(BFloat16* p, VecF v) {
+  const HalfVecU half = __builtin_convertvector(round_to_bfloat16(v) >> 16, HalfVecU);
   std::memcpy(p, &half, sizeof half);
 }
 inline void store(Half* p, VecF v) {
@@ -197,6 +208,34 @@ inline void store(Half* p, VecF v) {
 #else
   for (int i = 0; i < kLanes<float>; ++i) p[i] = narrow<Half>(v[i]);
 #endif
+}
+
+// Vectors one behind the other; two of bfloat16 at a time, which takes half of the instructions.
+template <typename T, typename V>
+inline void store_two(T* p, V a, V b) {
+  store(p, a);
+  store(p + kVectorBytes / sizeof(a[0]), b);
+}
+#if defined(__AVX512F__)
+inline void store_two(BFloat16* p, VecF a, VecF b) {
+  alignas(64) static constexpr uint16_t high_halves[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
+                                                           23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
+                                                           45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  _mm512_storeu_si512(p, _mm512_permutex2var_epi16((__m512i)round_to_bfloat16(a), _mm512_load_si512(high_halves),
+                                                   (__m512i)round_to_bfloat16(b)));
+}
+#elif defined(__AVX2__)
+inline void store_two(BFloat16* p, VecF a, VecF b) {
+  const __m256i by_halves =  // of the registers: the first of a, the first of b, the others
+      _mm256_packus_epi32((__m256i)(round_to_bfloat16(a) >> 16), (__m256i)(round_to_bfloat16(b) >> 16));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(by_halves, 0b11'01'10'00));
+}
+#endif
+template <typename T, typename V, int Count>
+inline void store(T* p, const V (&v)[Count]) {
+  constexpr int lanes = kVectorBytes / sizeof(v[0][0]);
+  for (int i = 0; i + 1 < Count; i += 2) store_two(p + i * lanes, v[i], v[i + 1]);
+  if constexpr (Count % 2) store(p + (Count - 1) * lanes, v[Count - 1]);
 }
 
 // The first n lanes, zeros behind: reads and writes nothing past them.
@@ -243,12 +282,20 @@ inline V masked(LaneMask keep, V v) {
 }
 #endif
 
-// The first lanes, without a branch where there is an instruction for it that is fast.
+// Vectors one behind the other, of the last one only some lanes, without a branch where there is an instruction for it
+// that is fast.
 #if defined(__AVX512F__)
-inline void store_lanes(float* p, VecF v, LaneMask first) { _mm512_mask_storeu_ps(p, first, (__m512)v); }
+inline void store_lanes(float* p, VecF v, LaneMask lanes) { _mm512_mask_storeu_ps(p, lanes, (__m512)v); }
 template <typename T>  // of 16 bits
-inline void store_lanes(T* p, VecF v, LaneMask first) {
-  store_first(p, v, __builtin_popcount(first));
+inline void store_lanes(T* p, VecF v, LaneMask lanes) {
+  T half[kLanes<float>];
+  store(half, v);
+  _mm256_mask_storeu_epi16(p, lanes, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(half)));
+}
+template <typename T, int Count>
+inline void store_lanes(T* p, const VecF (&v)[Count], LaneMask of_last) {
+  if constexpr (Count > 1) store(p, reinterpret_cast<const VecF(&)[Count - 1]>(v));
+  store_lanes(p + (Count - 1) * kLanes<float>, v[Count - 1], of_last);
 }
 #endif
 
