@@ -31,8 +31,10 @@ FOREIGN_LIMIT = 0.1
 T = TypeVar("T")
 
 
-def interleave(runs: Mapping[str, Callable[[], T]], seconds: float) -> dict[str, list[T]]:
-    """Call each run once a round for about ``seconds``; the results of each.
+def interleave(
+    runs: Mapping[str, Callable[[], T]], seconds: float, before: Callable[[], object] = lambda: None
+) -> dict[str, list[T]]:
+    """Call each run once a round for about ``seconds``; the results of each. ``before`` is called before a round.
 
     Every round has an order of its own: what ran before decides what is in the caches, so it must not always be the
     same contender.
@@ -46,6 +48,7 @@ def interleave(runs: Mapping[str, Callable[[], T]], seconds: float) -> dict[str,
         while done < WARM_UP + MINIMUM or time.perf_counter() < end:
             if done == WARM_UP:
                 end = time.perf_counter() + seconds
+            before()
             for name in shuffle(list(runs), len(runs)):
                 results[name].append(runs[name]())
             done += 1
@@ -59,12 +62,18 @@ def quartiles(samples: Sequence[float]) -> list[float]:
     return statistics.quantiles(samples, n=4, method="inclusive")
 
 
-def phases_ms(clock: Clock, runs: Mapping[str, Callable[[Mark], object]], seconds: float) -> dict[str, dict[str, Any]]:
+def phases_ms(
+    clock: Clock,
+    runs: Mapping[str, Callable[[Mark], object]],
+    seconds: float,
+    before: Callable[[], object] = lambda: None,
+) -> dict[str, dict[str, Any]]:
     """Quartiles of forward, backward and both, in ms, and the number of rounds; runs mark where backward begins.
 
-    What has no backward takes its end there: some nanoseconds.
+    What has no backward takes its end there: some nanoseconds. ``before`` is called before a round.
     """
-    timed = interleave({name: functools.partial(clock.intervals_ms, run) for name, run in runs.items()}, seconds)
+    intervals = {name: functools.partial(clock.intervals_ms, run) for name, run in runs.items()}
+    timed = interleave(intervals, seconds, before)
     figures: dict[str, dict[str, Any]] = {}
     for name, samples in timed.items():
         forward, backward = (quartiles(phase) for phase in zip(*samples, strict=True))
@@ -182,6 +191,44 @@ class LoadMeter:
                     user, nice, system, _, _, irq, softirq, steal = map(int, numbers[:8])
                     ticks += user + nice + system + irq + softirq + steal
         return time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4])
+
+
+class FarCaches:
+    """Whether PyTorch's threads run on cores that share no cache, as on two L3 caches of one processor.
+
+    Then a thread writes memory that another one's caches hold some ten times as slowly, whatever the program. A virtual
+    machine's cores move about, so the samples of a minute differ.
+    """
+
+    #: Elements of each thread's part, more than an L2 cache holds, and of what PyTorch never divides among threads.
+    PART, PIECE = 2**20, 2**14
+    #: How many times as slow it is where caches are far: between the 1 and the 30 that are seen.
+    SLOW = 5.0
+    #: Threads whose caches are tried.
+    MOST = 4
+
+    def __init__(self) -> None:
+        threads = torch.get_num_threads()
+        self._memory = torch.zeros(threads, self.PART)
+        self._others = self._memory[1 :: math.ceil(threads / self.MOST)]
+        self._samples: list[bool] = []
+
+    def sample(self) -> None:
+        """Some milliseconds."""
+        own, others = self._write_ms(read_by_one=False), self._write_ms(read_by_one=True)
+        self._samples.append(others > self.SLOW * own)
+
+    def share(self) -> float:
+        """Of the samples so far."""
+        return statistics.fmean(self._samples) if self._samples else 0.0
+
+    def _write_ms(self, *, read_by_one: bool) -> float:
+        self._memory.fill_(0)  # each thread its part
+        for piece in self._others.flatten().split(self.PIECE) if read_by_one else ():
+            piece.sum()
+        start = time.perf_counter()
+        self._memory.fill_(1)
+        return 1e3 * (time.perf_counter() - start)
 
 
 class ByteCounter(TorchDispatchMode):

@@ -219,12 +219,15 @@ def _compare(rows: list[Row], case: Case, copy: float | None) -> None:
 
 
 def call_by_call(case: Case, data: Problem, passed: dict[str, Formulation], seconds: float, clock: Clock) -> list[Row]:
-    """A row for each contender on a CPU: [lower quartile, median, upper quartile] in ms of each phase, and bytes."""
+    """A row for each contender on a CPU: [lower quartile, median, upper quartile] in ms of each phase, and bytes.
+
+    ``far_caches`` is the share of the rounds in which the threads' cores had no cache in common.
+    """
     runs = _runs(passed, data)
     tiny = {name: f for name, f in passed.items() if not is_compiled(name)}  # or it would compile for sizes in general
     fixed = measure.phases_ms(clock, _runs(tiny, problem(case.smallest)), min(seconds, FIXED_SECONDS))
-    rows = []
-    for name, times in measure.phases_ms(clock, runs, seconds).items():
+    rows, far = [], measure.FarCaches()
+    for name, times in measure.phases_ms(clock, runs, seconds, far.sample).items():
         moved = None if is_compiled(name) else measure.bytes_moved(passed[name], data)
         if not data.leaves:
             times["backward"] = None
@@ -235,6 +238,7 @@ def call_by_call(case: Case, data: Problem, passed: dict[str, Formulation], seco
                 "contender": name,
                 **times,
                 "host_ms": fixed[name]["both"][1] if name in fixed else None,
+                "far_caches": far.share(),
                 "bytes_moved": moved,
                 "bytes_over_floor": None if moved is None else moved / case.floor_bytes,
                 "peak_extra_bytes": clock.peak_bytes(runs[name]),

@@ -308,9 +308,24 @@ def _regime(found: Found) -> list[Block]:
 def _cpu_section(result: Result) -> list[Block]:
     where = (
         f"{result['device']} ({results.capability(result)}), {result['threads']} threads, torch {result['torch']}, "
-        f"{_origin(result)}, {_copy(result)}."
+        f"{_origin(result)}, {_copy(result)}.{_far_caches(result)}"
     )
     return [Heading(3, texts.MEMORY[result["memory"]]), where, _times(result, 1.0), _every_figure(result)]
+
+
+def _far_caches(result: Result) -> str:
+    """In how many rounds the threads' cores shared no cache; nothing of a result that is older than that.
+
+    >>> rows = [{"case": "N1-C16-nchw-float32", "far_caches": 0.254}, {"case": "N2-C16-nchw-float32", "far_caches": 0}]
+    >>> _far_caches({"rows": rows})
+    ' The threads ran on cores with no L3 cache in common in 0–25 % of the rounds of a case.'
+    """
+    shares = [100 * row["far_caches"] for row in result["rows"] if "far_caches" in row]
+    if not shares:
+        return ""
+    return (
+        f" The threads ran on cores with no L3 cache in common in {_range(shares, '{:.0f}')} % of the rounds of a case."
+    )
 
 
 def _earlier(result: Result) -> list[Block]:

@@ -77,6 +77,7 @@ def test_every_operation_is_measured(name, monkeypatch, tmp_path):
     forward_only = name in ("maps", "views")
     for row in result["rows"]:
         assert (row["backward"] is None) == forward_only and row["both"][1] > 0 < row["host_ms"]
+        assert 0 <= row["far_caches"] <= 1
     captured, _ = op.run([case], 0.0, 1000.0, tmp_path, kind="rehearsal", clock=FakeClock())
     assert captured["errors"] == [] and all(row["both"] and row["errors"] == {} for row in captured["rows"])
 
