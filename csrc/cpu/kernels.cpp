@@ -126,7 +126,7 @@ struct KernelsOf {
       }
       V load(int64_t offset, int i, V (&own)[2]) const {
         own[0] = rebalfer::load(original + offset + i * kN);
-        own[1] = permute(rebalfer::load(twin[i] + offset), rebalfer::load(twin[i] + offset + kN), index[i]);
+        own[1] = load_permuted(twin[i] + offset, index[i]);
         return own[0] - own[1];
       }
     };

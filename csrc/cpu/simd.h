@@ -162,11 +162,23 @@ inline VecD load(const double* p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
+// Each number goes to the high half of its lane, at once where one instruction can.
 inline VecF load(const BFloat16* p) {
+#if defined(__AVX512F__)
+  const __m512i of_halves = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4,
+                                             0, 3, 0, 2, 0, 1, 0, 0, 0);
+  const __m512i numbers = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return (VecF)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, of_halves, numbers);
+#elif defined(__AVX2__)
+  const __m256i of_bytes = _mm256_set_epi8(15, 14, -1, -1, 13, 12, -1, -1, 11, 10, -1, -1, 9, 8, -1, -1,  //
+                                           7, 6, -1, -1, 5, 4, -1, -1, 3, 2, -1, -1, 1, 0, -1, -1);
+  const __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return (VecF)_mm256_shuffle_epi8(twice, of_bytes);
+#else
   HalfVecU half;
   std::memcpy(&half, p, sizeof half);
-  const VecU bits = __builtin_convertvector(half, VecU) << 16;
-  return (VecF)bits;
+  return (VecF)(__builtin_convertvector(half, VecU) << 16);
+#endif
 }
 inline VecF load(const Half* p) {
 #if defined(__AVX512F__)
@@ -310,6 +322,14 @@ using LaneIndex = __m512i;
 inline LaneIndex load_index(const int32_t* index) { return _mm512_loadu_si512(index); }
 inline VecF permute(VecF a, VecF b, LaneIndex index) {
   return (VecF)_mm512_permutex2var_ps((__m512)a, index, (__m512)b);
+}
+// Lane i is element index[i] of the two vectors from p on.
+template <typename T>
+inline VecF load_permuted(const T* p, LaneIndex index) {
+  return permute(load(p), load(p + kLanes<float>), index);
+}
+inline VecF load_permuted(const BFloat16* p, LaneIndex index) {
+  return (VecF)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, _mm512_slli_epi32(index, 16), _mm512_loadu_si512(p));
 }
 template <int Count>
 inline VecF permute(const VecF (&v)[Count], LaneIndex index) {
