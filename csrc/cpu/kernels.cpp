@@ -26,8 +26,7 @@ constexpr int64_t kMaxColumns = 4;
 constexpr int64_t kAhead = 4 * 1024;  // bytes from what is read or written to what is fetched
 constexpr int64_t kRowsAhead = 8;  // the same in rows of channels_last: past a map's row, which a flip visits backwards
 constexpr int kTile = kAccumulators >= 24 ? 3 : 2;  // vectors of positions, or rows of channels_last
-constexpr int kClasses = 8;  // of channels_last's maps in one pass over the features, with as many rows as then fit
-constexpr int kMapRows = kAccumulators / kClasses;
+constexpr int kClasses = 8;  // of channels_last's maps at once: another pass over the features costs more than spills
 
 // The kernels for features stored as T. Template parameters that count: LG classes, TV vectors of positions, HT rows of
 // channels_last, CH channels, CV vectors of channels.
@@ -328,6 +327,7 @@ struct KernelsOf {
     const T* rows[kViews][HT];
     for (int view = 0; view < kViews; ++view)
       for (int h = 0; h < HT; ++h) rows[view][h] = of.source.row(C, x + h, view);
+    constexpr bool kRoom = LG * HT <= kAccumulators + 2;  // for a weight in a register of its own
     V sums[LG][HT];
     for (int j = 0; j < LG; ++j)
       for (int h = 0; h < HT; ++h) sums[j][h] = zero<A>();
@@ -348,7 +348,7 @@ struct KernelsOf {
         for (int h = 0; h < HT; ++h) own[0][h] -= own[1][h];
       }
       for (int j = 0; j < LG; ++j) {
-        const V w = HT > 1 ? in_register(load(weight + j * weight_pitch + c)) : load(weight + j * weight_pitch + c);
+        const V of_class = load(weight + j * weight_pitch + c), w = kRoom ? in_register(of_class) : of_class;
         for (int h = 0; h < HT; ++h) sums[j][h] += w * own[0][h];
       }
     };
@@ -369,7 +369,7 @@ struct KernelsOf {
   static void maps_channels_last(const MapsRows<Source>& of) {
     // Classes outside: a group's weights stay in the L1 cache, and the features of a pair in the L2 cache.
     for_groups<kClasses>(of.g.L, [&]<int LG>(int64_t l) {
-      for_groups<kMapRows>(of.g.HW, [&]<int HT>(int64_t x) { rows_tile<LG, HT>(of, l, x); });
+      for_groups<kTile>(of.g.HW, [&]<int HT>(int64_t x) { rows_tile<LG, HT>(of, l, x); });
     });
   }
 
