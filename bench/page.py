@@ -534,6 +534,7 @@ def _launched(result: Result) -> Table:
 #: Of a row: the key, a factor and a format.
 FIGURES: dict[str, tuple[str, float, str]] = {
     "× identity": ("ratio_to_identity", 1, ".2f"),
+    "far caches": ("far_caches", 1, ".0%"),
     "GB/s": ("gb_per_s", 1, ".0f"),
     "of copy": ("share_of_copy", 1, ".0%"),
     "bytes/floor": ("bytes_over_floor", 1, ".2f"),

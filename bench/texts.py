@@ -56,7 +56,8 @@ ON_A_GPU = (
     'times the L2 cache. "Ours" is the backend that the library chooses, named in brackets.'
 )
 EVERY_FIGURE = (
-    "In the tables of every figure, **× identity** is the time over the identity op's, **GB/s** the bytes that any "
+    "In the tables of every figure, **× identity** is the time over the identity op's, **far caches** the rounds in "
+    "which a CPU's threads ran on cores with no L3 cache in common, **GB/s** the bytes that any "
     "formulation must move (both views' features read, their gradient written) over the time, **of copy** that over "
     "the rate of a copy in the same run, **bytes/floor** what was moved over the least possible, **MB** the most "
     "memory held beyond the inputs, **host µs** on a GPU what the host does for a call and on a CPU the same call on a "

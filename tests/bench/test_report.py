@@ -163,11 +163,11 @@ def test_every_figure_of_a_row_is_shown():
     row = {
         "case": "N1-C8-nchw-float32", "contender": "ours", "forward": [1, 1.25, 2], "backward": [1, 1.5, 2],
         "both": [2, 2.75, 3], "ratio_to_identity": 1.1, "gb_per_s": 12.3, "share_of_copy": 0.41, "host_ms": 0.033,
-        "bytes_over_floor": 1.03, "peak_extra_bytes": 5_500_000, "error": 2.9e-7,
+        "far_caches": 0.254, "bytes_over_floor": 1.03, "peak_extra_bytes": 5_500_000, "error": 2.9e-7,
     }  # fmt: skip
     eager = {**row, "contender": "plain eager", "error": 3.1e-7}
     text = _text(_found([{**CPU, "rows": [row, eager]}]))
-    figures = "1.25 | 1.50 | 2.75 | 1.10 | 12 | 41% | 1.03 | 5.5 | 33.0 | - | 2.9e-07 | 3.1e-07 |"
+    figures = "1.25 | 1.50 | 2.75 | 1.10 | 25% | 12 | 41% | 1.03 | 5.5 | 33.0 | - | 2.9e-07 | 3.1e-07 |"
     assert f"| N1-C8-nchw-float32 | ours | {figures}" in text
 
 
