@@ -34,7 +34,7 @@ T = TypeVar("T")
 def interleave(
     runs: Mapping[str, Callable[[], T]], seconds: float, before: Callable[[], object] = lambda: None
 ) -> dict[str, list[T]]:
-    """Call each run once a round for about ``seconds``; the results of each. ``before`` is called before a round.
+    """Call each run once a round for about ``seconds``; the results of each. ``before`` comes before each round.
 
     Every round has an order of its own: what ran before decides what is in the caches, so it must not always be the
     same contender.
@@ -48,7 +48,8 @@ def interleave(
         while done < WARM_UP + MINIMUM or time.perf_counter() < end:
             if done == WARM_UP:
                 end = time.perf_counter() + seconds
-            before()
+            if done >= WARM_UP:
+                before()
             for name in shuffle(list(runs), len(runs)):
                 results[name].append(runs[name]())
             done += 1
@@ -70,7 +71,7 @@ def phases_ms(
 ) -> dict[str, dict[str, Any]]:
     """Quartiles of forward, backward and both, in ms, and the number of rounds; runs mark where backward begins.
 
-    What has no backward takes its end there: some nanoseconds. ``before`` is called before a round.
+    What has no backward takes its end there: some nanoseconds. ``before`` comes before each round.
     """
     intervals = {name: functools.partial(clock.intervals_ms, run) for name, run in runs.items()}
     timed = interleave(intervals, seconds, before)
@@ -196,7 +197,7 @@ class LoadMeter:
 class FarCaches:
     """Whether PyTorch's threads run on cores that share no cache, as on two L3 caches of one processor.
 
-    Then a thread writes memory that another one's caches hold some ten times as slowly, whatever the program. A virtual
+    A write to memory that another thread's caches hold then takes many times as long, whatever the program. A virtual
     machine's cores move about, so the samples of a minute differ.
     """
 
@@ -210,7 +211,7 @@ class FarCaches:
     def __init__(self) -> None:
         threads = torch.get_num_threads()
         self._memory = torch.zeros(threads, self.PART)
-        self._others = self._memory[1 :: math.ceil(threads / self.MOST)]
+        self._others = list(self._memory[1 :: math.ceil(threads / self.MOST)])
         self._samples: list[bool] = []
 
     def sample(self) -> None:
@@ -224,8 +225,9 @@ class FarCaches:
 
     def _write_ms(self, *, read_by_one: bool) -> float:
         self._memory.fill_(0)  # each thread its part
-        for piece in self._others.flatten().split(self.PIECE) if read_by_one else ():
-            piece.sum()
+        for part in self._others if read_by_one else ():
+            for piece in part.split(self.PIECE):
+                piece.sum()
         start = time.perf_counter()
         self._memory.fill_(1)
         return 1e3 * (time.perf_counter() - start)

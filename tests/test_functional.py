@@ -192,6 +192,22 @@ def test_gradients_of_16_bits_are_rounded_to_nearest(backend, dtype, layout):
 
 
 @EVERY_BACKEND
+def test_arguments_may_be_copied_on_write(backend):
+    """PyTorch copies such a tensor where its memory is first asked for, and forbids that inside of a parallel loop."""
+    data = case(4, 20, 3, 3, 5, torch.float32)
+    results = []
+    for copy in (torch.clone, torch._lazy_clone):
+        features, weight, v = map(copy, there(backend, data[0], data[1], data[5]))
+        features, weight = features.requires_grad_(), weight.requires_grad_()
+        maps = rk.class_activation_maps(features, weight, backend=backend.name)
+        loss = rk.attention_consistency(features, weight, v, detach_cam_weight=False, backend=backend.name)
+        upstream = [copy(torch.ones_like(maps)), copy(torch.ones_like(loss))]
+        results.append([maps, loss, *torch.autograd.grad((maps, loss), (features, weight), upstream)])
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
+
+
+@EVERY_BACKEND
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("channels", [2048, 2053], ids="C{}".format)
 def test_large_gradients(backend, layout, channels):

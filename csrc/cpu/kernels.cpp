@@ -327,7 +327,7 @@ struct KernelsOf {
     const T* rows[kViews][HT];
     for (int view = 0; view < kViews; ++view)
       for (int h = 0; h < HT; ++h) rows[view][h] = of.source.row(C, x + h, view);
-    constexpr bool kRoom = LG * HT <= kAccumulators + 2;  // for a weight in a register of its own
+    constexpr bool kRoom = LG * HT <= kAccumulators + 2;  // measured: with more sums, a weight is read once a row
     V sums[LG][HT];
     for (int j = 0; j < LG; ++j)
       for (int h = 0; h < HT; ++h) sums[j][h] = zero<A>();
@@ -629,7 +629,7 @@ struct KernelsOf {
   template <int HT, int CV>
   [[gnu::always_inline]] static void gradient_tile(const FeatureGradient& of, int64_t x, int64_t c, int64_t count) {
     const int64_t C = of.g.C, L = of.g.L, weight_pitch = pitch(C), map_pitch = pitch(of.g.HW);
-    const bool streaming = sizeof(T) == sizeof(A) && of.streaming;  // there is no instruction for half a vector
+    const bool streaming = sizeof(T) == sizeof(A) && of.streaming;  // 16 bits are not streamed
     const A* weight = of.packed + c;
     const A* d[HT];
     T* out[2][HT];
@@ -732,6 +732,7 @@ struct KernelsOf {
   }
 
   static void store_streaming(T* to, V v) {
+    if constexpr (sizeof(T) != sizeof(A)) return;  // see gradient_tile
 #if defined(__AVX512F__)
     _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)v);
 #elif defined(__AVX2__)

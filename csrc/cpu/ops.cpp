@@ -1,7 +1,8 @@
 // The operators of rebalfer_kernels/ops.py on CPU tensors: what is parallel, what is saved, and PyTorch's stable ABI.
 //
-// A task is some pairs of views, one after another, so a sample's results never depend on the batch; sums over the
-// batch are taken channel by channel, in the order of the samples.
+// Pairs of views are computed one by one, so a sample's results never depend on the batch; a task is a run of pairs.
+// Sums over the batch are taken channel by channel, in the order of the samples. No task asks an input for its memory:
+// a tensor that is copied on write would be copied then, which PyTorch forbids there.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -94,7 +95,8 @@ template <typename A>
 class PackedWeight {
  public:
   PackedWeight(const Kernels& k, Geometry g, const Tensor& weight, bool needed = true)
-      : k_(k), g_(g), weight_(weight), size_(needed ? k.packed_size(g) : 0),
+      : k_(k), g_(g), weight_(needed ? weight.data_ptr() : nullptr),
+        is_compute_type_(weight.scalar_type() == kCompute<A>), size_(needed ? k.packed_size(g) : 0),
         shared_(size_ * int64_t(sizeof(A)) > kCopiedBytes ? pack() : Buffer<A>(0)) {}
 
   class OfTask {
@@ -111,13 +113,14 @@ class PackedWeight {
  private:
   Buffer<A> pack() const {
     Buffer<A> packed(size_);
-    if (size_) k_.pack(g_, weight_.data_ptr(), weight_.scalar_type() == kCompute<A>, packed.get());
+    if (size_) k_.pack(g_, weight_, is_compute_type_, packed.get());
     return packed;
   }
 
   const Kernels& k_;
   const Geometry g_;
-  const Tensor& weight_;
+  const void* const weight_;
+  const bool is_compute_type_;
   const int64_t size_;
   const Buffer<A> shared_;
 };
@@ -219,7 +222,7 @@ class Views {
   int64_t view_bytes_;
 };
 
-// The forward of the head, a task a pair.
+// The forward of the head.
 template <typename A>
 class HeadForward {
  public:
@@ -368,7 +371,7 @@ HeadForwardOutputs head_forward(const HeadForwardArguments& a) {
   return a.features.scalar_type() == ScalarType::Double ? HeadForward<double>(a).run() : HeadForward<float>(a).run();
 }
 
-// The backward of the head: a task a pair, then a task a chunk of channels for the weight.
+// The backward of the head: a task computes dF of its pairs, then dW of its share of the channels.
 template <typename A>
 class HeadBackward {
  public:
@@ -429,9 +432,10 @@ class HeadBackward {
     }
   }
 
-  // The channels are divided as the pairs are, at cache lines: the first that belongs to the pairs from i on.
+  // The channels are divided as the pairs are, at cache lines of any dtype: the first that goes with the pairs from i
+  // on.
   int64_t first_channel(int64_t i) const {
-    constexpr int64_t in_line = kCacheLine / sizeof(A);
+    constexpr int64_t in_line = kCacheLine / 2;
     return i == N ? g.C : g.C * i / N / in_line * in_line;
   }
 
@@ -527,20 +531,17 @@ std::tuple<Tensor, Tensor> cam_backward_as(const Tensor& d_maps, const Tensor& f
   const PackedWeight<A> packed(k, g, weight, need_features);
   const int64_t view_bytes = C * HW * bytes_of(dtype);
   const bool streaming = M * view_bytes >= kStreamingBytes;
+  const Views views(features, view_bytes), gradients(d_features, view_bytes);
+  const Rows<const A> upstream(d_maps, HW);
   Buffer<A> partial(need_weight ? M * L * C : 0);
   in_parallel(M, [&](int64_t begin, int64_t end) {
     const typename PackedWeight<A>::OfTask of_task(packed);
     Buffer<A> d(L * pitch);
     Buffer<char> scratch(k.scratch_bytes(g));
     for (int64_t m = begin; m < end; ++m) {
-      for (int64_t l = 0; l < L; ++l)
-        std::memcpy(d.get() + l * pitch, static_cast<const A*>(d_maps.data_ptr()) + (m * L + l) * HW, HW * sizeof(A));
-      if (need_features)
-        k.view_gradient(g, of_task.get(), d.get(), static_cast<char*>(d_features.data_ptr()) + m * view_bytes,
-                        streaming, scratch.get());
-      if (need_weight)
-        k.correlate(g, static_cast<const char*>(features.data_ptr()) + m * view_bytes, d.get(),
-                    partial.get() + m * L * C, scratch.get());
+      for (int64_t l = 0; l < L; ++l) std::memcpy(d.get() + l * pitch, upstream[m * L + l], HW * sizeof(A));
+      if (need_features) k.view_gradient(g, of_task.get(), d.get(), gradients[m], streaming, scratch.get());
+      if (need_weight) k.correlate(g, views[m], d.get(), partial.get() + m * L * C, scratch.get());
     }
   });
   if (need_weight) {

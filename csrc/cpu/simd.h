@@ -162,7 +162,7 @@ inline VecD load(const double* p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-// Each number goes to the high half of its lane, at once where one instruction can.
+// Each number goes to the high half of its lane, by one instruction where there is one.
 inline VecF load(const BFloat16* p) {
 #if defined(__AVX512F__)
   const __m512i of_halves = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4,
@@ -194,8 +194,8 @@ inline VecF load(const Half* p) {
 
 inline void store(float* p, VecF v) { std::memcpy(p, &v, sizeof v); }
 inline void store(double* p, VecD v) { std::memcpy(p, &v, sizeof v); }
-// v as bfloat16 in the high half of each lane: to nearest, ties to even. A NaN becomes the default one, as rounding
-// could make a number of another.
+// v as bfloat16 in the high half of each lane: to nearest, ties to even. A NaN becomes a default one, of
+// either sign, as rounding could make a number of another.
 inline VecU round_to_bfloat16(VecF v) {
 #if defined(__AVX512F__)
   const __m512i nan = _mm512_set1_epi32(0x33);  // either kind of NaN becomes the default one, all else stays
@@ -222,7 +222,7 @@ inline void store(Half* p, VecF v) {
 #endif
 }
 
-// Vectors one behind the other; two of bfloat16 at a time, which takes half of the instructions.
+// Vectors one behind the other; two of bfloat16 at a time, which takes half the instructions.
 template <typename T, typename V>
 inline void store_two(T* p, V a, V b) {
   store(p, a);

@@ -28,7 +28,7 @@ def test_rounds_are_interleaved_in_changing_orders():
     runs = {name: lambda name=name: called.append(name) or (len(called), 1.0, 2.0) for name in "abc"}
     before = []
     results = measure.interleave(runs, seconds=0, before=lambda: before.append(len(called)))
-    assert before == [3 * i for i in range(measure.WARM_UP + measure.MINIMUM)]
+    assert before == [3 * i for i in range(measure.WARM_UP, measure.WARM_UP + measure.MINIMUM)]
     rounds = ["".join(called[i : i + 3]) for i in range(0, len(called), 3)]
     assert len(rounds) == measure.WARM_UP + measure.MINIMUM
     assert all(sorted(r) == ["a", "b", "c"] for r in rounds)
@@ -42,15 +42,16 @@ def test_quartiles():
 
 def test_far_caches_are_seen_by_what_another_thread_has_read(monkeypatch):
     """A thread reads the parts of the others, and only these, in pieces that PyTorch does not divide among threads."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
     monkeypatch.setattr(measure.FarCaches, "PART", 4 * measure.FarCaches.PIECE)
     far, read, ms = measure.FarCaches(), [], iter([1.0, 1.2, 1.0, 30.0, 1.0, 4.9, 1.0, 5.1])
     assert far.share() == 0
     with monkeypatch.context() as patched:
         patched.setattr(torch.Tensor, "sum", lambda x: read.append((x.data_ptr(), x.numel())))
         far.sample()
-    part = far._memory.nbytes // 3
-    assert [place - far._memory.data_ptr() for place, _ in read] == [part + i * part // 4 for i in range(8)]
+    part = far._memory.nbytes // 6
+    places = [part * thread + i * part // 4 for thread in (1, 3, 5) for i in range(4)]  # of every second thread
+    assert [place - far._memory.data_ptr() for place, _ in read] == places
     assert {count for _, count in read} == {2**14}  # PyTorch divides from 2**15 elements on
     far._samples.clear()
     monkeypatch.setattr(far, "_write_ms", lambda read_by_one: next(ms))
