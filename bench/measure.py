@@ -203,7 +203,7 @@ class FarCaches:
 
     #: Elements of each thread's part, more than an L2 cache holds, and of what PyTorch never divides among threads.
     PART, PIECE = 2**20, 2**14
-    #: How many times as slow it is where caches are far: between the 1 and the 30 that are seen.
+    #: How many times as long a write must take for caches to count as far.
     SLOW = 5.0
     #: Threads whose caches are tried.
     MOST = 4

@@ -47,8 +47,9 @@ ON_A_CPU = (
     "could not be timed. A virtual machine that hands idle memory back to its host makes fresh pages, huge ones above "
     "all, expensive after a pause of a second: rows with slow neighbours show it. Its cores also move about: for some "
     "seconds two threads may have no L3 cache in common, and a write to memory that the other's caches hold then takes "
-    "many times as long. It slows an operator that divides memory among threads differently from the one before; the "
-    "identity op is not affected. The goal on bfloat16 is judged by ours in both dtypes taking turns."
+    "many times as long. It slows an operator that divides memory among threads differently from the one before, as "
+    "ours does; the identity op divides it as PyTorch's other operators do. The goal on bfloat16 is judged by ours in "
+    "both dtypes taking turns."
 )
 NO_CPU = "No result is committed yet; `python -m bench op` measures."
 ON_A_GPU = (

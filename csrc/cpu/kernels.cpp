@@ -732,7 +732,7 @@ struct KernelsOf {
   }
 
   static void store_streaming(T* to, V v) {
-    if constexpr (sizeof(T) != sizeof(A)) return;  // see gradient_tile
+    if constexpr (sizeof(T) != sizeof(A)) return store(to, v);
 #if defined(__AVX512F__)
     _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)v);
 #elif defined(__AVX2__)

@@ -222,7 +222,7 @@ inline void store(Half* p, VecF v) {
 #endif
 }
 
-// Vectors one behind the other; two of bfloat16 at a time, which takes half the instructions.
+// Vectors one behind the other; two of bfloat16 at a time, which takes fewer instructions.
 template <typename T, typename V>
 inline void store_two(T* p, V a, V b) {
   store(p, a);

@@ -419,6 +419,17 @@ MUTANTS = [
         "test_head.py::test_empty_batch",
     ),
     Mutant(
+        "a parallel loop asks an upstream gradient for its memory, which copies one that is copied on write",
+        "csrc/cpu/ops.cpp",
+        "  const Rows<const A> upstream(d_maps, HW);\n"
+        "  Buffer<A> partial(need_weight ? M * L * C : 0);\n"
+        "  in_parallel(M, [&](int64_t begin, int64_t end) {\n",
+        "  Buffer<A> partial(need_weight ? M * L * C : 0);\n"
+        "  in_parallel(M, [&](int64_t begin, int64_t end) {\n"
+        "    const Rows<const A> upstream(d_maps, HW);\n",
+        "test_functional.py::test_arguments_may_be_copied_on_write",
+    ),
+    Mutant(
         "a large weight is not packed",
         "csrc/cpu/ops.cpp",
         "> kCopiedBytes ? pack() : Buffer<A>(0)",
