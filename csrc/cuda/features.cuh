@@ -182,18 +182,16 @@ class SlabRing {
     keep(total_);
     if (how_ == Copies::kBulk) {  // a warp each stage, all at once; then only the first thread goes on
       static_assert(kMostStages <= kWarps);
-      if (threadIdx.x == 0) {
-        for (int s = 0; s < stages; ++s) mbarrier_init(full_ + s, 1);
-        mbarrier_fence_init();
-      }
-      __syncthreads();
       if (at.lane == 0 && unsigned(at.warp) < stages_) {
+        mbarrier_init(full_ + at.warp, 1);
+        mbarrier_fence_init();
         REBALFER_ROLLED
         for (int s = 0; s < at.warp; ++s) advance();
         if (unsigned(at.warp) < total_) copy_bulk(at.warp);
         REBALFER_ROLLED
         for (unsigned s = at.warp; s < stages_; ++s) advance();
       }
+      __syncthreads();
       return;
     }
     REBALFER_ROLLED

@@ -28,7 +28,7 @@ struct ForwardShared {  // the fixed part of a block's shared memory
   uint64_t full[kMostStages], gathered;
   double room[kWarps][3];
   float bias[kMaxClasses], map_weights[kMaxClasses], target[2][kMaxClasses];  // of this turn, of the next
-  float z[2][kMaxClasses], sums[kWarps], classification;
+  float sums[kWarps], classification;
   int twin[kMaxPositions], last;
 };
 
@@ -73,9 +73,10 @@ struct Forward {
   const ForwardParams& p;
   const Weights<T> weights;
   ForwardShared& shared;
-  Map* const maps;   // of each warp, then summed over the warps of a view in place
-  Map* const total;  // of each view, over the cluster
-  unsigned pair;     // that is served now
+  Map* const maps;      // of each warp, then summed over the warps of a view in place
+  Map* const total;     // of each view, over the cluster
+  Map* const gradient;  // of the consistency with respect to each view's maps: where those of the warps were
+  unsigned pair;        // that is served now
   const int HW, L, views;
   const Place at;
   const Channels channels;
@@ -83,7 +84,7 @@ struct Forward {
 
   __device__ __forceinline__ Forward(const ForwardParams& p, unsigned char* memory)
       : p(p), weights(p.weight, p.g.L, p.g.C), shared(*reinterpret_cast<ForwardShared*>(memory)),
-        maps(reinterpret_cast<Map*>(memory + maps_offset())), total(maps + p.g.views),
+        maps(reinterpret_cast<Map*>(memory + maps_offset())), total(maps + p.g.views), gradient(maps),
         pair(blockIdx.x >> p.cluster_bits), HW(kPositions ? kPositions : p.g.H * p.g.W), L(p.g.L), views(p.g.views),
         at(p.g.views), channels(Channels::of<T>(p.g, int(cluster_rank()), p.cluster_bits)), rank(int(cluster_rank())) {}
 
@@ -361,68 +362,80 @@ struct Forward {
     __syncthreads();
   }
 
-  // The logits, and the maps where they are wanted. Positions outside are zero, so 8 lanes add up whole rows.
-  __device__ __forceinline__ void write_logits(bool writes, int thread) const {
+  // The maps, where they are wanted.
+  __device__ __forceinline__ void write_maps(int thread) const {
     REBALFER_ROLLED
     for (int row = thread / 8; row < views * kClasses; row += kThreads / 8) {
-      const int v = row / kClasses, l = row % kClasses, x0 = thread % 8;
-      float sum = 0;
-#pragma unroll
-      for (int j = 0; j < kTiles; ++j) sum += total[v][l][x0 + 8 * j];
-#pragma unroll
-      for (int bit = 4; bit; bit /= 2) sum += __shfl_xor_sync(kAll, sum, bit);
-      if (x0 == 0) shared.z[v][l] = sum * (1.0f / float(HW)) + shared.bias[l];
-      if (p.maps && writes && l < L) {
-        float* const to = p.maps + ((v * p.g.N + pair) * L + l) * HW;
-        REBALFER_ROLLED
-        for (int x = x0; x < HW; x += 8) to[x] = total[v][l][x];
-      }
+      const int v = row / kClasses, l = row % kClasses;
+      if (l >= L) continue;
+      float* const to = p.maps + ((v * p.g.N + pair) * L + l) * HW;
+      REBALFER_ROLLED
+      for (int x = thread % 8; x < HW; x += 8) to[x] = total[v][l][x];
     }
   }
 
   // This warp's share of the consistency (Eq. 5), by all warps but the last, and its gradient with respect to the first
-  // view's maps, which takes their place.
+  // view's maps, in gradient[0] where the features are needed once more.
   __device__ __forceinline__ void compare_maps(bool writes, const Place& at) const {
-    constexpr int kLanes = (kThreads - 32) / kClasses;  // of a row
+    constexpr int kLanes = (kThreads - 32) / kClasses, kEach = (8 * kTiles + kLanes - 1) / kLanes;  // of a row
     const int l = at.thread / kLanes, x0 = at.thread % kLanes;
     float sum = 0;
     if (l < L) {
       const float v = shared.map_weights[l], share = 1.0f / float(L * HW);
-      float* const to = p.map_grad + (int64_t(pair) * L + l) * HW;
+      float s[kEach];
 #pragma unroll
-      for (int x = x0; x < 8 * kTiles; x += kLanes) {
-        if (x >= HW) break;
-        const float s = total[0][l][x] - total[1][l][shared.twin[x]];
-        sum += consistency_term(v, s, p.p);
-        const float d = share * consistency_gradient(v, s, p.p);
-        total[0][l][x] = d;
-        if (p.map_grad && writes) to[x] = d;
+      for (int k = 0; k < kEach; ++k)
+        if (const int x = x0 + k * kLanes; x < HW) s[k] = total[0][l][x] - total[1][l][shared.twin[x]];
+      float* const to = p.map_grad + (int64_t(pair) * L + l) * HW + x0;
+#pragma unroll
+      for (int k = 0; k < kEach; ++k) {
+        if (const int x = x0 + k * kLanes; x < HW) {
+          sum += consistency_term(v, s[k], p.p);
+          const float d = share * consistency_gradient(v, s[k], p.p);
+          if (kCamGrad) gradient[0][l][x] = d;
+          if (p.map_grad && writes) to[k * kLanes] = d;
+        }
       }
     }
     sum = warp_sum(sum);
     if (at.lane == 0) shared.sums[at.warp] = sum;
   }
 
-  // By one warp, half a warp a view, a lane a class: the sum of the cross-entropies (Eq. 1), and their gradients with
-  // respect to the logits. As head_math.h's cross_entropy and cross_entropy_gradient.
+  // By one warp, half a warp a view: the logit of class lane % kClasses. Positions outside are zero, so whole rows are
+  // added up.
+  __device__ __forceinline__ float logit(const Place& at) const {
+    constexpr int kParts = 16 / kClasses, kEach = 2 * kTiles / kParts;  // of a row; vectors of a part
+    const int l = at.lane % kClasses;
+    const float4* const row = reinterpret_cast<const float4*>(total[at.lane / 16][l]) + at.lane % 16 / kClasses * kEach;
+    const float4 of = sum_of<kEach>(row, 1, 0);
+    float sum = (of.x + of.y) + (of.z + of.w);
+    if (kParts == 2) sum += __shfl_xor_sync(kAll, sum, kClasses);
+    return sum * (1.0f / float(HW)) + shared.bias[l];
+  }
+
+  // By one warp, half a warp a view, a lane a class: the sum of the cross-entropies (Eq. 1), for its first lane, and
+  // their gradients with respect to the logits. As head_math.h's cross_entropy and cross_entropy_gradient, but that
+  // sum_l t_l (log sum - (z_l - top)) is taken apart, so that all sums over classes are under way at once.
   __device__ __forceinline__ float classify(const float* target, const Place& at) const {
     const int v = at.lane / 16, l = at.lane % 16;
-    const float z = l < L ? shared.z[v][l] : -INFINITY, t = l < L ? target[l] : 0.0f;
+    const float own = logit(at), z = l < L ? own : -INFINITY, t = l < L ? target[l] : 0.0f;
     const int64_t to = (v * p.g.N + pair) * L + l;
     if (l < L) p.logits[to] = z;
-    float top = z, all = t;
+    float top = z;
 #pragma unroll
-    for (int bit = 8; bit; bit /= 2) {
-      top = fmaxf(top, __shfl_xor_sync(kAll, top, bit));
+    for (int bit = kClasses / 2; bit; bit /= 2) top = fmaxf(top, __shfl_xor_sync(kAll, top, bit));
+    const float below = z - top, e = l < L ? std::exp(below) : 0.0f;
+    float sum = e, all = t, of_targets = t != 0 ? t * below : 0.0f;
+#pragma unroll
+    for (int bit = kClasses / 2; bit; bit /= 2) {
+      sum += __shfl_xor_sync(kAll, sum, bit);
       all += __shfl_xor_sync(kAll, all, bit);
+      of_targets += __shfl_xor_sync(kAll, of_targets, bit);
     }
-    const float e = l < L ? std::exp(z - top) : 0.0f;
-    float sum = e;
-#pragma unroll
-    for (int bit = 8; bit; bit /= 2) sum += __shfl_xor_sync(kAll, sum, bit);
     const bool counts = v == 0 || p.both_views;
-    if (p.logit_grad && l < L) p.logit_grad[to] = counts ? all * (e / sum) - t : 0.0f;
-    return warp_sum(counts && t != 0 ? t * (std::log(sum) - (z - top)) : 0.0f);
+    if (p.logit_grad && l < L) p.logit_grad[to] = counts ? all * __fdividef(e, sum) - t : 0.0f;
+    const float own_view = counts ? all * std::log(sum) - of_targets : 0.0f;
+    return own_view + __shfl_xor_sync(kAll, own_view, 16);
   }
 
   // This pair's losses, by one thread.
@@ -455,23 +468,22 @@ struct Forward {
         });
   }
 
-  // From the whole maps on; leaves the consistency's gradient in place of the first view's. The last warp has the
-  // logits' part, and fetches what it needs for the block's next turn, while the others have the maps'.
+  // From the whole maps on. The last warp has the logits' part, while the others have the maps', and fetches what it
+  // needs for the block's next turn.
   __device__ __forceinline__ void finish(unsigned k, bool writes, const Place& at) const {
-    write_logits(writes, at.thread);
+    if (p.maps && writes) write_maps(at.thread);
     if (views == 1) return;
-    __syncthreads();
     if (at.warp < kWarps - 1) {
       compare_maps(writes, at);
     } else if (writes) {
       const float classification = classified() ? classify(shared.target[parity(k)], at) : 0.0f;
       if (at.lane == 0) shared.classification = classification;
-      if (at.lane < kMaxClasses)
-        shared.target[parity(k) ^ 1][at.lane] = target(pair + size() * p.turns.clusters, at.lane);
     }
     if (!writes) return;
     __syncthreads();
     if (at.thread == 0) write_losses();
+    if (kTurns && at.warp == kWarps - 1 && at.lane < kMaxClasses)
+      shared.target[parity(k) ^ 1][at.lane] = target(pair + size() * p.turns.clusters, at.lane);
   }
 
   // K = <d, F> - <d~, F~>, of the features of a step: d (L, HW) of this warp's view meets each channel.
@@ -481,7 +493,7 @@ struct Forward {
     for (int l0 = 0; l0 < L; l0 += Products::kTogether) {
       float own[4];
       Products::sums(d, f, l0, at, own);
-      float* exchange = &maps[0][0][0] + at.slice * 128 + at.lane;
+      float* exchange = &total[0][0][0] + at.slice * 128 + at.lane;
       __syncthreads();
       if (at.view == 1)
 #pragma unroll
@@ -494,17 +506,17 @@ struct Forward {
     }
   }
 
-  // total[0] is the gradient of the consistency with respect to the first view's maps; total[1] becomes that with
-  // respect to the twin's. Rows and positions outside become zero in both.
+  // gradient[0] is that of the consistency with respect to the first view's maps; gradient[1] becomes that with respect
+  // to the twin's. Rows and positions outside become zero in both.
   __device__ __forceinline__ void differentiate_twin() const {
     REBALFER_ROLLED
     for (int e = threadIdx.x; e < kMap; e += kThreads) {
       const int l = e / kPitch, x = e % kPitch;
       if (l >= L || x >= HW) {
-        total[0][l][x] = total[1][l][x] = 0;
+        gradient[0][l][x] = gradient[1][l][x] = 0;
         continue;
       }
-      total[1][l][shared.twin[x]] = -total[0][l][x];
+      gradient[1][l][shared.twin[x]] = -gradient[0][l][x];
     }
     __syncthreads();
   }
@@ -564,7 +576,7 @@ struct Forward {
       uint4 f[kTiles];
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) f[j] = source.tile(j);
-      correlate(total[at.view], f, c);
+      correlate(gradient[at.view], f, c);
       source.release();
     }
   }

@@ -94,6 +94,20 @@ def test_misaligned_bases_and_a_float32_weight(dtype, layout):
     check(Case(2, 72, 7, 7, 11, dtype, layout, weight_dtype=torch.float32), mean=False)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_class_masked_by_an_infinite_bias_costs_nothing_where_its_target_is_zero(layout):
+    case = Case(2, 64, 7, 7, 7, torch.bfloat16, layout)
+    case.bias[3], case.table[:, 3], case.labels = -torch.inf, 0.0, torch.tensor([1, 5])
+    saved, _ = forward(case, mean=False)
+    others = [0, 1, 2, 4, 5, 6]
+    z, t = saved["logits"].double()[:, others], case.table[case.labels][:, others].double().repeat(2, 1)
+    of_view = -(t * z.log_softmax(1)).sum(1)
+    oracle.assert_close(saved["classification"], of_view[:2] + of_view[2:], TOLERANCE, "classification")
+    gradient = t.sum(1, keepdim=True) * z.softmax(1) - t
+    oracle.assert_close(saved["logit_grad"][:, others], gradient, TOLERANCE, "logit_grad")
+    assert saved["logits"][:, 3].isneginf().all() and not saved["logit_grad"][:, 3].any()
+
+
 def test_a_cluster_is_chosen_from_what_a_sample_is():
     blocks = torch.zeros(1, dtype=torch.int64)
     for sample, expected in (

@@ -91,6 +91,29 @@ def test_lanes_of_a_branch_add_up_what_they_add_to_memory():
     assert out[3:, 2].tolist() == [(1 << lane) - 1 for lane in range(3, 32)]
 
 
+def test_lanes_of_different_values_take_turns_in_a_uniform_register():
+    """As the compiler does where lanes give an instruction an address that all of a warp must share."""
+    code = program(
+        "S2R R0, SR_TID.X",
+        "LDC.64 R2, c[0x0][0x210]",
+        "IMAD.WIDE.U32 R4, R0, 0x4, R2",
+        "SHF.R.U32.HI R6, RZ, 0x3, R0",
+        "MOV R7, RZ",
+        "PLOP3.LUT P3, PT, PT, PT, PT, 0x80, 0x0",
+        "P3 @ R2UR P0, UR7, R6",
+        "P3 @ PLOP3.LUT P3, PT, P0, PT, PT, 0x80, 0x0",
+        "IADD3 R7, R7, 0x1, RZ",
+        "P3 @ BRA.U.ANY @0x60",
+        "IMAD.U32 R8, RZ, RZ, UR7",
+        "IMAD R7, R8, 0x10, R7",
+        "STG.E desc[UR4][R4.64], R7",
+        "EXIT",
+    )
+    out = torch.full((32,), -1, dtype=torch.int32)
+    run(code, out, parameters=address(out))
+    assert out.tolist() == [3 * 16 + 4] * 32
+
+
 def test_a_barrier_waits_for_all_warps_and_an_exited_warp_is_not_waited_for():
     code = program(
         "S2R R0, SR_TID.X",

@@ -6,8 +6,8 @@ MUTANTS = [
     Mutant(
         "CUDA: the twin's index left out of the residual",
         "csrc/cuda/kernels_forward.cuh",
-        "total[1][l][shared.twin[x]];\n        sum",
-        "total[1][l][x];\n        sum",
+        "total[1][l][shared.twin[x]];",
+        "total[1][l][x];",
         "emulator/test_cuda_kernels.py::test_options",
     ),
     Mutant(
@@ -62,8 +62,8 @@ MUTANTS = [
     Mutant(
         "CUDA: views=original classifies the twin too",
         "csrc/cuda/kernels_forward.cuh",
-        "warp_sum(counts && t != 0 ?",
-        "warp_sum(t != 0 ?",
+        "counts ? all * std::log(sum) - of_targets : 0.0f",
+        "all * std::log(sum) - of_targets",
         "emulator/test_cuda_kernels.py::test_options",
     ),
     Mutant(
@@ -97,8 +97,8 @@ MUTANTS = [
     Mutant(
         "CUDA: dW of the CAM: the twin's sign",
         "csrc/cuda/kernels_forward.cuh",
-        "total[1][l][shared.twin[x]] = -total[0][l][x];",
-        "total[1][l][shared.twin[x]] = total[0][l][x];",
+        "gradient[1][l][shared.twin[x]] = -gradient[0][l][x];",
+        "gradient[1][l][shared.twin[x]] = gradient[0][l][x];",
         "emulator/test_cuda_kernels.py::test_options",
     ),
     Mutant(
@@ -258,8 +258,8 @@ MUTANTS = [
     Mutant(
         "CUDA: the maps' gradient of p = 2 in place of p = 1",
         "csrc/cuda/kernels_forward.cuh",
-        "share * consistency_gradient(v, s, p.p)",
-        "share * consistency_gradient(v, s, 2)",
+        "share * consistency_gradient(v, s[k], p.p)",
+        "share * consistency_gradient(v, s[k], 2)",
         "emulator/test_cuda_kernels.py::test_options",
     ),
     Mutant(
@@ -272,8 +272,8 @@ MUTANTS = [
     Mutant(
         "CUDA: views=original gives the twin's features a gradient",
         "csrc/cuda/kernels_forward.cuh",
-        "counts ? all * (e / sum) - t : 0.0f",
-        "all * (e / sum) - t",
+        "counts ? all * __fdividef(e, sum) - t : 0.0f",
+        "all * __fdividef(e, sum) - t",
         "emulator/test_cuda_kernels.py::test_options",
     ),
     Mutant(
@@ -321,15 +321,43 @@ MUTANTS = [
     Mutant(
         "CUDA: exponentials in place of probabilities",
         "csrc/cuda/kernels_forward.cuh",
-        "all * (e / sum) - t",
+        "all * __fdividef(e, sum) - t",
         "all * e - t",
         "emulator/test_cuda_kernels.py::test_options",
     ),
     Mutant(
         "CUDA: the row of the target table is taken to sum to 1",
         "csrc/cuda/kernels_forward.cuh",
-        "all * (e / sum) - t",
-        "e / sum - t",
+        "all * __fdividef(e, sum) - t",
+        "__fdividef(e, sum) - t",
+        "emulator/test_cuda_kernels.py::test_options",
+    ),
+    Mutant(
+        "CUDA: the loss takes the row of the target table to sum to 1",
+        "csrc/cuda/kernels_forward.cuh",
+        "all * std::log(sum) - of_targets",
+        "std::log(sum) - of_targets",
+        "emulator/test_cuda_kernels.py::test_options",
+    ),
+    Mutant(
+        "CUDA: half of the positions are left out of a logit",
+        "csrc/cuda/kernels_forward.cuh",
+        "    if (kParts == 2) sum += __shfl_xor_sync(kAll, sum, kClasses);\n",
+        "",
+        "emulator/test_cuda_kernels.py::test_options",
+    ),
+    Mutant(
+        "CUDA: a zero target of a class whose logit is -inf takes part",
+        "csrc/cuda/kernels_forward.cuh",
+        "t != 0 ? t * below : 0.0f",
+        "t * below",
+        "emulator/test_cuda_kernels.py::test_a_class_masked_by_an_infinite_bias_costs_nothing_where_its_target_is_zero",
+    ),
+    Mutant(
+        "CUDA: the gradient of the maps is not kept for the CAM's weight",
+        "csrc/cuda/kernels_forward.cuh",
+        "          if (kCamGrad) gradient[0][l][x] = d;\n",
+        "",
         "emulator/test_cuda_kernels.py::test_options",
     ),
     Mutant(

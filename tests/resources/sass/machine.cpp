@@ -1139,9 +1139,15 @@ void Machine::execute() {
       }
       return;
     }
-    case R2UR:
-      if (active_) set(o.at(0), 0, integer(o.at(1), first));
+    case R2UR: {  // of one lane; with a predicate, whether a lane has another value and is to come later
+      if (!active_) return;
+      const uint32_t one = integer(o.back(), first);
+      if (o.at(0).kind == Operand::kPredicate)
+        for (int lane = 0; lane < 32; ++lane)
+          if (active_ >> lane & 1) set_predicate(o[0], lane, integer(o.back(), lane) != one);
+      set(o.at(o.size() - 2), 0, one);
       return;
+    }
     case S2R:
     case CS2R:
       for (int lane = 0; lane < 32; ++lane) {
