@@ -1,7 +1,7 @@
 """The three parts of ``gpu-check`` and their pieces, each a process of its own, the most important first.
 
-A part is complete in itself on a machine that has only the checkout: it builds what it needs. The sanitizers of
-Triton's kernels and initcheck are not yet run on a GPU.
+A part is complete in itself on a machine that has only the checkout: it builds what it needs. racecheck of Triton's
+kernels fails: it names a store of equal values (bench/results/gpu/README.md).
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ PART = {"blocks": 5, "instructions": 400, "wavefronts": 0, "cycles": 1000}
 
 
 def launch(*parts, **changed):
-    return {"cluster": 1, "resident": 2, "parts": list(parts or [PART]), "fetched": 0, "last": 0, "bytes": 0} | changed
+    usual = {"cluster": 1, "resident": 2, "fetched": 0, "last": 0, "bytes": 0, "shared": 0}
+    return usual | {"parts": list(parts or [PART])} | changed
 
 
 def test_the_page_is_what_the_counts_give():
@@ -42,6 +43,13 @@ def test_changed_kernels_are_said_to_be_others(monkeypatch):
     assert "changed since in 1 of these" in text
     (row,) = (line for line in text.splitlines() if line.startswith("| forward N32 C512 nchw"))
     assert row.endswith(f"| {model.predict(launch(), model.H200).us:.1f} |")
+
+
+def test_a_measurement_is_compared_with_the_model_of_its_gpu():
+    moved = launch(bytes=10**9)
+    for device, gpu in (("NVIDIA H200", model.H200), ("NVIDIA H100 80GB HBM3", model.H100)):
+        row = model.Measured("forward N32 C512 nchw", device, "a", 1.0)
+        assert model.of_measured(row, moved) == pytest.approx(model.LAUNCH_US + 1e9 / (0.87e3 * gpu.peak_gb_per_s))
 
 
 def test_a_commit_that_was_measured_knows_which_kernels_are_others_now(monkeypatch):
@@ -76,7 +84,7 @@ def test_the_kernels_that_the_model_was_fitted_to_are_within_two_fifths_and_late
     assert sum("triton" in row.launch for row in rows) >= 12 and len(rows) >= 28
     for row in rows:
         least = 1 / 1.4 if row.commit == FITTED else 0.5
-        assert least < model.predict(launches[row.commit][row.launch], model.H200).us / row.us < 1.4, row
+        assert least < model.of_measured(row, launches[row.commit][row.launch]) / row.us < 1.4, row
 
 
 def test_blocks_that_share_a_multiprocessor_wait_for_each_other():
@@ -131,6 +139,17 @@ def test_a_kernel_takes_as_long_as_the_slowest_of_waiting_and_memory():
     assert model.predict(launch({**PART, "instructions": 3000}), gpu).bound == "issue"
 
 
+def test_what_blocks_ask_for_at_once_comes_before_all_else():
+    """Of 5 blocks on one multiprocessor 2 begin, each of which asks for as much as its shared memory holds."""
+    gpu = model.Gpu("", 1, 1.0, 1000.0)  # 870 bytes a nanosecond
+    of = launch(resident=2, bytes=5 * 1_740_000, shared=870_000)
+    found = model.predict(of, gpu)
+    assert found.filling_us == pytest.approx(2.0) and found.memory_us == pytest.approx(10.0)
+    assert found.us == pytest.approx(model.LAUNCH_US + max(found.latency_us + 2.0, 10.0))
+    assert model.predict(of, gpu, fills=False).filling_us == 0
+    assert model.predict(launch(resident=2, bytes=5 * 87_000, shared=870_000), gpu).filling_us == pytest.approx(0.2)
+
+
 def test_the_share_is_that_of_the_bytes_that_must_move():
     name = "N512 C2048 nchw"
     launches = {f"{way} {name}": launch(bytes=205_520_896) for way in ("forward", "backward")}
@@ -156,9 +175,9 @@ def test_goals_are_judged():
     late = missed(with_cycles(4000, 2000))  # where memory is not what takes longest
     assert len(late) == 2 and all("N = 32" in text and "ends after 2.0 µs" in text for text in late)
     assert sum("the weight's gradient ends after" in text for text in missed(with_cycles(600_000, 2000))) == 8
-    slow = missed(with_cycles(50_000, 140_000))
+    slow = missed(with_cycles(50_000, 180_000))
     assert [text.partition(":")[0] for text in slow[:2]] == [
         "the paper's batch on an H100, nchw",
         "the paper's batch on an H100, channels_last",
     ]
-    assert "N = 512, C = 2048 on an H200 SXM, nchw: 69% of the copy bandwidth, at least 85%" in slow
+    assert "N = 512, C = 2048 on an H100, nchw: 77% of the copy bandwidth, at least 85%" in slow

@@ -42,10 +42,9 @@ TYPES = {torch.float32: "float", torch.bfloat16: "BFloat16", torch.float16: "Hal
 INTRODUCTION = """\
 # How the CUDA kernels work, and what they use
 
-The kernels are not yet run on a GPU as they are; an H100 and an H200 have run earlier versions
-([what a GPU has run](../bench/results/gpu/README.md)). Instructions are counted too: `python -m bench budget` shows
-how many bytes of features each warp instruction of a kernel moves. At 7 x 7 positions and 7 classes, for bfloat16, it
-should be 8.
+An H200 has run these kernels, an H100 earlier versions ([what a GPU has run](../bench/results/gpu/README.md)).
+Instructions are counted too: `python -m bench budget` shows how many bytes of features each warp instruction of a
+kernel moves. At 7 x 7 positions and 7 classes, for bfloat16, it should be 8.
 
 **Forward**, one launch (`csrc/cuda/kernels_forward.cuh`, `features.cuh`). A cluster of 1, 2 or 4 blocks serves a pair
 of views, each block some of the channels; a warp has one view and 64 bytes of channels at a time, 32 channels of 16
