@@ -55,13 +55,15 @@ class Found(NamedTuple):
         """What a reader should see first: on a CPU, each case with the memory that a training loop has, if known."""
         if self.seen is None:
             return self.operators
-        capabilities = {results.capability(c): 0 for c in self.cpus}
-        return [*self.gpus, *(as_trained(self.cpus, capability, self.seen) for capability in capabilities)]
+        machines: dict[tuple[str, str], list[Result]] = {}
+        for cpu in self.cpus:
+            machines.setdefault((cpu["device"], results.capability(cpu)), []).append(cpu)
+        return [*self.gpus, *(as_trained(own, self.seen) for own in machines.values())]
 
 
-def as_trained(cpus: Sequence[Result], capability: str, seen: str) -> Result:
-    """The results of one instruction set as one: the rows whose memory a training loop has that sees ``seen``."""
-    own = sorted((c for c in cpus if results.capability(c) == capability), key=lambda c: c["memory"] == seen)
+def as_trained(cpus: Sequence[Result], seen: str) -> Result:
+    """A CPU's results under one instruction set as one: rows whose memory a training loop has that sees ``seen``."""
+    own = sorted(cpus, key=lambda cpu: cpu["memory"] == seen)
     rows = [row for cpu in own for row in cpu["rows"] if cpu["memory"] == memory.of(Case.named(row["case"]), seen)]
     return {**own[-1], "rows": rows, "memory": TRAINED}
 
@@ -83,7 +85,7 @@ def _modelled() -> list[tuple[model.Measured, float]]:
     """By the model of those CUDA kernels that were measured, which may have changed since."""
     known = model.counted()["launches"]
     measured = [row for row in model.measured() if not row.launch.startswith("triton")]
-    return [(row, model.predict(known[row.commit][row.launch], model.H200).us) for row in measured]
+    return [(row, model.of_measured(row, known[row.commit][row.launch])) for row in measured]
 
 
 def _last_commit(modelled: list[tuple[model.Measured, float]]) -> list[tuple[str, float, float]]:
@@ -310,7 +312,10 @@ def _cpu_section(result: Result) -> list[Block]:
         f"{result['device']} ({results.capability(result)}), {result['threads']} threads, torch {result['torch']}, "
         f"{_origin(result)}, {_copy(result)}.{_far_caches(result)}"
     )
-    return [Heading(3, texts.MEMORY[result["memory"]]), where, _times(result, 1.0), _every_figure(result)]
+    kind, _, meaning = texts.MEMORY[result["memory"]].partition(": ")
+    title = f"{kind}: {result['device']} ({results.capability(result)}){pictures.earlier(result)}"
+    text = f"{meaning[0].upper()}{meaning[1:]}. {where}"
+    return [Heading(3, title), text, _times(result, 1.0), _every_figure(result)]
 
 
 def _far_caches(result: Result) -> str:

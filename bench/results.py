@@ -129,9 +129,9 @@ def write(result: dict[str, Any], path: Path) -> Path:
 
 
 def newest_cpu(directory: Path = RESULTS) -> list[dict[str, Any]]:
-    """For each instruction set and kind of memory the latest result that nothing disturbed."""
+    """For each CPU, instruction set and kind of memory the latest result that nothing disturbed."""
     found = [r for r in _read(directory, "op", "cpu") if r["quiet"] and _is_short(r)]
-    latest = {(capability(r), r["memory"]): r for r in found}
+    latest = {(r["device"], capability(r), r["memory"]): r for r in found}
     return [latest[key] for key in sorted(latest)]
 
 

@@ -62,13 +62,14 @@ def _save(path, result, **changes):
     path.write_text(json.dumps({**result, **changes}))
 
 
-def test_the_newest_undisturbed_result_of_each_kind_of_memory_and_instruction_set_is_shown(tmp_path):
-    _save(tmp_path / "op-old.json", CPU, date="2020-01-01", device="Old")
-    _save(tmp_path / "op-new.json", CPU, date="2021-01-01", device="New")
-    _save(tmp_path / "op-disturbed.json", CPU, date="2022-01-01", device="Disturbed", quiet=False)
+def test_the_newest_undisturbed_result_of_each_cpu_kind_of_memory_and_instruction_set_is_shown(tmp_path):
+    _save(tmp_path / "op-old.json", CPU, date="2020-01-01", device="One", torch="old")
+    _save(tmp_path / "op-new.json", CPU, date="2021-01-01", device="One")
+    _save(tmp_path / "op-disturbed.json", CPU, date="2022-01-01", device="One", quiet=False)
     _save(tmp_path / "op-reused.json", CPU, date="2020-01-01", device="Other", memory="reused")
     _save(tmp_path / "op-wide.json", CPU, date="2019-01-01", device="Wide", capability="AVX512")
-    assert [r["device"] for r in results.newest_cpu(tmp_path)] == ["New", "Other", "Wide"]
+    found = [(r["device"], r["torch"]) for r in results.newest_cpu(tmp_path)]
+    assert found == [("One", CPU["torch"]), ("Other", CPU["torch"]), ("Wide", CPU["torch"])]
 
 
 def test_a_gpus_newest_results_are_found_in_folders_too(tmp_path):
@@ -186,6 +187,11 @@ def test_what_a_training_loop_sees_is_the_headline():
         report.speed_line(known)
     )
     assert rest.index("### Reused memory") < rest.index("### Fresh memory")
+    another = _found([reused, {**reused, "device": "Other", "rows": fresh["rows"]}], regimes=[COUNTED])
+    assert [(r["device"], r["rows"]) for r in another.headline] == [
+        (CPU["device"], reused["rows"]),
+        ("Other", fresh["rows"]),
+    ]
     differ = _found([fresh, reused], regimes=[COUNTED, {**COUNTED, "seen": "fresh"}])
     assert differ.headline == unknown.headline
 
