@@ -430,8 +430,8 @@ A kernel's time is *launch + max(waiting + filling, moving bytes)*.
   wave counts as what it takes. Once a kernel come the first fetch of its instructions, and what the last block does
   alone.
 - **Filling**, of CUDA's kernels: what the blocks that begin together ask for at once, or the last ones write at once,
-  at the speed of a copy; of each block as much as its shared memory holds, at most. Triton's ask for a tile after the
-  other.
+  at the speed of a copy; of each block as much as its shared memory holds, at most. Triton's ask for one tile after
+  another.
 - **Moving bytes**: the features read or their gradient written, and the saved tensors, at the speed of a copy.
 - Both kernels in a CUDA graph follow each other with a gap. The share of the copy bandwidth counts the bytes that must
   move, the features and their gradient, over the time of both.
@@ -451,6 +451,10 @@ the time), or moving bytes.
 
 {goals}
 
+The goals are an H100's. An H200's memory is 1.4 times as fast while its multiprocessors are no faster, so that N = 512,
+C = 2048 reaches less of the copy bandwidth there: in NCHW by the model, and in both layouts as it was measured
+(docs/benchmark.md).
+
 What it is computed from, and the four times on an H100:
 
 {parts}
@@ -462,7 +466,7 @@ Triton's kernels by the same model (tests/resources/triton_launches.py), all tha
 ## Where it has been measured
 
 The fitted constants were chosen with both kinds of kernels of a800626 in view, and the filling with CUDA's of 2731626:
-in a large batch it hides behind everything else, in the paper's it comes before all and after all. Kernels of up to
+where moving bytes takes longest it hides behind that, elsewhere it comes before all and after all. Kernels of up to
 3 µs are mostly launch. For CUDA's forward in channels_last the model is still too fast: what it leaves out, above, is
 most of what that waits for. Clock readings within the kernels (bench/results/gpu/ends) show where: in the paper's
 batch the first features come 2 µs and more after a block has begun, and the fence and the ticket before the batch's

@@ -170,7 +170,7 @@ __device__ __forceinline__ void cp_async_wait() {
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, unsigned count) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
 }
-// By the thread that initialised, before the barrier that shows the others (and the copy engine) the mbarriers.
+// By the thread that initialised: then it may start copies that count on the mbarriers; others wait for a barrier too.
 __device__ __forceinline__ void mbarrier_fence_init() {
 #if REBALFER_HAS_BULK
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

@@ -72,10 +72,10 @@ bits. Lane 4 g + q holds, of the positions g, g + 8, ..., the channels 8 q to 8 
   an H200 ran them so faster. float32 has no registers left for it.
 - *The end.* The maps are summed over warps. Each block pushes its sum into the shared memory of the block whose turn
   it is (`st.async`, which an mbarrier counts), so nobody waits for stores to global memory that are still under way,
-  as a barrier of the cluster that orders memory does. That block adds them in fixed order. Then nobody waits for
-  others: the last warp sums rows of the maps to logits and has the cross-entropy, a lane a class, while the others have
-  the consistency, each with its gradient. What that needs (bias, target row, map weights, the twin's index) was loaded
-  while the features were, for the next turn after this one has ended.
+  as a barrier of the cluster that orders memory does. That block adds them in fixed order. From there on the
+  warps work side by side: the last one sums rows of the maps to logits and has the cross-entropy, a lane a class, the
+  others have the consistency, each with its gradient. What that needs (bias, target row, map weights, the twin's index)
+  was loaded while the features were; the next turn's target row is loaded once this turn's losses are known.
 - *float32.* The same roads with FMAs.
 
 **Backward**, one launch (`kernels_backward.cuh`): blocks of the weight's gradient first, 8 channels each, then blocks
@@ -95,7 +95,7 @@ that write the features' gradients, 128 channels of a pair (of 16-bit features).
   over positions. The bias is the weight of one more channel, whose mean is 1. Every such block walks over all
   samples, and what it waits for, it waits for once a round. Before the forward saved these gradients, with 128 rows
   an H100 took 190 to 196 µs for a backward of N = 4096, C = 512, whose writes alone take 134; with 256 an H200 took
-  145, and 117 to 127 with the present kernels.
+  145. The present kernels take 117 to 127.
 - *float32.* The same with FMAs.
 - *Its start* overlaps with the end of the forward, where that is the kernel before it on the stream (programmatic
   dependent launch); it waits for the forward before it touches memory.
