@@ -470,7 +470,7 @@ where moving bytes takes longest it hides behind that, elsewhere it comes before
 3 µs are mostly launch. For CUDA's forward in channels_last the model is still too fast: what it leaves out, above, is
 most of what that waits for. Clock readings within the kernels (bench/results/gpu/ends) show where: in the paper's
 batch the first features come 2 µs and more after a block has begun, and the fence and the ticket before the batch's
-means take 0.7 µs, twice what the model has for them.
+means take 0.7 µs, more than twice what the model has for them.
 
 {measured}
 
