@@ -50,6 +50,10 @@ def test_a_measurement_is_compared_with_the_model_of_its_gpu():
     for device, gpu in (("NVIDIA H200", model.H200), ("NVIDIA H100 80GB HBM3", model.H100)):
         row = model.Measured("forward N32 C512 nchw", device, "a", 1.0)
         assert model.of_measured(row, moved) == pytest.approx(model.LAUNCH_US + 1e9 / (0.87e3 * gpu.peak_gb_per_s))
+    filled = launch(bytes=10**6, shared=10**6)  # no kernel of Triton's fills
+    triton = model.Measured("triton head_forward N32 C512 nchw", "NVIDIA H200", "a", 1.0)
+    assert model.of_measured(triton, filled) == model.predict(filled, model.H200, fills=False).us
+    assert model.of_measured(triton, filled) < model.of_measured(row, filled)
 
 
 def test_a_commit_that_was_measured_knows_which_kernels_are_others_now(monkeypatch):
@@ -147,7 +151,13 @@ def test_what_blocks_ask_for_at_once_comes_before_all_else():
     assert found.filling_us == pytest.approx(2.0) and found.memory_us == pytest.approx(10.0)
     assert found.us == pytest.approx(model.LAUNCH_US + max(found.latency_us + 2.0, 10.0))
     assert model.predict(of, gpu, fills=False).filling_us == 0
-    assert model.predict(launch(resident=2, bytes=5 * 87_000, shared=870_000), gpu).filling_us == pytest.approx(0.2)
+    assert found.bound == "memory"
+    slow = model.predict(launch(resident=2, bytes=5 * 87_000, shared=870_000), gpu)  # memory is done before
+    assert slow.bound == "latency" and slow.us == pytest.approx(model.LAUNCH_US + slow.latency_us + 0.2)
+    between = model.predict(launch({**PART, "cycles": 1}, resident=5, bytes=5 * 870_000, shared=870_000), gpu)
+    assert between.latency_us < between.memory_us < between.latency_us + between.filling_us
+    assert between.bound != "memory" and between.us == pytest.approx(model.LAUNCH_US + between.latency_us + 5.0)
+    assert slow.filling_us == pytest.approx(0.2)
 
 
 def test_the_share_is_that_of_the_bytes_that_must_move():
