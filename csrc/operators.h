@@ -40,14 +40,20 @@ inline Tensor empty(DeviceId device, const Shape& shape, const Shape& strides, S
   return Tensor(handle);
 }
 
-// Contiguous, or with shape (0,) where it is not wanted.
-inline Tensor output(DeviceId device, const Shape& shape, ScalarType dtype, bool wanted = true) {
-  if (!wanted) return empty(device, {0}, {1}, dtype);
+// Contiguous.
+inline Tensor output(DeviceId device, const Shape& shape, ScalarType dtype) {
   Shape strides = shape;
   int64_t step = 1;
   for (int64_t i = shape.rank; i-- > 0; step *= std::max<int64_t>(shape.size[i], 1)) strides.size[i] = step;
   return empty(device, shape, strides, dtype);
 }
+
+inline OptionalTensor output_if(bool wanted, DeviceId device, const Shape& shape, ScalarType dtype) {
+  return wanted ? OptionalTensor(output(device, shape, dtype)) : std::nullopt;
+}
+
+// An output as an operator returns it: undefined, for Python None, where it is not wanted.
+inline Tensor or_undefined(OptionalTensor& t) { return t ? std::move(*t) : Tensor(); }
 
 // An upstream gradient, which has any strides, as kernels read it.
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
@@ -69,8 +75,8 @@ inline bool is_channels_last(const Tensor& features) {
 
 // The operators' twin_map, three corners of a 2 x 2 map (TwinMap.of in rebalfer_kernels/transforms.py), on the maps
 // (..., H, W) of one size.
-inline TwinMap twin_map_on(int64_t corners, const Tensor& maps) {
-  const int64_t H = maps.size(2), W = maps.size(3), start = corners / 16, down = corners / 4 % 4, right = corners % 4;
+inline TwinMap twin_map_on(int64_t corners, int64_t H, int64_t W) {
+  const int64_t start = corners / 16, down = corners / 4 % 4, right = corners % 4;
   const int64_t row = start / 2, column = start % 2;
   return {row * (H - 1) * W + column * (W - 1), (down / 2 - row) * W + down % 2 - column,
           (right / 2 - row) * W + right % 2 - column};
@@ -89,26 +95,52 @@ struct HeadForwardArguments {
   Wanted wanted;
 };
 
-struct HeadForwardOutputs {
-  Tensor loss, classification, consistency, logits, maps;
-  Tensor map_grad, logit_grad, pooled, cam_grad;  // saved for the backward
+// Where in its one tensor lies what the forward saves for the backward (Saved of rebalfer_kernels/ops.py), in elements.
+// One tensor, as each more costs a small call time.
+struct SavedPieces {
+  static constexpr int64_t kAbsent = -1;
+  int64_t size = 0;
+  const int64_t pooled, cam_grad, logit_grad, map_grad;
+
+  SavedPieces(int64_t N, int64_t C, int64_t HW, int64_t L, bool gradients, bool with_logit_grad, bool with_pooled,
+              bool with_cam_grad)
+      : pooled(add(2 * N * C, with_pooled)), cam_grad(add(N * L * C, with_cam_grad)),
+        logit_grad(add(2 * N * L, with_logit_grad)), map_grad(add(N * L * HW, gradients)) {}
+
+  template <typename A>
+  static A* in(A* saved, int64_t piece) {
+    return saved && piece != kAbsent ? saved + piece : nullptr;
+  }
+
+ private:
+  int64_t add(int64_t count, bool wanted) {
+    if (!wanted) return kAbsent;
+    const int64_t begin = size;
+    size += count;
+    return begin;
+  }
 };
 
-inline HeadForwardOutputs head_forward_outputs(const HeadForwardArguments& a, DeviceId device, ScalarType compute) {
-  const int64_t M = a.features.size(0), C = a.features.size(1), H = a.features.size(2), W = a.features.size(3);
+struct HeadForwardOutputs {
+  OptionalTensor loss, classification, consistency, logits, maps, saved;
+};
+
+inline SavedPieces saved_pieces(const HeadForwardArguments& a) {
+  return {a.features.size(0) / 2, a.features.size(1), a.features.size(2) * a.features.size(3),
+          a.weight.size(0),       a.wanted.gradients, a.wanted.gradients && a.targets,
+          a.wanted.pooled,        a.wanted.cam_grad};
+}
+
+inline HeadForwardOutputs head_forward_outputs(const HeadForwardArguments& a, const SavedPieces& pieces,
+                                               DeviceId device, ScalarType compute) {
+  const int64_t M = a.features.size(0), H = a.features.size(2), W = a.features.size(3);
   const int64_t N = M / 2, L = a.weight.size(0);
   const bool classified = a.targets.has_value();
   const Shape losses = a.options.mean ? Shape{} : Shape{N};
-  const auto allocate = [&](const Shape& shape, bool wanted) { return output(device, shape, compute, wanted); };
-  return {allocate(losses, classified),
-          allocate(losses, classified),
-          allocate(losses, true),
-          allocate({M, L}, classified),
-          allocate({M, L, H, W}, a.wanted.maps),
-          allocate({N, L, H, W}, a.wanted.gradients),
-          allocate({M, L}, a.wanted.gradients && classified),
-          allocate({M, C}, a.wanted.pooled),
-          allocate({N, L, C}, a.wanted.cam_grad)};
+  const auto allocate = [&](const Shape& shape, bool wanted) { return output_if(wanted, device, shape, compute); };
+  return {
+      allocate(losses, classified), allocate(losses, classified),          allocate(losses, true),
+      allocate({M, L}, classified), allocate({M, L, H, W}, a.wanted.maps), allocate({pieces.size}, a.wanted.gradients)};
 }
 
 // The inputs whose gradients a backward is asked for.
@@ -118,7 +150,9 @@ struct Needed {
 
 struct HeadBackwardArguments {
   const OptionalTensor &d_loss, &d_classification, &d_consistency, d_logits;
-  const Tensor &weight, &map_grad, &logit_grad, &pooled, &cam_grad;
+  const Tensor &weight, &saved;
+  SavedPieces pieces;
+  int64_t N, H, W;
   double consistency_weight;
   TwinMap twin;
   bool mean;
@@ -128,17 +162,18 @@ struct HeadBackwardArguments {
 };
 
 struct HeadGradients {
-  Tensor features, weight, bias;
+  OptionalTensor features, weight, bias;
 };
 
 // The head's operators as PyTorch calls them, with the arguments of the schema in its order.
 template <HeadForwardOutputs (*run)(const HeadForwardArguments&)>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_forward_operator(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_forward_operator(
     const Tensor& features, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& targets,
     const OptionalTensor& target_table, const Tensor& map_weights, double consistency_weight, int64_t p,
     int64_t twin_map, bool both_views, bool mean, bool with_maps, bool save_gradients, bool save_pooled,
     bool save_cam_grad) {
-  const HeadOptions options{consistency_weight, int(p), twin_map_on(twin_map, features), both_views, mean};
+  const TwinMap twin = twin_map_on(twin_map, features.size(2), features.size(3));
+  const HeadOptions options{consistency_weight, int(p), twin, both_views, mean};
   HeadForwardOutputs out = run({features,
                                 weight,
                                 bias,
@@ -147,33 +182,36 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
                                 map_weights,
                                 options,
                                 {with_maps, save_gradients, save_pooled, save_cam_grad}});
-  return {std::move(out.loss),       std::move(out.classification), std::move(out.consistency),
-          std::move(out.logits),     std::move(out.maps),           std::move(out.map_grad),
-          std::move(out.logit_grad), std::move(out.pooled),         std::move(out.cam_grad)};
+  return {or_undefined(out.loss),   or_undefined(out.classification), or_undefined(out.consistency),
+          or_undefined(out.logits), or_undefined(out.maps),           or_undefined(out.saved)};
 }
 
 template <HeadGradients (*run)(const HeadBackwardArguments&)>
 std::tuple<Tensor, Tensor, Tensor> head_backward_operator(
     const OptionalTensor& d_loss, const OptionalTensor& d_classification, const OptionalTensor& d_consistency,
-    const OptionalTensor& d_logits, const Tensor& weight, const Tensor& map_grad, const Tensor& logit_grad,
-    const Tensor& pooled, const Tensor& cam_grad, double consistency_weight, int64_t twin_map, bool mean,
+    const OptionalTensor& d_logits, const Tensor& weight, const Tensor& saved, int64_t n, int64_t height, int64_t width,
+    bool with_logit_grad, bool with_pooled, bool with_cam_grad, double consistency_weight, int64_t twin_map, bool mean,
     ScalarType dtype, bool channels_last, bool need_features, bool need_weight, bool need_bias) {
+  const int64_t L = weight.size(0), C = weight.size(1);
+  const SavedPieces pieces(n, C, height * width, L, true, with_logit_grad, with_pooled, with_cam_grad);
+  STD_TORCH_CHECK(saved.numel() == pieces.size, "saved: got ", saved.numel(), " elements, expected ", pieces.size);
   HeadGradients out = run({d_loss,
                            d_classification,
                            d_consistency,
                            d_logits ? OptionalTensor(dense(*d_logits)) : std::nullopt,
                            weight,
-                           map_grad,
-                           logit_grad,
-                           pooled,
-                           cam_grad,
+                           saved,
+                           pieces,
+                           n,
+                           height,
+                           width,
                            consistency_weight,
-                           twin_map_on(twin_map, map_grad),
+                           twin_map_on(twin_map, height, width),
                            mean,
                            dtype,
                            channels_last,
                            {need_features, need_weight, need_bias}});
-  return {std::move(out.features), std::move(out.weight), std::move(out.bias)};
+  return {or_undefined(out.features), or_undefined(out.weight), or_undefined(out.bias)};
 }
 
 }  // namespace rebalfer

@@ -1,8 +1,8 @@
 """The operators every fused backend implements, and their autograd.
 
 Schemas and fakes live here; a backend only registers implementations: ``head_forward_cpu`` is served by
-``csrc/cpu``, ``head_forward_triton`` by the Triton kernels, and so on, one operator per backend. Outputs that were
-not asked for come back empty, with shape (0,).
+``csrc/cpu``, ``head_forward_triton`` by the Triton kernels, and so on, one operator per backend. An output that was not
+asked for is None, as PyTorch's own operators have it (``convolution_backward``).
 
 The ``autograd.Function`` stands outside the operators: 26 us per forward and backward against 37 us for the same by
 ``torch.library.custom_op`` with ``register_autograd``.
@@ -12,6 +12,7 @@ The head's is there in C++ too (``csrc/autograd``), for the calls that torch.com
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -37,9 +38,9 @@ class Wanted(NamedTuple):
     """The outputs of the head's forward that not every call needs."""
 
     maps: bool
-    gradients: bool  #: map_grad and logit_grad
-    pooled: bool
-    cam_grad: bool  #: only beside gradients
+    gradients: bool  #: map_grad and, with targets, logit_grad
+    pooled: bool  #: only beside gradients, as the next
+    cam_grad: bool
 
 
 class Recorded(NamedTuple):
@@ -69,7 +70,6 @@ class HeadPlan(NamedTuple):
     compiled: bool  #: by torch.compile
     recorded: Recorded | None  #: None where HeadLossFunction records the backward
     dtype: torch.dtype  #: of the features
-    classified: bool  #: there are targets
     options: HeadOptions
     wanted: Wanted
 
@@ -82,24 +82,24 @@ _library = _namespace.library
 
 # p ... mean are a HeadOptions, with_maps ... save_cam_grad a Wanted; targets is (N,) int64, or (N, L)
 # in the compute dtype, or None where only the consistency is asked for.
-# What the forward keeps for the backward are gradients of each sample's own losses: map_grad (N, L, H, W) of its
+# What the forward saves for the backward are gradients of each sample's own losses: map_grad (N, L, H, W) of its
 # consistency with respect to the image's maps (with respect to the twin's it is the same, negated and moved back by T),
 # logit_grad (2N, L) of its classification with respect to the logits of both views, cam_grad (N, L, C) of its
 # consistency with respect to the weight of its maps; pooled (2N, C) is what the weight meets in the logits. So the
-# backward knows neither targets nor Eq. 5: it only multiplies by upstream gradients and by the weight.
+# backward knows neither targets nor Eq. 5: it only multiplies by upstream gradients and by the weight. All lie in one
+# tensor in the compute dtype (Saved), as every tensor costs a small call time.
 _SCHEMAS = {
     "head_forward": (
         "(Tensor features, Tensor weight, Tensor? bias, Tensor? targets, Tensor? target_table, Tensor map_weights, "
         "float consistency_weight, int p, int twin_map, bool both_views, bool mean, bool with_maps, "
         "bool save_gradients, bool save_pooled, bool save_cam_grad) -> (Tensor loss, Tensor classification, "
-        "Tensor consistency, Tensor logits, Tensor maps, Tensor map_grad, Tensor logit_grad, Tensor pooled, "
-        "Tensor cam_grad)"
+        "Tensor consistency, Tensor logits, Tensor maps, Tensor saved)"
     ),
     "head_backward": (
         "(Tensor? d_loss, Tensor? d_classification, Tensor? d_consistency, Tensor? d_logits, Tensor weight, "
-        "Tensor map_grad, Tensor logit_grad, Tensor pooled, Tensor cam_grad, float consistency_weight, "
-        "int twin_map, bool mean, ScalarType dtype, bool channels_last, bool need_features, bool need_weight, "
-        "bool need_bias) -> (Tensor d_features, Tensor d_weight, Tensor d_bias)"
+        "Tensor saved, SymInt n, SymInt height, SymInt width, bool with_logit_grad, bool with_pooled, "
+        "bool with_cam_grad, float consistency_weight, int twin_map, bool mean, ScalarType dtype, bool channels_last, "
+        "bool need_features, bool need_weight, bool need_bias) -> (Tensor d_features, Tensor d_weight, Tensor d_bias)"
     ),
     "cam_forward": "(Tensor features, Tensor weight) -> Tensor",
     "cam_backward": (
@@ -119,17 +119,47 @@ _SCHEMAS = {
 }
 
 
-def _empty(like: Tensor, shape: tuple[Any, ...], dtype: torch.dtype, wanted: bool = True) -> Tensor:
-    return torch.empty(shape if wanted else (0,), dtype=dtype, device=like.device)
+def _empty(like: Tensor, shape: tuple[Any, ...], dtype: torch.dtype, wanted: bool = True) -> Tensor | None:
+    return torch.empty(shape, dtype=dtype, device=like.device) if wanted else None
 
 
 def empty_features(
     like: Tensor, shape: tuple[Any, ...], dtype: torch.dtype, channels_last: bool, wanted: bool
-) -> Tensor:
+) -> Tensor | None:
     if not wanted:
-        return _empty(like, (0,), dtype)
+        return None
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(shape, dtype=dtype, device=like.device, memory_format=layout)
+
+
+class Saved(NamedTuple):
+    """What the head's forward saves for its backward, one behind the other; None what it does not save."""
+
+    pooled: Any  #: (2N, C)
+    cam_grad: Any  #: (N, L, C)
+    logit_grad: Any  #: (2N, L)
+    map_grad: Any  #: (N, L, H, W)
+
+    @classmethod
+    def shapes(
+        cls, n: int, channels: int, height: int, width: int, classes: int, logit_grad: bool, pooled: bool,
+        cam_grad: bool,
+    ) -> Saved:  # fmt: skip
+        return cls(
+            (2 * n, channels) if pooled else None,
+            (n, classes, channels) if cam_grad else None,
+            (2 * n, classes) if logit_grad else None,
+            (n, classes, height, width),
+        )
+
+    def size(self) -> int:
+        """Elements of tensors of these shapes."""
+        return sum(math.prod(shape) for shape in self if shape is not None)
+
+    def of(self, saved: Tensor) -> Saved:
+        """The tensors of these shapes."""
+        pieces = saved.split([0 if shape is None else math.prod(shape) for shape in self])
+        return Saved(*(None if shape is None else x.view(shape) for x, shape in zip(pieces, self, strict=True)))
 
 
 def _head_forward_fake(
@@ -140,27 +170,24 @@ def _head_forward_fake(
     n, classes, dtype = m // 2, weight.shape[0], compute_dtype(features.dtype)
     classified = targets is not None
     per_sample = () if mean else (n,)
+    saved = Saved.shapes(n, c, h, w, classes, classified, save_pooled, save_cam_grad)
     return (
         _empty(features, per_sample, dtype, classified),
         _empty(features, per_sample, dtype, classified),
         _empty(features, per_sample, dtype),
         _empty(features, (m, classes), dtype, classified),
         _empty(features, (m, classes, h, w), dtype, with_maps),
-        _empty(features, (n, classes, h, w), dtype, save_gradients),
-        _empty(features, (m, classes), dtype, save_gradients and classified),
-        _empty(features, (m, c), dtype, save_pooled),
-        _empty(features, (n, classes, c), dtype, save_cam_grad),
+        _empty(features, (saved.size(),), dtype, save_gradients),
     )
 
 
 def _head_backward_fake(
-    d_loss, d_classification, d_consistency, d_logits, weight, map_grad, logit_grad, pooled, cam_grad,
-    consistency_weight, twin_map, mean, dtype, channels_last, need_features, need_weight, need_bias,
+    d_loss, d_classification, d_consistency, d_logits, weight, saved, n, height, width, with_logit_grad, with_pooled,
+    with_cam_grad, consistency_weight, twin_map, mean, dtype, channels_last, need_features, need_weight, need_bias,
 ):  # fmt: skip
-    n, classes, h, w = map_grad.shape
-    c = weight.shape[1]
+    classes, c = weight.shape
     return (
-        empty_features(weight, (2 * n, c, h, w), dtype, channels_last, need_features),
+        empty_features(weight, (2 * n, c, height, width), dtype, channels_last, need_features),
         _empty(weight, (classes, c), weight.dtype, need_weight),
         _empty(weight, (classes,), weight.dtype, need_bias),
     )
@@ -277,9 +304,9 @@ def _first_order(name: str, grads: tuple[Tensor | None, ...], sources: tuple[Ten
 class HeadLossFunction(torch.autograd.Function):
     """``head_forward`` and ``head_backward`` of one backend, returning what ``head_forward`` returns first.
 
-    Saves, in the compute dtype, the gradients of each sample's losses with respect to its maps (N L H W) and logits
-    (2 N L), the pooled features (2 N C) and, when the CAM's weight is not detached, the gradient K (N L C) of each
-    sample's consistency with respect to it; never the features.
+    Saves the weight and a ``Saved``: the gradients of each sample's losses with respect to its maps and logits, the
+    pooled features and, when the CAM's weight is not detached, the gradient K of each sample's consistency with respect
+    to it; never the features.
     """
 
     @staticmethod
@@ -287,29 +314,27 @@ class HeadLossFunction(torch.autograd.Function):
         outputs = OPERATORS[plan.backend]["head_forward"](
             features, weight, bias, targets, target_table, map_weights, lam, *plan.options, *plan.wanted
         )
-        loss, classification, consistency, logits, maps, map_grad, *saved = outputs
+        *_, maps, saved = outputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(weight, map_grad, *saved)
-        ctx.call = lam, plan
-        ctx.mark_non_differentiable(maps)
-        # Of what is saved only map_grad is an output: through it a second differentiation finds this node. No caller
-        # sees it, so whatever is done in place to an output that one does see, the gradients stay right.
-        return loss, classification, consistency, logits, maps, map_grad
+        ctx.save_for_backward(weight, saved)
+        ctx.call = lam, plan, features.shape, targets is not None
+        if maps is not None:
+            ctx.mark_non_differentiable(maps)
+        # What is saved is an output: through it a second differentiation finds this node. No caller sees it, so
+        # whatever is done in place to an output that one does see, the gradients stay right.
+        return outputs
 
     @staticmethod
     def backward(ctx, d_loss, d_classification, d_consistency, d_logits, *_):
-        weight, map_grad, *saved = ctx.saved_tensors
-        lam, plan = ctx.call
-        if not plan.classified:  # torch.compile passes empty gradients of empty outputs
-            d_loss = d_classification = d_logits = None
+        weight, saved = ctx.saved_tensors
+        lam, plan, (m, _, height, width), classified = ctx.call
         upstream = (d_loss, d_classification, d_consistency, d_logits)
         need = ctx.needs_input_grad[:3]
-        d_features, d_weight, d_bias = OPERATORS[plan.backend]["head_backward"](
-            *upstream, weight, map_grad, *saved, lam, plan.options.twin_map, plan.options.mean, plan.dtype,
-            plan.layout == "channels_last", *need,
+        grads = OPERATORS[plan.backend]["head_backward"](
+            *upstream, weight, saved, m // 2, height, width, classified, plan.wanted.pooled, plan.wanted.cam_grad, lam,
+            plan.options.twin_map, plan.options.mean, plan.dtype, plan.layout == "channels_last", *need,
         )  # fmt: skip
-        grads = (d_features if need[0] else None, d_weight if need[1] else None, d_bias if need[2] else None)
-        d_features, d_weight, d_bias = _first_order("rebalanced_head_loss", grads, (map_grad, *upstream))
+        d_features, d_weight, d_bias = _first_order("rebalanced_head_loss", grads, (saved, *upstream))
         return d_features, d_weight, d_bias, *(None,) * 5
 
 
@@ -328,10 +353,9 @@ class ClassActivationMapsFunction(torch.autograd.Function):
     def backward(ctx, d_maps, _):
         features, weight, anchor = ctx.saved_tensors
         need = ctx.needs_input_grad[:2]
-        d_features, d_weight = OPERATORS[ctx.backend]["cam_backward"](
+        grads = OPERATORS[ctx.backend]["cam_backward"](
             d_maps, weight if features is None else features, weight, ctx.dtype, ctx.channels_last, *need
         )
-        grads = (d_features if need[0] else None, d_weight if need[1] else None)
         d_features, d_weight = _first_order("class_activation_maps", grads, (anchor, weight, d_maps))
         return d_features, d_weight, None, None
 

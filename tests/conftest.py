@@ -4,7 +4,8 @@ HYPOTHESIS_PROFILE=long for more.
 
 Every CPU tensor begins as NaN (test_poison.py), so that an output a kernel leaves unwritten is found. PyTorch's
 deterministic mode fills only what its dispatcher allocates; this switch of its CPU allocator also reaches the outputs
-of the C++ operators.
+of the C++ operators. What glibc's malloc hands out, the scratch of the CPU kernels, is NaN too, but for small pieces
+that were used before.
 """
 
 import ctypes
@@ -28,6 +29,10 @@ settings.load_profile(
 
 _c10 = ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libc10.so"))
 ctypes.c_bool.in_dll(_c10, "FLAGS_caffe2_cpu_allocator_do_junk_fill").value = True
+
+_M_PERTURB = -6
+if hasattr(ctypes.CDLL(None), "mallopt"):
+    ctypes.CDLL(None).mallopt(_M_PERTURB, 0x100)  # not 0, which would turn it off; the low byte, inverted, is the filling
 
 
 @pytest.fixture(params=["C++", "Python"])

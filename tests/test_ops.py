@@ -34,13 +34,13 @@ def head_backward(dtype, layout, *, backend, soft=False, mean=True, cam_grad=Fal
     arguments = head_forward(dtype, layout, soft=soft, mean=mean, cam_grad=cam_grad, alone=alone)
     weight, lam, twin, mean = (arguments[i] for i in (1, 6, 8, 10))
     outputs = ops.OPERATORS[backend.name]["head_forward"](*moved(arguments, backend))
-    loss, classification, consistency, logits, _, *saved = outputs
+    loss, classification, consistency, logits, _, saved = outputs
     upstream = (None, None, torch.rand_like(consistency), None) if alone else tuple(
         torch.rand_like(x) for x in (loss, classification, consistency, logits)
     )  # fmt: skip
     return (
-        *upstream, weight, *saved, lam, twin, mean, dtype, layout == "channels_last", True, not alone,
-        not alone and not soft,
+        *upstream, weight, saved, 2, 5, 3, not alone, not alone, cam_grad, lam, twin, mean, dtype,
+        layout == "channels_last", True, not alone, not alone and not soft,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Fresh CPU tensors are poisoned in every test (conftest.py), those of the C++ operators included.
+"""Fresh CPU tensors are poisoned in every test (conftest.py), those of the C++ operators included, and so is scratch.
 
 The pattern 0x7fedbeef is a NaN as float32, every second element a NaN as a 16-bit number, and 1.7e308 as float64.
 """
@@ -38,3 +38,16 @@ def test_tensors_of_the_operators_begin_poisoned():
     values = torch.tensor((ctypes.c_float * COUNT).from_address(data.value))
     assert not library.aoti_torch_delete_tensor_object(handle)
     assert values.isnan().all()
+
+
+def test_scratch_begins_poisoned():
+    """By the calls of csrc/cpu/tensors.h."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        pytest.skip("this C library has no mallopt")
+    libc.malloc.restype = libc.calloc.restype = ctypes.c_void_p
+    leave_ones_behind()
+    poisoned, zeros = libc.malloc(ctypes.c_size_t(4 * COUNT)), libc.calloc(ctypes.c_size_t(COUNT), ctypes.c_size_t(4))
+    read = (ctypes.c_float * COUNT).from_address
+    assert torch.tensor(read(poisoned)).isnan().all() and not torch.tensor(read(zeros)).any()
+    libc.free(ctypes.c_void_p(poisoned)), libc.free(ctypes.c_void_p(zeros))

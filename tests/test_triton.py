@@ -163,11 +163,9 @@ def test_launches(n, sum_of_chunks, classes, mean, cam_grad, forward, launched):
     y, table = torch.empty(n, device="meta", dtype=torch.int64), torch.empty(classes, classes, device="meta")
     v, one = w[:, 0].contiguous(), torch.empty((), device="meta")
     options = (2.0, 2, TWIN_MAPS["hflip"], True, mean)
-    *_, map_grad, logit_grad, pooled, k = host.head_forward(
-        f, w, None, y, table, v, *options, False, True, True, cam_grad
-    )
-    flags = (2.0, TWIN_MAPS["hflip"], mean, f.dtype, False, True, True, True)
-    host.head_backward(one, None, None, None, w, map_grad, logit_grad, pooled, k, *flags)
+    *_, saved = host.head_forward(f, w, None, y, table, v, *options, False, True, True, cam_grad)
+    flags = (n, 7, 7, True, True, cam_grad, 2.0, TWIN_MAPS["hflip"], mean, f.dtype, False, True, True, True)
+    host.head_backward(one, None, None, None, w, saved, *flags)
     assert launched == [*forward, "head_backward", *sum_of_chunks]
 
 

@@ -17,16 +17,17 @@ using torch::autograd::Function;
 using torch::autograd::variable_list;
 
 // The operators' types by their schemas.
-using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
+using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
     const Tensor& features, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& targets,
     const OptionalTensor& target_table, const Tensor& map_weights, double consistency_weight, int64_t p,
     int64_t twin_map, bool both_views, bool mean, bool with_maps, bool save_gradients, bool save_pooled,
     bool save_cam_grad);
 using Backward = std::tuple<Tensor, Tensor, Tensor>(
     const OptionalTensor& d_loss, const OptionalTensor& d_classification, const OptionalTensor& d_consistency,
-    const OptionalTensor& d_logits, const Tensor& weight, const Tensor& map_grad, const Tensor& logit_grad,
-    const Tensor& pooled, const Tensor& cam_grad, double consistency_weight, int64_t twin_map, bool mean,
-    at::ScalarType dtype, bool channels_last, bool need_features, bool need_weight, bool need_bias);
+    const OptionalTensor& d_logits, const Tensor& weight, const Tensor& saved, c10::SymInt n, c10::SymInt height,
+    c10::SymInt width, bool with_logit_grad, bool with_pooled, bool with_cam_grad, double consistency_weight,
+    int64_t twin_map, bool mean, at::ScalarType dtype, bool channels_last, bool need_features, bool need_weight,
+    bool need_bias);
 
 // The operators of one backend.
 struct Backend {
@@ -98,7 +99,18 @@ struct Options {
   bool gradients() const { return flag(3); }
   bool pooled() const { return flag(4); }
   bool cam_grad() const { return flag(5); }
-  const Backend& backend() const { return backends()[packed >> 14]; }
+  const Backend& backend() const { return backends()[packed >> 14 & 0xffff]; }
+
+  // With what the backward needs to know of the inputs.
+  Options with(const Tensor& features, bool targets, bool bias) const {
+    return Options(packed | int64_t(features.scalar_type()) << 32 | int64_t(!features.is_contiguous()) << 40 |
+                   int64_t(targets) << 41 | int64_t(bias) << 42);
+  }
+  at::ScalarType dtype() const { return at::ScalarType(packed >> 32 & 0xff); }
+  bool channels_last() const { return packed >> 40 & 1; }
+  bool has_targets() const { return packed >> 41 & 1; }
+  bool has_bias() const { return packed >> 42 & 1; }
+
   int64_t packed;
 };
 
@@ -112,45 +124,47 @@ struct Constants {
 };
 
 struct HeadLoss : Function<HeadLoss> {
-  // The differentiable outputs, and map_grad: through it a second differentiation finds this node.
+  // What is differentiable, and what is saved: through that a second differentiation finds this node. The consistency
+  // and what is saved are there in every call, the loss, the classification and the logits only with targets.
   static variable_list forward(AutogradContext* ctx, const Tensor& features, const Tensor& weight,
                                const OptionalTensor& bias, const Constants& a) {
     const Options of = a.options;
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [loss, classification, consistency, logits, maps, map_grad, logit_grad, pooled, cam_grad] =
-        of.backend().forward.call(features, weight, bias, a.targets, a.target_table, a.map_weights,
-                                  a.consistency_weight, of.p(), of.twin_map(), of.both_views(), of.mean(), of.maps(),
-                                  of.gradients(), of.pooled(), of.cam_grad());
-    if (of.maps()) a.maps = maps;
+    auto [loss, classification, consistency, logits, maps, saved] = of.backend().forward.call(
+        features, weight, bias, a.targets, a.target_table, a.map_weights, a.consistency_weight, of.p(), of.twin_map(),
+        of.both_views(), of.mean(), of.maps(), of.gradients(), of.pooled(), of.cam_grad());
+    a.maps = maps;
     ctx->set_materialize_grads(false);
-    ctx->save_for_backward({weight, map_grad, logit_grad, pooled, cam_grad});
-    ctx->saved_data["constants"] = std::make_tuple(a.consistency_weight, of.packed, int64_t(features.scalar_type()),
-                                                   !features.is_contiguous(), bias.has_value());
-    return {loss, classification, consistency, logits, map_grad};
+    ctx->save_for_backward({weight, saved});
+    ctx->saved_data["consistency_weight"] = a.consistency_weight;
+    ctx->saved_data["options"] = of.with(features, a.targets.has_value(), bias.has_value()).packed;
+    ctx->saved_data["size"] = features.sizes();
+    if (!a.targets) return {consistency, saved};
+    return {consistency, saved, loss, classification, logits};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
-    const auto given = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
+    const auto given = [&](size_t i) {
+      return i < upstream.size() && upstream[i].defined() ? OptionalTensor(upstream[i]) : std::nullopt;
+    };
     const variable_list saved = ctx->get_saved_variables();
-    const auto [consistency_weight, packed, dtype, channels_last, has_bias] =
-        ctx->saved_data["constants"].to<std::tuple<double, int64_t, int64_t, bool, bool>>();
-    const Options of(packed);
-    const bool need[] = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), has_bias && ctx->needs_input_grad(2)};
+    const std::vector<int64_t> size = ctx->saved_data["size"].toIntVector();  // of the features
+    const double consistency_weight = ctx->saved_data["consistency_weight"].toDouble();
+    const Options of(ctx->saved_data["options"].toInt());
+    const bool need[] = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), of.has_bias() && ctx->needs_input_grad(2)};
     variable_list gradients(4);  // one for each argument of the forward
     {
       at::AutoDispatchBelowADInplaceOrView guard;
       std::tie(gradients[0], gradients[1], gradients[2]) = of.backend().backward.call(
-          given(upstream[0]), given(upstream[1]), given(upstream[2]), given(upstream[3]), saved[0], saved[1], saved[2],
-          saved[3], saved[4], consistency_weight, of.twin_map(), of.mean(), at::ScalarType(dtype), channels_last,
+          given(2), given(3), given(0), given(4), saved[0], saved[1], size[0] / 2, size[2], size[3], of.has_targets(),
+          of.pooled(), of.cam_grad(), consistency_weight, of.twin_map(), of.mean(), of.dtype(), of.channels_last(),
           need[0], need[1], need[2]);
     }
-    for (int i = 0; i < 3; ++i)
-      if (!need[i]) gradients[i] = Tensor();
     if (at::GradMode::is_enabled()) refuse_second_order(gradients, saved[1], upstream);
     return gradients;
   }
 
-  static void refuse_second_order(variable_list& gradients, const Tensor& map_grad, const variable_list& upstream) {
+  static void refuse_second_order(variable_list& gradients, const Tensor& saved, const variable_list& upstream) {
     variable_list tensors;
     const auto append = [&](const variable_list& more) {
       for (const Tensor& t : more)
@@ -158,7 +172,7 @@ struct HeadLoss : Function<HeadLoss> {
     };
     append(gradients);
     const int64_t count = tensors.size();
-    append({map_grad});
+    append({saved});
     append(upstream);
     auto same = FirstOrderOnly::apply(at::TensorList(tensors), count);
     auto next = same.begin();
@@ -178,7 +192,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head(const Tensor& features, 
   Tensor maps;
   const Constants constants{targets, target_table, map_weights, consistency_weight, Options(options), maps};
   variable_list out = HeadLoss::apply(features, weight, bias, constants);
-  return {std::move(out[0]), std::move(out[1]), std::move(out[2]), std::move(out[3]), std::move(maps)};
+  out.resize(5);  // those that are not there are undefined
+  return {std::move(out[2]), std::move(out[3]), std::move(out[0]), std::move(out[4]), std::move(maps)};
 }
 
 }  // namespace rebalfer

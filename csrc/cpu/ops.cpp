@@ -147,10 +147,10 @@ void write_target_row(const Targets<A>& targets, int64_t i, int64_t L, A* out) {
 }
 
 template <typename A>
-A mean_of(const std::vector<A>& x) {  // NaN of nothing, as PyTorch's own losses
+A mean_of(const A* x, int64_t count) {  // NaN of nothing, as PyTorch's own losses
   double sum = 0;
-  for (A v : x) sum += v;
-  return A(sum / double(x.size()));
+  for (int64_t i = 0; i < count; ++i) sum += x[i];
+  return A(sum / double(count));
 }
 
 // An upstream gradient: absent, a scalar, or one a sample (of any stride).
@@ -170,39 +170,46 @@ struct Upstream {
 // The map that undoes the twin's transform, or the inverse of that map, as the kernels read it.
 class PermutationTable {
  public:
-  PermutationTable(const Kernels& k, Geometry g, TwinMap map, int64_t W, bool inverse) : index_(g.HW) {
+  PermutationTable(const Kernels& k, Geometry g, TwinMap map, int64_t W, bool inverse)
+      : HW_(g.HW), vectors_(k.permutes && !g.channels_last ? (g.HW + k.lanes - 1) / k.lanes : 0),
+        lanes_(vectors_ * k.lanes), memory_(lanes_ + HW_ + vectors_) {
     for (int64_t h = 0; h < g.HW / W; ++h)
       for (int64_t w = 0; w < W; ++w) {
         const int64_t from = twin_index(map, h, w), to = h * W + w;
-        index_[inverse ? from : to] = int32_t(inverse ? to : from);
+        index()[inverse ? from : to] = int32_t(inverse ? to : from);
       }
-    if (k.permutes && !g.channels_last) choose_lanes(k.lanes);
+    fits_ = vectors_ > 0;
+    for (int64_t t = 0; t < vectors_; ++t) choose_lanes(t, k.lanes);
   }
-  Permutation get() const { return {index_.data(), fits_ && !base_.empty() ? base_.data() : nullptr, lanes_.data()}; }
+  Permutation get() const { return {index(), fits_ ? base() : nullptr, lanes()}; }
 
  private:
-  void choose_lanes(int64_t lanes) {
-    const int64_t HW = int64_t(index_.size()), vectors = (HW + lanes - 1) / lanes;
-    base_.resize(vectors);
-    lanes_.resize(vectors * lanes);
-    for (int64_t t = 0; t < vectors; ++t) {
-      const auto begin = index_.begin() + t * lanes, end = index_.begin() + std::min(HW, (t + 1) * lanes);
-      const auto [low, high] = std::minmax_element(begin, end);
-      fits_ = fits_ && *high - *low < 2 * lanes;
-      base_[t] = *low;
-      for (auto x = begin; x != end; ++x) lanes_[x - index_.begin()] = *x - *low;
-    }
+  // Of vector t of a permuted row.
+  void choose_lanes(int64_t t, int64_t lanes_of_vector) {
+    const int64_t begin = t * lanes_of_vector, end = std::min(HW_, begin + lanes_of_vector);
+    const auto [low, high] = std::minmax_element(index() + begin, index() + end);
+    fits_ = fits_ && *high - *low < 2 * lanes_of_vector;
+    base()[t] = *low;
+    for (int64_t x = begin; x < end; ++x) lanes()[x] = index()[x] - *low;
   }
 
-  std::vector<int32_t> index_, base_, lanes_;
-  bool fits_ = true;
+  // One after the other in memory_.
+  int32_t* lanes() const { return memory_.get(); }
+  int32_t* index() const { return lanes() + lanes_; }
+  int32_t* base() const { return index() + HW_; }
+
+  const int64_t HW_, vectors_, lanes_;
+  const Buffer<int32_t> memory_;
+  bool fits_;
 };
 
-// A tensor as rows of the same length; null where it is empty, as outputs are that nobody wants.
+// A tensor as rows of the same length; null where it is empty or absent.
 template <typename A>
 class Rows {
  public:
   Rows(const Tensor& t, int64_t length) : data_(t.numel() ? static_cast<A*>(t.data_ptr()) : nullptr), length_(length) {}
+  Rows(const OptionalTensor& t, int64_t length) : Rows(t ? Rows(*t, length) : Rows(nullptr, length)) {}
+  Rows(A* data, int64_t length) : data_(data), length_(length) {}
   explicit operator bool() const { return data_; }
   A* operator[](int64_t i) const { return data_ + i * length_; }
 
@@ -215,6 +222,8 @@ class Rows {
 class Views {
  public:
   Views(const Tensor& t, int64_t view_bytes) : data_(static_cast<char*>(t.data_ptr())), view_bytes_(view_bytes) {}
+  Views(const OptionalTensor& t, int64_t view_bytes)
+      : data_(t ? static_cast<char*>(t->data_ptr()) : nullptr), view_bytes_(view_bytes) {}
   void* operator[](int64_t m) const { return data_ + m * view_bytes_; }
 
  private:
@@ -231,21 +240,21 @@ class HeadForward {
         g{a.features.size(1), a.features.size(2) * a.features.size(3), a.weight.size(0), is_channels_last(a.features)},
         k(kernels(storage_of(a.features.scalar_type()))), options(a.options), wanted(a.wanted),
         undo(k, g, options.twin, a.features.size(3), false), targets(targets_of<A>(a.targets, a.target_table, g.L)),
-        weight(k, g, a.weight), bias(a.bias ? values<A>(*a.bias) : std::vector<A>()),
+        weight(k, g, a.weight), bias(a.bias ? values<A>(*a.bias) : Buffer<A>(0)),
         v(static_cast<const A*>(a.map_weights.data_ptr())),
-        features(a.features, g.C * g.HW * bytes_of(a.features.scalar_type())),
-        out(head_forward_outputs(a, cpu(), kCompute<A>)), classification(N), consistency(N) {}
+        features(a.features, g.C * g.HW * bytes_of(a.features.scalar_type())), pieces(saved_pieces(a)),
+        out(head_forward_outputs(a, pieces, cpu(), kCompute<A>)), per_sample(2 * N) {}
 
   HeadForwardOutputs run() {
     in_parallel(N, [&](int64_t begin, int64_t end) {
       Workspace work(*this);
       for (int64_t i = begin; i < end; ++i) pair(i, work);
     });
-    give(out.consistency, consistency);
+    give(*out.consistency, consistency);
     if (targets) {
-      give(out.classification, classification);
+      give(*out.classification, classification);
       for (int64_t i = 0; i < N; ++i) classification[i] += A(options.consistency_weight) * consistency[i];
-      give(out.loss, classification);
+      give(*out.loss, classification);
     }
     return std::move(out);
   }
@@ -254,37 +263,40 @@ class HeadForward {
   // What a task needs for one pair after another.
   struct Workspace {
     explicit Workspace(const HeadForward& head)
-        : weight(head.weight), residual(head.maps_size), pooled(2 * head.pooled_pitch), z(2 * head.g.L),
-          target(head.g.L), maps(head.wanted.maps ? head.maps_size : 0),
-          d_twin(head.wanted.cam_grad ? head.maps_size : 0), scratch(head.k.scratch_bytes(head.g)) {}
+        : weight(head.weight), scratch(head.k.scratch_bytes(head.g)),
+          memory((1 + head.wanted.maps + head.wanted.cam_grad) * head.maps_size + 2 * head.pooled_pitch + 3 * head.g.L),
+          residual(memory.get()), maps(residual + head.maps_size), d_twin(maps + head.wanted.maps * head.maps_size),
+          pooled(d_twin + head.wanted.cam_grad * head.maps_size), z(pooled + 2 * head.pooled_pitch),
+          target(z + 2 * head.g.L) {}
     const typename PackedWeight<A>::OfTask weight;
-    Buffer<A> residual, pooled, z, target, maps, d_twin;
-    Buffer<char> scratch;
+    const Buffer<char> scratch;
+    const Buffer<A> memory;  // of what follows, each behind the last
+    A *const residual, *const maps, *const d_twin, *const pooled, *const z, *const target;
   };
 
   void pair(int64_t i, Workspace& work) {
-    k.residual(g, undo.get(), features[i], features[N + i], work.weight.get(), work.residual.get(), work.pooled.get(),
-               work.pooled.get() + pooled_pitch, work.scratch.get());
-    view(i, work.pooled.get(), work.z.get(), work);
-    view(N + i, work.pooled.get() + pooled_pitch, work.z.get() + g.L, work);
-    consistency[i] = consistency_of(work.residual.get());
+    k.residual(g, undo.get(), features[i], features[N + i], work.weight.get(), work.residual, work.pooled,
+               work.pooled + pooled_pitch, work.scratch.get());
+    view(i, work.pooled, work.z, work);
+    view(N + i, work.pooled + pooled_pitch, work.z + g.L, work);
+    consistency[i] = consistency_of(work.residual);
     if (targets) classify(i, work);
     if (!wanted.gradients) return;
-    differentiate(work.residual.get());
-    write_maps(work.residual.get(), map_grad[i]);
-    if (wanted.cam_grad) cam_gradient(i, work.residual.get(), work);
+    differentiate(work.residual);
+    write_maps(work.residual, map_grad[i]);
+    if (wanted.cam_grad) cam_gradient(i, work.residual, work);
   }
 
   // What is kept of view m: its pooled features, its logits z, its maps.
   void view(int64_t m, const A* pooled_view, A* z, Workspace& work) {
     if (wanted.pooled) std::memcpy(pooled[m], pooled_view, g.C * sizeof(A));
     if (targets) {
-      k.logits(g, work.weight.get(), pooled_view, bias.empty() ? nullptr : bias.data(), z);
+      k.logits(g, work.weight.get(), pooled_view, bias.get(), z);
       std::memcpy(logits[m], z, g.L * sizeof(A));
     }
     if (wanted.maps) {
-      k.maps(g, features[m], work.weight.get(), work.maps.get(), work.scratch.get());
-      write_maps(work.maps.get(), maps[m]);
+      k.maps(g, features[m], work.weight.get(), work.maps, work.scratch.get());
+      write_maps(work.maps, maps[m]);
     }
   }
 
@@ -311,11 +323,11 @@ class HeadForward {
 
   // Eq. 1 of one pair, with its gradient.
   void classify(int64_t i, Workspace& work) {
-    const A* const t = work.target.get();
-    write_target_row(targets, i, g.L, work.target.get());
+    const A* const t = work.target;
+    write_target_row(targets, i, g.L, work.target);
     classification[i] = 0;
     for (int view = 0; view < 2; ++view) {
-      const A* const z = work.z.get() + view * g.L;
+      const A* const z = work.z + view * g.L;
       A* const dz = wanted.gradients ? logit_grad[view * N + i] : nullptr;
       if (view == 0 || options.both_views) {
         const auto of = log_sum_exp(z, g.L);
@@ -330,8 +342,9 @@ class HeadForward {
   // K, the gradient of the pair's consistency with respect to the weight of its maps, from d, that with respect to the
   // first view's maps.
   void cam_gradient(int64_t i, const A* d, Workspace& work) {
-    A* const d_twin = work.d_twin.get();
+    A* const d_twin = work.d_twin;
     std::memset(static_cast<void*>(cam_grad[i]), 0, g.L * g.C * sizeof(A));
+    std::fill_n(d_twin, maps_size, A(0));
     for (int64_t l = 0; l < g.L; ++l)
       for (int64_t x = 0; x < g.HW; ++x) d_twin[l * pitch + undo.get().index[x]] = -d[l * pitch + x];
     k.correlate(g, features[i], d, cam_grad[i], work.scratch.get());
@@ -342,11 +355,11 @@ class HeadForward {
     for (int64_t l = 0; l < g.L; ++l) std::memcpy(to + l * g.HW, from + l * pitch, g.HW * sizeof(A));
   }
 
-  void give(Tensor& to, const std::vector<A>& per_sample) const {
+  void give(const Tensor& to, const A* losses) const {
     if (options.mean)
-      *static_cast<A*>(to.data_ptr()) = mean_of(per_sample);
+      *static_cast<A*>(to.data_ptr()) = mean_of(losses, N);
     else if (N)
-      std::memcpy(to.data_ptr(), per_sample.data(), N * sizeof(A));
+      std::memcpy(to.data_ptr(), losses, N * sizeof(A));
   }
 
   const int64_t M, N = M / 2;
@@ -358,13 +371,18 @@ class HeadForward {
   const PermutationTable undo;
   const Targets<A> targets;
   const PackedWeight<A> weight;
-  const std::vector<A> bias;
+  const Buffer<A> bias;
   const A* const v;
   const Views features;
+  const SavedPieces pieces;
   HeadForwardOutputs out;
-  const Rows<A> logits{out.logits, g.L}, maps{out.maps, g.L * g.HW}, map_grad{out.map_grad, g.L * g.HW};
-  const Rows<A> logit_grad{out.logit_grad, g.L}, pooled{out.pooled, g.C}, cam_grad{out.cam_grad, g.L * g.C};
-  std::vector<A> classification, consistency;
+  const Rows<A> logits{out.logits, g.L}, maps{out.maps, g.L * g.HW};
+  A* const saved = out.saved ? static_cast<A*>(out.saved->data_ptr()) : nullptr;
+  const Rows<A> map_grad{pieces.in(saved, pieces.map_grad), g.L * g.HW};
+  const Rows<A> logit_grad{pieces.in(saved, pieces.logit_grad), g.L}, pooled{pieces.in(saved, pieces.pooled), g.C};
+  const Rows<A> cam_grad{pieces.in(saved, pieces.cam_grad), g.L * g.C};
+  const Buffer<A> per_sample;
+  A *const classification = per_sample.get(), *const consistency = classification + N;
 };
 
 HeadForwardOutputs head_forward(const HeadForwardArguments& a) {
@@ -376,18 +394,18 @@ template <typename A>
 class HeadBackward {
  public:
   explicit HeadBackward(const HeadBackwardArguments& a)
-      : N(a.map_grad.size(0)),
-        g{a.weight.size(1), a.map_grad.size(2) * a.map_grad.size(3), a.weight.size(0), a.channels_last},
-        k(kernels(storage_of(a.dtype))), consistency_weight(A(a.consistency_weight)), need(a.need),
-        weight_dtype(a.weight.scalar_type()), share(a.mean ? A(1) / A(std::max<int64_t>(N, 1)) : A(1)),
-        inverse(k, g, a.twin, a.map_grad.size(3), true), d_loss(a.d_loss), d_classification(a.d_classification),
-        d_consistency(a.d_consistency), d_logits(a.d_logits ? static_cast<const A*>(a.d_logits->data_ptr()) : nullptr),
-        map_grad(a.map_grad, g.L * g.HW), logit_grad(a.logit_grad, g.L), pooled(a.pooled, g.C),
-        cam_grad(a.cam_grad, g.L * g.C), weight(k, g, a.weight, need.features),
+      : N(a.N), g{a.weight.size(1), a.H * a.W, a.weight.size(0), a.channels_last}, k(kernels(storage_of(a.dtype))),
+        consistency_weight(A(a.consistency_weight)), need(a.need), weight_dtype(a.weight.scalar_type()),
+        share(a.mean ? A(1) / A(std::max<int64_t>(N, 1)) : A(1)), inverse(k, g, a.twin, a.W, true), d_loss(a.d_loss),
+        d_classification(a.d_classification), d_consistency(a.d_consistency),
+        d_logits(a.d_logits ? static_cast<const A*>(a.d_logits->data_ptr()) : nullptr),
+        saved(static_cast<A*>(a.saved.data_ptr())), map_grad(a.pieces.in(saved, a.pieces.map_grad), g.L * g.HW),
+        logit_grad(a.pieces.in(saved, a.pieces.logit_grad), g.L), pooled(a.pieces.in(saved, a.pieces.pooled), g.C),
+        cam_grad(a.pieces.in(saved, a.pieces.cam_grad), g.L * g.C), weight(k, g, a.weight, need.features),
         view_bytes(g.C * g.HW * bytes_of(a.dtype)),
-        out{feature_output(2 * N, g.C, a.map_grad.size(2), a.map_grad.size(3), a.dtype, g.channels_last, need.features),
-            output(cpu(), {g.L, g.C}, weight_dtype, need.weight), output(cpu(), {g.L}, weight_dtype, need.bias)},
-        d_features(out.features, view_bytes), dz(2 * N * g.L), g_s(N) {}
+        out{feature_output_if(need.features, 2 * N, g.C, a.H, a.W, a.dtype, g.channels_last),
+            output_if(need.weight, cpu(), {g.L, g.C}, weight_dtype), output_if(need.bias, cpu(), {g.L}, weight_dtype)},
+        d_features(out.features, view_bytes), of_samples(N * (2 * g.L + 1), true) {}
 
   HeadGradients run() {
     for (int64_t i = 0; i < N; ++i) {
@@ -404,7 +422,7 @@ class HeadBackward {
   }
 
  private:
-  A* dz_of(int64_t m) const { return dz.get() + m * g.L; }
+  A* dz_of(int64_t m) const { return dz + m * g.L; }
 
   // dz and dz~ of pair i. Without an upstream gradient its classification takes no part: it may be NaN.
   void logits_gradient(int64_t i) {
@@ -421,8 +439,8 @@ class HeadBackward {
   // dF and dF~ of the pairs from begin on.
   void feature_gradients(int64_t begin, int64_t end) {
     const typename PackedWeight<A>::OfTask of_task(weight);
-    Buffer<A> d_maps(g.L * pitch);
-    Buffer<char> scratch(k.scratch_bytes(g));
+    const Buffer<A> d_maps(g.L * pitch, true);
+    const Buffer<char> scratch(k.scratch_bytes(g));
     for (int64_t i = begin; i < end; ++i) {
       const A* from = map_grad[i];
       for (int64_t l = 0; l < g.L; ++l)
@@ -441,15 +459,15 @@ class HeadBackward {
 
   // dW of the channels from begin on: dz^T P of both views, and the sum of K where the CAM is not detached.
   void weight_gradient(int64_t begin, int64_t end) {
-    Buffer<A> sum(g.L * kChannelChunk);
-    void* const to = out.weight.data_ptr();  // once: for each element, the call would take longer than the sums
+    const Buffer<A> sum(g.L * kChannelChunk);
+    void* const to = out.weight->data_ptr();  // once: for each element, the call would take longer than the sums
     for (int64_t c0 = begin; c0 < end; c0 += kChannelChunk) {
       const int64_t count = std::min(kChannelChunk, end - c0);
       std::fill_n(sum.get(), g.L * kChannelChunk, A(0));
-      if (pooled) k.accumulate(2 * N, g.L, count, dz.get(), g.L, pooled[0] + c0, g.C, sum.get(), kChannelChunk);
+      if (pooled) k.accumulate(2 * N, g.L, count, dz, g.L, pooled[0] + c0, g.C, sum.get(), kChannelChunk);
       if (cam_grad && (d_loss || d_consistency))
         for (int64_t l = 0; l < g.L; ++l)
-          k.accumulate(N, 1, count, g_s.data(), 1, cam_grad[0] + l * g.C + c0, g.L * g.C, sum.get() + l * kChannelChunk,
+          k.accumulate(N, 1, count, g_s, 1, cam_grad[0] + l * g.C + c0, g.L * g.C, sum.get() + l * kChannelChunk,
                        kChannelChunk);
       for (int64_t l = 0; l < g.L; ++l)
         for (int64_t c = 0; c < count; ++c) write(to, weight_dtype, l * g.C + c0 + c, sum.get()[l * kChannelChunk + c]);
@@ -460,7 +478,7 @@ class HeadBackward {
     for (int64_t l = 0; l < g.L; ++l) {
       A sum = 0;
       for (int64_t m = 0; m < 2 * N; ++m) sum += dz_of(m)[l];
-      write(out.bias.data_ptr(), weight_dtype, l, sum);
+      write(out.bias->data_ptr(), weight_dtype, l, sum);
     }
   }
 
@@ -475,14 +493,15 @@ class HeadBackward {
   const PermutationTable inverse;
   const Upstream<A> d_loss, d_classification, d_consistency;
   const A* const d_logits;
+  A* const saved;
   const Rows<A> map_grad, logit_grad, pooled, cam_grad;
   const PackedWeight<A> weight;
   const int64_t view_bytes;
   const bool streaming = 2 * N * view_bytes >= kStreamingBytes;
   HeadGradients out;
   const Views d_features;
-  const Buffer<A> dz;
-  std::vector<A> g_s;
+  const Buffer<A> of_samples;
+  A *const dz = of_samples.get(), *const g_s = dz + 2 * N * g.L;  // (2N, L), (N,)
 };
 
 HeadGradients head_backward(const HeadBackwardArguments& a) {
@@ -502,8 +521,8 @@ Tensor cam_forward_as(const Tensor& features, const Tensor& weight) {
   const int64_t view_bytes = C * HW * bytes_of(features.scalar_type());
   in_parallel(M, [&](int64_t begin, int64_t end) {
     const typename PackedWeight<A>::OfTask of_task(packed);
-    Buffer<A> cam(L * pitch);
-    Buffer<char> scratch(k.scratch_bytes(g));
+    const Buffer<A> cam(L * pitch);
+    const Buffer<char> scratch(k.scratch_bytes(g));
     for (int64_t m = begin; m < end; ++m) {
       k.maps(g, f + m * view_bytes, of_task.get(), cam.get(), scratch.get());
       for (int64_t l = 0; l < L; ++l)
@@ -526,18 +545,18 @@ std::tuple<Tensor, Tensor> cam_backward_as(const Tensor& d_maps, const Tensor& f
   const Geometry g{C, HW, L, channels_last};
   const Kernels& k = kernels(storage_of(dtype));
   const int64_t pitch = round_up(HW, k.lanes);
-  Tensor d_features = feature_output(M, C, H, W, dtype, channels_last, need_features);
-  Tensor d_weight = output(cpu(), {L, C}, weight.scalar_type(), need_weight);
+  OptionalTensor d_features = feature_output_if(need_features, M, C, H, W, dtype, channels_last);
+  OptionalTensor d_weight = output_if(need_weight, cpu(), {L, C}, weight.scalar_type());
   const PackedWeight<A> packed(k, g, weight, need_features);
   const int64_t view_bytes = C * HW * bytes_of(dtype);
   const bool streaming = M * view_bytes >= kStreamingBytes;
   const Views views(features, view_bytes), gradients(d_features, view_bytes);
   const Rows<const A> upstream(d_maps, HW);
-  Buffer<A> partial(need_weight ? M * L * C : 0);
+  const Buffer<A> partial(need_weight ? M * L * C : 0, true);
   in_parallel(M, [&](int64_t begin, int64_t end) {
     const typename PackedWeight<A>::OfTask of_task(packed);
-    Buffer<A> d(L * pitch);
-    Buffer<char> scratch(k.scratch_bytes(g));
+    const Buffer<A> d(L * pitch, true);
+    const Buffer<char> scratch(k.scratch_bytes(g));
     for (int64_t m = begin; m < end; ++m) {
       for (int64_t l = 0; l < L; ++l) std::memcpy(d.get() + l * pitch, upstream[m * L + l], HW * sizeof(A));
       if (need_features) k.view_gradient(g, of_task.get(), d.get(), gradients[m], streaming, scratch.get());
@@ -545,7 +564,7 @@ std::tuple<Tensor, Tensor> cam_backward_as(const Tensor& d_maps, const Tensor& f
     }
   });
   if (need_weight) {
-    void* to = d_weight.data_ptr();
+    void* to = d_weight->data_ptr();
     const ScalarType weight_dtype = weight.scalar_type();
     for (int64_t i = 0; i < L * C; ++i) {
       A sum = 0;
@@ -553,7 +572,7 @@ std::tuple<Tensor, Tensor> cam_backward_as(const Tensor& d_maps, const Tensor& f
       write(to, weight_dtype, i, sum);
     }
   }
-  return {d_features, d_weight};
+  return {or_undefined(d_features), or_undefined(d_weight)};
 }
 
 std::tuple<Tensor, Tensor> cam_backward(Tensor d_maps, Tensor features, Tensor weight, ScalarType dtype,
@@ -566,16 +585,16 @@ template <typename A>
 Tensor cross_entropy_forward_as(const Tensor& logits, const Tensor& targets, const Tensor& table, bool mean) {
   const int64_t M = logits.size(0), L = logits.size(1);
   const auto of_batch = targets_of<A>(targets, table, L);
-  const std::vector<A> z = values<A>(logits);
+  const Buffer<A> z = values<A>(logits);
   std::vector<A> losses(M), t(L);
   for (int64_t m = 0; m < M; ++m) {
     write_target_row(of_batch, m, L, t.data());
-    const A* const row = z.data() + m * L;
+    const A* const row = z.get() + m * L;
     losses[m] = cross_entropy(row, log_sum_exp(row, L), t.data(), L);
   }
   Tensor out = output(cpu(), mean ? Shape{} : Shape{M}, kCompute<A>);
   if (mean)
-    *static_cast<A*>(out.data_ptr()) = mean_of(losses);
+    *static_cast<A*>(out.data_ptr()) = mean_of(losses.data(), M);
   else if (M)
     std::memcpy(out.data_ptr(), losses.data(), M * sizeof(A));
   return out;
@@ -592,7 +611,7 @@ Tensor cross_entropy_backward_as(const Tensor& d_loss, const Tensor& logits, con
                                  bool mean) {
   const int64_t M = logits.size(0), L = logits.size(1);
   const auto of_batch = targets_of<A>(targets, table, L);
-  const std::vector<A> z = values<A>(logits);
+  const Buffer<A> z = values<A>(logits);
   const Upstream<A> g{OptionalTensor(d_loss)};
   const ScalarType dtype = logits.scalar_type();
   Tensor out = output(cpu(), {M, L}, dtype);
@@ -600,7 +619,7 @@ Tensor cross_entropy_backward_as(const Tensor& d_loss, const Tensor& logits, con
   std::vector<A> dz(L), t(L);
   for (int64_t m = 0; m < M; ++m) {
     write_target_row(of_batch, m, L, t.data());
-    const A* const row = z.data() + m * L;
+    const A* const row = z.get() + m * L;
     cross_entropy_gradient(row, log_sum_exp(row, L), t.data(), L, mean ? g[m] / A(M) : g[m], dz.data());
     for (int64_t l = 0; l < L; ++l) write(to, dtype, m * L + l, dz[l]);
   }
@@ -623,7 +642,7 @@ Tensor paired_views(const Tensor& images, const Tensor& indices, const Tensor& s
   const auto rectangle = [](const std::vector<double>& x) { return Rectangle{float(x[0]), float(x[1]), float(x[2])}; };
   if (epoch_tensor) epoch = *static_cast<const int64_t*>(epoch_tensor->data_ptr());
   const int64_t K = images.size(0), N = indices.size(0), C = images.size(3), H = size[0], W = size[1];
-  Tensor out = feature_output(N * (both ? 2 : 1), C, H, W, dtype, true, true);
+  Tensor out = feature_output(N * (both ? 2 : 1), C, H, W, dtype, true);
   ViewPlan plan{images.size(1),
                 images.size(2),
                 C,
@@ -640,7 +659,7 @@ Tensor paired_views(const Tensor& images, const Tensor& indices, const Tensor& s
                 rectangle(erase),
                 uint64_t(seed),
                 uint32_t(epoch),
-                twin_map_on(twin_map, out)};
+                twin_map_on(twin_map, H, W)};
   std::copy(mean.begin(), mean.end(), plan.mean);
   std::copy(std.begin(), std.end(), plan.std);
   const auto* from = static_cast<const uint8_t*>(images.data_ptr());
@@ -650,7 +669,7 @@ Tensor paired_views(const Tensor& images, const Tensor& indices, const Tensor& s
   const Views views(out, view_bytes);
   const ViewKernels& k = isa().views();
   in_parallel(N, [&](int64_t begin, int64_t end) {
-    Buffer<char> scratch(k.scratch_bytes(plan));
+    const Buffer<char> scratch(k.scratch_bytes(plan), true);
     for (int64_t i = begin; i < end; ++i) {
       void* const twin = both ? views[N + i] : nullptr;
       if (index[i] >= 0 && index[i] < K) {

@@ -36,9 +36,7 @@ inline DeviceId cpu() { return {aoti_torch_device_type_cpu(), 0}; }
 
 // A gradient of the features, or views. A large fresh one costs more in page faults than in stores, so it is allocated
 // on whole huge pages of its own: the ends of a mapping that begins anywhere would be small pages.
-inline Tensor feature_output(int64_t M, int64_t C, int64_t H, int64_t W, ScalarType dtype, bool channels_last,
-                             bool wanted) {
-  if (!wanted) return output(cpu(), {0}, dtype);
+inline Tensor feature_output(int64_t M, int64_t C, int64_t H, int64_t W, ScalarType dtype, bool channels_last) {
   const Shape shape{M, C, H, W}, strides = feature_strides(C, H, W, channels_last);
   const int64_t size = bytes_of(dtype), bytes = M * C * H * W * size;
 #if defined(__linux__)
@@ -56,18 +54,24 @@ inline Tensor feature_output(int64_t M, int64_t C, int64_t H, int64_t W, ScalarT
   return empty(cpu(), shape, strides, dtype);
 }
 
+inline OptionalTensor feature_output_if(bool wanted, int64_t M, int64_t C, int64_t H, int64_t W, ScalarType dtype,
+                                        bool channels_last) {
+  return wanted ? OptionalTensor(feature_output(M, C, H, W, dtype, channels_last)) : std::nullopt;
+}
+
 struct Free {
   void operator()(void* p) const { std::free(p); }
 };
 
-// Zeroed scratch, aligned to a cache line, with room for a vector behind it. By calloc, as aligned_alloc cuts each
-// piece of memory out of a larger one, which a small call notices.
+// Scratch, aligned to a cache line, with room for a vector behind it. By malloc, as aligned_alloc cuts each piece of
+// memory out of a larger one, which a small call notices.
 template <typename A>
 class Buffer {
  public:
-  explicit Buffer(int64_t count) {
+  explicit Buffer(int64_t count, bool zeros = false) {
     if (!count) return;
-    memory_.reset(std::calloc(1, count * sizeof(A) + 2 * kCacheLine));
+    const size_t bytes = count * sizeof(A) + 2 * kCacheLine;
+    memory_.reset(zeros ? std::calloc(1, bytes) : std::malloc(bytes));
     if (!memory_) throw std::bad_alloc();
     data_ = reinterpret_cast<A*>(round_up(reinterpret_cast<int64_t>(memory_.get()), kCacheLine));
   }
@@ -90,15 +94,16 @@ inline float widened(uint16_t bits, ScalarType dtype) {
 
 // A small tensor (bias, logits) in the compute type.
 template <typename A>
-std::vector<A> values(const Tensor& t) {
-  std::vector<A> out(t.numel());
+Buffer<A> values(const Tensor& t) {
+  const int64_t count = t.numel();
+  Buffer<A> out(count);
   const void* const from = t.data_ptr();
   const ScalarType dtype = t.scalar_type();
-  for (size_t i = 0; i < out.size(); ++i) {
+  for (int64_t i = 0; i < count; ++i) {
     switch (dtype) {
-      case ScalarType::Double: out[i] = A(static_cast<const double*>(from)[i]); break;
-      case ScalarType::Float: out[i] = A(static_cast<const float*>(from)[i]); break;
-      default: out[i] = widened(static_cast<const uint16_t*>(from)[i], dtype);
+      case ScalarType::Double: out.get()[i] = A(static_cast<const double*>(from)[i]); break;
+      case ScalarType::Float: out.get()[i] = A(static_cast<const float*>(from)[i]); break;
+      default: out.get()[i] = widened(static_cast<const uint16_t*>(from)[i], dtype);
     }
   }
   return out;

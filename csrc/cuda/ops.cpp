@@ -59,20 +59,20 @@ void share(ForwardParams& params, Storage storage, const Device& device) {
   params.early = granted.early;
 }
 
-Tensor feature_output(DeviceId device, int64_t M, int64_t C, int64_t H, int64_t W, ScalarType dtype, bool channels_last,
-                      bool wanted) {
-  if (!wanted) return output(device, {0}, dtype);
+OptionalTensor feature_output_if(bool wanted, DeviceId device, int64_t M, int64_t C, int64_t H, int64_t W,
+                                 ScalarType dtype, bool channels_last) {
+  if (!wanted) return std::nullopt;
   return empty(device, {M, C, H, W}, feature_strides(C, H, W, channels_last), dtype);
 }
 
 // Null for a tensor without elements.
 template <typename T = float>
-T* data(const Tensor& t) {
+T* pointer(const Tensor& t) {
   return t.numel() ? static_cast<T*>(t.data_ptr()) : nullptr;
 }
 template <typename T = float>
-const T* data(const OptionalTensor& t) {
-  return t ? data<const T>(*t) : nullptr;
+T* pointer(const OptionalTensor& t) {
+  return t ? pointer<T>(*t) : nullptr;
 }
 
 Geometry geometry(int64_t N, int64_t C, int64_t H, int64_t W, int64_t L, int views, bool channels_last, TwinMap twin) {
@@ -83,15 +83,15 @@ Geometry geometry(int64_t N, int64_t C, int64_t H, int64_t W, int64_t L, int vie
   return {N, int(C), int(H), int(W), int(L), views, channels_last, twin};
 }
 
-Parameter parameter(const Tensor& t) { return {data<void>(t), t.scalar_type() == ScalarType::Float}; }
+Parameter parameter(const Tensor& t) { return {pointer<void>(t), t.scalar_type() == ScalarType::Float}; }
 
 Targets<float> targets_of(const OptionalTensor& targets, const OptionalTensor& table) {
   if (!targets) return {};
   const bool soft = targets->dim() == 2;
-  return {soft ? nullptr : data<int64_t>(targets), soft ? data(targets) : nullptr, data(table)};
+  return {soft ? nullptr : pointer<int64_t>(targets), soft ? pointer(targets) : nullptr, pointer(table)};
 }
 
-Upstream upstream(const OptionalTensor& t) { return {data(t), t && t->dim() ? t->stride(0) : 0}; }
+Upstream upstream(const OptionalTensor& t) { return {pointer(t), t && t->dim() ? t->stride(0) : 0}; }
 
 // The ticket of a launch: one of those that are kept ready or, where they have run out, one of its own, which another
 // launch zeroes first.
@@ -101,7 +101,7 @@ class Ticket {
       : address_(take_ticket(device.index(), stream)) {
     if (address_) return;
     own_ = torch::stable::new_zeros(like, {1}, ScalarType::Int);
-    address_ = data<unsigned>(*own_);
+    address_ = pointer<unsigned>(*own_);
   }
   unsigned* get() const { return address_; }
 
@@ -116,10 +116,11 @@ HeadForwardOutputs head_forward(const HeadForwardArguments& a) {
   const Geometry g = geometry(N, C, H, W, a.weight.size(0), 2, is_channels_last(a.features), a.options.twin);
   const Device device(a.features);
   const cudaStream_t stream = device.stream();
-  HeadForwardOutputs out = head_forward_outputs(a, device.id(), ScalarType::Float);
+  const SavedPieces pieces = saved_pieces(a);
+  HeadForwardOutputs out = head_forward_outputs(a, pieces, device.id(), ScalarType::Float);
   if (N == 0) {  // NaN of nothing, as PyTorch's own losses
-    for (Tensor* t : {&out.loss, &out.classification, &out.consistency})
-      if (a.options.mean && t->numel()) torch::stable::fill_(*t, std::numeric_limits<double>::quiet_NaN());
+    for (const OptionalTensor* t : {&out.loss, &out.classification, &out.consistency})
+      if (a.options.mean && *t) torch::stable::fill_(**t, std::numeric_limits<double>::quiet_NaN());
     return out;
   }
   ForwardParams params{};
@@ -128,20 +129,21 @@ HeadForwardOutputs head_forward(const HeadForwardArguments& a) {
   params.weight = parameter(a.weight);
   if (a.bias) params.bias = parameter(*a.bias);
   params.targets = targets_of(a.targets, a.target_table);
-  params.map_weights = data(a.map_weights);
+  params.map_weights = pointer(a.map_weights);
   params.consistency_weight = float(a.options.consistency_weight);
   params.p = a.options.p;
   params.both_views = a.options.both_views;
   share(params, storage, device);
-  params.loss = data(out.loss), params.classification = data(out.classification);
-  params.consistency = data(out.consistency), params.logits = data(out.logits), params.maps = data(out.maps);
-  params.map_grad = data(out.map_grad), params.logit_grad = data(out.logit_grad);
-  params.pooled = data(out.pooled), params.cam_grad = data(out.cam_grad);
+  params.loss = pointer(out.loss), params.classification = pointer(out.classification);
+  params.consistency = pointer(out.consistency), params.logits = pointer(out.logits), params.maps = pointer(out.maps);
+  float* const saved = pointer(out.saved);
+  params.map_grad = pieces.in(saved, pieces.map_grad), params.logit_grad = pieces.in(saved, pieces.logit_grad);
+  params.pooled = pieces.in(saved, pieces.pooled), params.cam_grad = pieces.in(saved, pieces.cam_grad);
   std::optional<Tensor> per_sample;
   std::optional<Ticket> ticket;
   if (a.options.mean) {
     per_sample = output(device.id(), {2, N}, ScalarType::Float);
-    params.per_sample = data(*per_sample);
+    params.per_sample = pointer(*per_sample);
     params.ticket = ticket.emplace(device, a.features, stream).get();
   }
   launch_forward(storage, params, device.granted().multiprocessors, stream);
@@ -149,25 +151,26 @@ HeadForwardOutputs head_forward(const HeadForwardArguments& a) {
 }
 
 HeadGradients head_backward(const HeadBackwardArguments& a) {
-  const int64_t N = a.map_grad.size(0), H = a.map_grad.size(2), W = a.map_grad.size(3);
-  const int64_t L = a.weight.size(0), C = a.weight.size(1);
+  const int64_t N = a.N, H = a.H, W = a.W, L = a.weight.size(0), C = a.weight.size(1);
   const ScalarType weight_dtype = a.weight.scalar_type();
   const Device device(a.weight);
-  const HeadGradients out{feature_output(device.id(), 2 * N, C, H, W, a.dtype, a.channels_last, a.need.features),
-                          output(device.id(), {L, C}, weight_dtype, a.need.weight),
-                          output(device.id(), {L}, weight_dtype, a.need.bias)};
+  const HeadGradients out{feature_output_if(a.need.features, device.id(), 2 * N, C, H, W, a.dtype, a.channels_last),
+                          output_if(a.need.weight, device.id(), {L, C}, weight_dtype),
+                          output_if(a.need.bias, device.id(), {L}, weight_dtype)};
   BackwardParams params{};
   params.early = device.granted().early;
   params.g = geometry(N, C, H, W, L, 2, a.channels_last, a.twin);
   params.d_loss = upstream(a.d_loss), params.d_classification = upstream(a.d_classification);
-  params.d_consistency = upstream(a.d_consistency), params.d_logits = data(a.d_logits);
+  params.d_consistency = upstream(a.d_consistency), params.d_logits = pointer(a.d_logits);
   params.weight = parameter(a.weight);
-  params.map_grad = data(a.map_grad), params.logit_grad = data(a.logit_grad);
-  if (a.need.weight) params.pooled = data(a.pooled), params.cam_grad = data(a.cam_grad);
+  const float* const saved = pointer(a.saved);
+  params.map_grad = a.pieces.in(saved, a.pieces.map_grad), params.logit_grad = a.pieces.in(saved, a.pieces.logit_grad);
+  if (a.need.weight)
+    params.pooled = a.pieces.in(saved, a.pieces.pooled), params.cam_grad = a.pieces.in(saved, a.pieces.cam_grad);
   params.consistency_weight = float(a.consistency_weight);
   params.share = a.mean ? 1.0f / float(std::max<int64_t>(N, 1)) : 1.0f;
-  params.d_features = data<void>(out.features), params.d_weight = data<void>(out.weight);
-  params.d_bias = data<void>(out.bias);
+  params.d_features = pointer<void>(out.features), params.d_weight = pointer<void>(out.weight);
+  params.d_bias = pointer<void>(out.bias);
   launch_backward(storage_of(a.dtype), params, device.stream());
   return out;
 }
@@ -177,11 +180,11 @@ Tensor cam_forward(Tensor features, Tensor weight) {
   const Device device(features);
   ForwardParams params{};
   params.g = geometry(features.size(0), C, H, W, weight.size(0), 1, is_channels_last(features), {});
-  params.features = data<void>(features);
+  params.features = pointer<void>(features);
   params.weight = parameter(weight);
   share(params, storage_of(features.scalar_type()), device);
   Tensor maps = output(device.id(), {params.g.N, params.g.L, params.g.H, params.g.W}, ScalarType::Float);
-  params.maps = data(maps);
+  params.maps = pointer(maps);
   if (params.g.N)
     launch_forward(storage_of(features.scalar_type()), params, device.granted().multiprocessors, device.stream());
   return maps;
@@ -192,17 +195,17 @@ std::tuple<Tensor, Tensor> cam_backward(Tensor d_maps, Tensor features, Tensor w
   const int64_t M = d_maps.size(0), L = d_maps.size(1), H = d_maps.size(2), W = d_maps.size(3), C = weight.size(1);
   const Device device(weight);
   d_maps = dense(d_maps);
-  Tensor d_features = feature_output(device.id(), M, C, H, W, dtype, channels_last, need_features);
-  Tensor d_weight = output(device.id(), {L, C}, weight.scalar_type(), need_weight);
-  Tensor cam_grad = output(device.id(), {M, L, C}, ScalarType::Float, need_weight);
+  OptionalTensor d_features = feature_output_if(need_features, device.id(), M, C, H, W, dtype, channels_last);
+  OptionalTensor d_weight = output_if(need_weight, device.id(), {L, C}, weight.scalar_type());
+  const OptionalTensor cam_grad = output_if(need_weight, device.id(), {M, L, C}, ScalarType::Float);
   const Geometry g = geometry(M, C, H, W, L, 1, channels_last, {});
   const Granted& granted = device.granted();
   if (need_weight && M) {
     CamWeightParams params{};
     params.g = g;
-    params.features = data<void>(features);
-    params.d_maps = data(d_maps);
-    params.cam_grad = data(cam_grad);
+    params.features = pointer<void>(features);
+    params.d_maps = pointer(d_maps);
+    params.cam_grad = pointer(cam_grad);
     params.split_bits = cluster_bits(C, H * W, dtype == ScalarType::Float ? 4 : 2, kMaxClusterBits);
     params.stages = ring_stages(M << params.split_bits, granted.multiprocessors.count);
     params.early = granted.early;
@@ -212,11 +215,11 @@ std::tuple<Tensor, Tensor> cam_backward(Tensor d_maps, Tensor features, Tensor w
   params.early = granted.early;
   params.g = g;
   params.weight = parameter(weight);
-  params.map_grad = data(d_maps);
-  params.cam_grad = data(cam_grad);
-  params.d_features = data<void>(d_features), params.d_weight = data<void>(d_weight);
+  params.map_grad = pointer(d_maps);
+  params.cam_grad = pointer(cam_grad);
+  params.d_features = pointer<void>(d_features), params.d_weight = pointer<void>(d_weight);
   launch_backward(storage_of(dtype), params, device.stream());
-  return {d_features, d_weight};
+  return {or_undefined(d_features), or_undefined(d_weight)};
 }
 
 Tensor cross_entropy_forward(Tensor logits, Tensor targets, Tensor target_table, bool mean) {
@@ -231,12 +234,12 @@ Tensor cross_entropy_forward(Tensor logits, Tensor targets, Tensor target_table,
   const cudaStream_t stream = device.stream();
   params.logits = logits.data_ptr();
   params.targets = targets_of(targets, target_table);
-  params.loss = data(loss);
+  params.loss = pointer(loss);
   std::optional<Tensor> per_sample;
   std::optional<Ticket> ticket;
   if (mean) {
     per_sample = output(device.id(), {params.M}, ScalarType::Float);
-    params.per_sample = data(*per_sample);
+    params.per_sample = pointer(*per_sample);
     params.ticket = ticket.emplace(device, logits, stream).get();
   }
   launch_cross_entropy_forward(storage_of(logits.scalar_type()), params, stream);

@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
-#: Decorates a kernel: it is compiled once for all sizes of the batch, twin's transforms and kinds of upstream gradient.
+#: Decorates a kernel: it is compiled once for all sizes of the batch, twin's transforms and kinds of upstream gradient;
+#: once more where N and L are odd, as what is saved for the backward then lies at other addresses (ops.Saved).
 kernel = triton.jit(
     do_not_specialize=[
         "N",

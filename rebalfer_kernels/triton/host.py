@@ -16,8 +16,6 @@ Launches of one call:
 
 C is never split over programs: the sums over C of one pair are one program's, in one order. Nothing waits for the GPU
 (no sync, no host read), so all of it can be captured in a CUDA graph; upstream gradients are read on the device.
-
-An output that is not wanted is None here and in the kernels; only in the operators' schemas is it empty.
 """
 
 from __future__ import annotations
@@ -124,20 +122,16 @@ def _check_labels(targets: Tensor | None, classes: int) -> None:
         raise IndexError(f"targets: got class {wrong[0].item()}, expected classes in [0, {classes})")
 
 
-def _or_none(tensor: Tensor) -> Tensor | None:
-    """A saved output, which is empty if it was not wanted."""
-    return None if tensor.shape == (0,) else tensor
-
-
-def _or_empty(tensor: Tensor | None, like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    return like.new_empty(0, dtype=dtype) if tensor is None else tensor
-
-
 def head_forward(features, weight, bias, targets, target_table, map_weights, consistency_weight, *flags):
     options, wanted = ops.HeadOptions(*flags[:4]), ops.Wanted(*flags[4:])
     n, (height, width) = len(features) // 2, features.shape[2:]
     _check_labels(targets, len(weight))
-    losses, outputs, cam_grad = _forward_outputs(features, len(weight), targets is not None, wanted)
+    classified = targets is not None
+    shapes = ops.Saved.shapes(
+        n, features.shape[1], height, width, len(weight), classified, wanted.pooled, wanted.cam_grad
+    )
+    losses, logits, maps, saved = _forward_outputs(features, len(weight), shapes.size(), classified, wanted)
+    pieces = shapes.of(saved) if wanted.gradients else ops.Saved(None, None, None, None)
     shape, cut = _cut_of(features, weight)
     of_pairs = dict(N=n, SHAPE=shape, **_twin(options.twin_map, height, width))
     launch_forward = _forward_of_one_tile if cut.one_tile else _forward_by_tiles
@@ -153,7 +147,11 @@ def head_forward(features, weight, bias, targets, target_table, map_weights, con
         P=options.p,
         BOTH_VIEWS=options.both_views,
         **losses,
-        **outputs,
+        logits=logits,
+        maps=maps,
+        map_grad=pieces.map_grad,
+        logit_grad=pieces.logit_grad,
+        pooled=pieces.pooled,
         **of_pairs,
     )
     if wanted.cam_grad:
@@ -163,34 +161,29 @@ def head_forward(features, weight, bias, targets, target_table, map_weights, con
             features.device,
             cut.weight,
             features=features,
-            map_grad=outputs["map_grad"],
-            cam_grad=cam_grad,
+            map_grad=pieces.map_grad,
+            cam_grad=pieces.cam_grad,
             TILE=cut.weight,
             SPLIT=features.dtype != torch.float32,
             **of_pairs,
         )
     if options.mean:
         losses = _means(**losses)
-    return tuple(_or_empty(x, features) for x in (*losses.values(), *outputs.values(), cam_grad))
+    return *losses.values(), logits, maps, saved
 
 
-def _forward_outputs(features: Tensor, classes: int, classified: bool, wanted: ops.Wanted):
-    """Per-sample losses, the other outputs in the schema's order, and the gradient K of the CAM's weight."""
-    m, channels, height, width = features.shape
+def _forward_outputs(features: Tensor, classes: int, saved_size: int, classified: bool, wanted: ops.Wanted):
+    """Per-sample losses, and the other outputs in the schema's order."""
+    m, _, height, width = features.shape
     n = m // 2
 
     def output(*shape: int, wanted: bool = True) -> Tensor | None:
         return torch.empty(shape, dtype=torch.float32, device=features.device) if wanted else None
 
     losses = dict(loss=output(n, wanted=classified), classification=output(n, wanted=classified), consistency=output(n))
-    outputs = dict(
-        logits=output(m, classes, wanted=classified),
-        maps=output(m, classes, height, width, wanted=wanted.maps),
-        map_grad=output(n, classes, height, width, wanted=wanted.gradients),
-        logit_grad=output(m, classes, wanted=wanted.gradients and classified),
-        pooled=output(m, channels, wanted=wanted.pooled),
-    )
-    return losses, outputs, output(n, classes, channels, wanted=wanted.cam_grad)
+    logits = output(m, classes, wanted=classified)
+    maps = output(m, classes, height, width, wanted=wanted.maps)
+    return losses, logits, maps, output(saved_size, wanted=wanted.gradients)
 
 
 def _forward_of_one_tile(features: Tensor, weight: Tensor, cut: Policy, **head: Any) -> None:
@@ -266,10 +259,13 @@ def head_backward(
     d_consistency,
     d_logits,  # (2N, L) or None
     weight,
-    map_grad,
-    logit_grad,
-    pooled,
-    cam_grad,
+    saved,
+    n,
+    height,
+    width,
+    with_logit_grad,
+    with_pooled,
+    with_cam_grad,
     consistency_weight,
     twin_map,
     mean,
@@ -279,13 +275,14 @@ def head_backward(
     need_weight,
     need_bias,
 ):
-    n, classes, height, width = map_grad.shape
-    channels = weight.shape[1]
+    classes, channels = weight.shape
+    shapes = ops.Saved.shapes(n, channels, height, width, classes, with_logit_grad, with_pooled, with_cam_grad)
+    pieces = shapes.of(saved)
     d_logits = d_logits if d_logits is None else d_logits.contiguous()
     shape, cut = _cut(channels, height, width, classes, channels_last, dtype, weight.device)
     tiles = cut.backward
     size = (2 * n, channels, height, width)
-    d_features = ops.empty_features(weight, size, dtype, channels_last, True) if need_features else None
+    d_features = ops.empty_features(weight, size, dtype, channels_last, need_features)
     d_weight = weight.new_empty(weight.shape) if need_weight else None
     d_bias = weight.new_empty(classes) if need_bias else None
     chunk_size = max(_CHUNK, _cdiv(n, _CHUNKS))
@@ -303,10 +300,10 @@ def head_backward(
         d_consistency=d_consistency,
         d_logits=d_logits,
         weight=weight,
-        map_grad=map_grad,
-        logit_grad=_or_none(logit_grad),
-        pooled=_or_none(pooled),
-        cam_grad=_or_none(cam_grad),
+        map_grad=pieces.map_grad,
+        logit_grad=pieces.logit_grad,
+        pooled=pieces.pooled,
+        cam_grad=pieces.cam_grad,
         d_features=d_features,
         d_weight=d_weight,
         d_bias=d_bias,
@@ -326,7 +323,7 @@ def head_backward(
     )
     if chunks > 1:
         _sum_chunks(partial, d_weight, d_bias, weight.numel(), classes)
-    return _or_empty(d_features, weight, dtype), *(_or_empty(x, weight, weight.dtype) for x in (d_weight, d_bias))
+    return d_features, d_weight, d_bias
 
 
 def _sum_chunks(partial: Tensor, out: Tensor | None, more: Tensor | None, size: int, size_more: int) -> None:
@@ -394,7 +391,7 @@ def cam_backward(d_maps, features, weight, dtype, channels_last, need_features, 
             SPLIT=dtype != torch.float32,
         )
         _sum_chunks(partial, d_weight, None, weight.numel(), 0)
-    return _or_empty(d_features, weight, dtype), _or_empty(d_weight, weight, weight.dtype)
+    return d_features, d_weight
 
 
 def _rows(logits: Tensor) -> tuple[int, dict[str, int]]:

@@ -36,7 +36,7 @@ from torch import Tensor  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from bench import model  # noqa: E402
-from rebalfer_kernels import transforms  # noqa: E402
+from rebalfer_kernels import ops, transforms  # noqa: E402
 from rebalfer_kernels.triton import host, tiles  # noqa: E402
 
 GOLDEN = Path(__file__).with_suffix(".json")
@@ -125,9 +125,10 @@ class Head:
             outputs = host.head_forward(
                 f, self.weight, self.bias, self.targets, self.table, self.v, *self.options, False, True, True, False
             )
-        self.logits, self.saved = outputs[3], outputs[5:]
-        self.map_grad, _, self.pooled, _ = self.saved
-        for t in (self.logits, *self.saved):  # what the other pairs would have left there
+        self.logits, self.saved = outputs[3], outputs[5]
+        pieces = ops.Saved.shapes(n, channels, 7, 7, 7, True, True, False).of(self.saved)
+        self.map_grad, self.pooled = pieces.map_grad, pieces.pooled
+        for t in (self.logits, self.map_grad, pieces.logit_grad, self.pooled):  # what the other pairs would have left
             t.normal_(generator=g)
 
     @contextmanager
@@ -148,8 +149,8 @@ class Head:
     def backward(self) -> dict[str, list[tuple[int, Run]]]:
         with self._caught() as self.of_backward:
             self.gradients = host.head_backward(
-                torch.ones(()), None, None, None, self.weight, *self.saved, 2.0, self.options[2], True, self.dtype,
-                self.channels_last, True, True, True,
+                torch.ones(()), None, None, None, self.weight, self.saved, self.n, 7, 7, True, True, False, 2.0,
+                self.options[2], True, self.dtype, self.channels_last, True, True, True,
             )  # fmt: skip
         found = {}
         for kernel in self.of_backward:

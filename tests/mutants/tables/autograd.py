@@ -9,8 +9,8 @@ MUTANTS = [
     Mutant(
         "autograd in C++: the backward takes lambda for 1",
         "csrc/autograd/head.cpp",
-        "saved[4], consistency_weight, of.twin_map()",
-        "saved[4], 1.0, of.twin_map()",
+        "of.cam_grad(), consistency_weight,",
+        "of.cam_grad(), 1.0,",
         SAME,
     ),
     Mutant(
@@ -23,14 +23,14 @@ MUTANTS = [
     Mutant(
         "autograd in C++: the gradient of the features in the other layout",
         "csrc/autograd/head.cpp",
-        "!features.is_contiguous(), bias.has_value()",
-        "features.is_contiguous(), bias.has_value()",
+        "int64_t(!features.is_contiguous()) << 40",
+        "int64_t(features.is_contiguous()) << 40",
         SAME,
     ),
     Mutant(
         "autograd in C++: a bias is assumed",
         "csrc/autograd/head.cpp",
-        "has_bias && ctx->needs_input_grad(2)",
+        "of.has_bias() && ctx->needs_input_grad(2)",
         "ctx->needs_input_grad(2)",
         SAME,
     ),
@@ -51,15 +51,22 @@ MUTANTS = [
     Mutant(
         "autograd in C++: a second differentiation does not find the call",
         "csrc/autograd/head.cpp",
-        "return {loss, classification, consistency, logits, map_grad};",
-        "return {loss, classification, consistency, logits, map_grad.clone()};",
+        "return {consistency, saved, loss, classification, logits};",
+        "return {consistency, saved.clone(), loss, classification, logits};",
         "test_head.py::test_second_order_is_refused",
     ),
     Mutant(
-        "autograd in C++: the gradient to the maps is that of an output which callers see",
+        "autograd in C++: the loss's upstream gradient for the classification's",
         "csrc/autograd/head.cpp",
-        "ctx->save_for_backward({weight, map_grad, logit_grad, pooled, cam_grad});",
-        "ctx->save_for_backward({weight, map_grad, logits, pooled, cam_grad});",
+        "given(2), given(3),",
+        "given(2), given(2),",
+        SAME,
+    ),
+    Mutant(
+        "autograd in C++: a call without targets is taken for one with them",
+        "csrc/autograd/head.cpp",
+        "int64_t(targets) << 41",
+        "int64_t(1) << 41",
         SAME,
     ),
     Mutant(
@@ -67,13 +74,6 @@ MUTANTS = [
         "csrc/autograd/head.cpp",
         "a.maps = maps;",
         "a.maps = logits;",
-        SAME,
-    ),
-    Mutant(
-        "autograd in C++: maps come unasked",
-        "csrc/autograd/head.cpp",
-        "    if (of.maps()) a.maps = maps;",
-        "    a.maps = maps;",
         SAME,
     ),
     Mutant(

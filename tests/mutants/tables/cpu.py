@@ -76,8 +76,8 @@ MUTANTS = [
     Mutant(
         "dW misses the twins",
         "csrc/cpu/ops.cpp",
-        "k.accumulate(2 * N, g.L, count, dz.get()",
-        "k.accumulate(N, g.L, count, dz.get()",
+        "k.accumulate(2 * N, g.L, count, dz,",
+        "k.accumulate(N, g.L, count, dz,",
         "test_head.py::test_options",
     ),
     Mutant(
@@ -422,12 +422,33 @@ MUTANTS = [
         "a parallel loop asks an upstream gradient for its memory, which copies one that is copied on write",
         "csrc/cpu/ops.cpp",
         "  const Rows<const A> upstream(d_maps, HW);\n"
-        "  Buffer<A> partial(need_weight ? M * L * C : 0);\n"
+        "  const Buffer<A> partial(need_weight ? M * L * C : 0, true);\n"
         "  in_parallel(M, [&](int64_t begin, int64_t end) {\n",
-        "  Buffer<A> partial(need_weight ? M * L * C : 0);\n"
+        "  const Buffer<A> partial(need_weight ? M * L * C : 0, true);\n"
         "  in_parallel(M, [&](int64_t begin, int64_t end) {\n"
         "    const Rows<const A> upstream(d_maps, HW);\n",
         "test_functional.py::test_arguments_may_be_copied_on_write",
+    ),
+    Mutant(
+        "behind a row of the gradient to the maps lies what was there before",
+        "csrc/cpu/ops.cpp",
+        "const Buffer<A> d_maps(g.L * pitch, true);",
+        "const Buffer<A> d_maps(g.L * pitch);",
+        "test_head.py",
+    ),
+    Mutant(
+        "behind a row of the gradient to the twin's maps lies what was there before",
+        "csrc/cpu/ops.cpp",
+        "std::fill_n(d_twin, maps_size, A(0));",
+        "",
+        "test_head.py",
+    ),
+    Mutant(
+        "behind a row of the maps' upstream gradient lies what was there before",
+        "csrc/cpu/ops.cpp",
+        "const Buffer<A> d(L * pitch, true);",
+        "const Buffer<A> d(L * pitch);",
+        "test_functional.py",
     ),
     Mutant(
         "a large weight is not packed",
