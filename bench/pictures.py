@@ -54,7 +54,7 @@ STYLE: dict[str, Any] = {
     "legend.frameon": False,
 }
 #: When csrc/cpu last changed so much that a result from before says so.
-CPU_KERNELS_OF = "2026-11-27T16:45:00+00:00"
+CPU_KERNELS_OF = "2026-11-27T23:56:00+00:00"
 MARKERS = {"float32": "o", "bfloat16": "^"}
 DPI = 150
 #: Of 255, by which pixels of one version of Matplotlib may differ between processors.

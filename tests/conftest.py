@@ -32,7 +32,7 @@ ctypes.c_bool.in_dll(_c10, "FLAGS_caffe2_cpu_allocator_do_junk_fill").value = Tr
 
 _M_PERTURB = -6
 if hasattr(ctypes.CDLL(None), "mallopt"):
-    ctypes.CDLL(None).mallopt(_M_PERTURB, 0x100)  # not 0, which would turn it off; the low byte, inverted, is the filling
+    ctypes.CDLL(None).mallopt(_M_PERTURB, 0x100)  # not 0, which would turn it off; its low byte inverted is the filling
 
 
 @pytest.fixture(params=["C++", "Python"])

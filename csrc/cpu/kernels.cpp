@@ -12,6 +12,8 @@
 // A row of an NCHW map is loaded as whole vectors: the lanes past its end hold the next channel and are ignored, and
 // only rows at the very end of a view, which nothing follows, are copied first. A few positions left over at the end of
 // a row (49 = 3 * 16 + 1) are not worth a vector: these columns are gathered and treated as vectors over the channels.
+// With AVX-512 a pair's gradient is written as whole cache lines, which rows of such a length do not end at
+// (RowsWriter).
 #include "kernels.h"
 
 #include <algorithm>
@@ -509,12 +511,70 @@ struct KernelsOf {
     return d_twin;
   }
 
-  // CH channels of a pair's gradients, first of which is c, whose rows are TV vectors and single columns: U stays in
-  // registers. Twin lane i of vector t is of U's element from[t][i]; `last` lanes of the last vector are written.
+  // Writes rows that lie one behind the other, whatever their length, a cache line at a time: a store that meets two
+  // lines costs several that meet one.
+  class RowsWriter {
+   public:
+    // From the begin of a line on, or more slowly from elsewhere.
+    RowsWriter(T* to, bool streaming) : to_(to), streaming_(streaming) {}
+
+    // A row of Count vectors, of the last one `lanes`.
+    template <int Count>
+    [[gnu::always_inline]] void put(const V (&row)[Count], int lanes) {
+      const LaneIndex next = lanes_from(kN - left_);
+      for (int i = 0; i + 1 < Count; ++i) {
+        write(permute(last_, row[i], next));
+        last_ = row[i];
+      }
+      if (left_ + lanes >= kN) write(permute(last_, row[Count - 1], next));
+      last_ = permute(last_, row[Count - 1], lanes_from(lanes));
+      left_ = (left_ + lanes) % kN;
+    }
+
+    // What is less than a line.
+    [[gnu::always_inline]] void finish() {
+      if (has_first_) store(to_, first_), to_ += kN;
+      if (left_) store_first(to_, permute(last_, last_, lanes_from(kN - left_)), left_);
+    }
+
+   private:
+    static constexpr int kOfLine = int(sizeof(A) / sizeof(T));  // vectors in a line of T
+
+    [[gnu::always_inline]] void write(V v) {
+      if constexpr (kOfLine == 1) {
+        write_line({v});
+      } else {
+        if (has_first_) write_line({first_, v});
+        first_ = v;
+        has_first_ = !has_first_;
+      }
+    }
+    [[gnu::always_inline]] void write_line(const V (&line)[kOfLine]) {
+      if (streaming_) {
+        alignas(kCacheLine) T narrowed[kOfLine * kN];
+        store(narrowed, line);
+        copy_out(to_, narrowed, kOfLine * kN);
+      } else {
+        prefetch(reinterpret_cast<const char*>(to_) + kAhead);
+        store(to_, line);
+      }
+      to_ += kOfLine * kN;
+    }
+
+    T* to_;
+    const bool streaming_;
+    V last_ = zero<A>();  // its last left_ lanes are not written yet
+    int left_ = 0;
+    V first_ = zero<A>();     // of a line of two vectors
+    bool has_first_ = false;  // which is not written yet
+  };
+
+  // CH channels of a pair's gradients from c on, whose rows are TV vectors, `lanes` of the last: U stays in registers.
+  // Twin lane i of vector t is of U's element from[t][i].
   template <int CH, int TV>
-  static void pair_rows(const FeatureGradient& of, int64_t c, const LaneIndex (&from)[TV], LaneMask last,
-                        T* const (&out)[2]) {
-    const int64_t HW = of.g.HW, L = of.g.L, map_pitch = pitch(HW);
+  static void pair_rows(const FeatureGradient& of, int64_t c, const LaneIndex (&from)[TV], int lanes,
+                        RowsWriter (&out)[2]) {
+    const int64_t L = of.g.L, map_pitch = pitch(of.g.HW);
     const A* weight = columns_of(of.g, of.packed) + c * L;
     V u[CH][TV];
     for (int i = 0; i < CH; ++i)
@@ -526,89 +586,56 @@ struct KernelsOf {
         for (int t = 0; t < TV; ++t) u[i][t] += weight[i * L + l] * d[t];
     }
     for (int i = 0; i < CH; ++i) {
-      T* const rows[2] = {out[0] + i * HW, out[1] + i * HW};
       const V constants[2] = {splat(of.constants[0][c + i]), splat(of.constants[1][c + i])};
-      if (!of.streaming)
-        for (const T* row : rows) prefetch_ahead<TV>(row);
       V original[TV], twin[TV];
       for (int t = 0; t < TV; ++t) {
         original[t] = constants[0] + u[i][t];
         twin[t] = constants[1] - permute(u[i], from[t]);
       }
-      store_lanes(rows[0], original, last);
-      store_lanes(rows[1], twin, last);
+      out[0].put(original, lanes);
+      out[1].put(twin, lanes);
     }
   }
 
-  // A block of a pair's gradients by pair_rows, then the single columns x: U[:, x] goes to the twin's position that
-  // comes from x, and U[:, index[x]] to the twin's x.
   template <int TV>
-  static void pair_block(const FeatureGradient& of, int64_t first, int64_t channels, T* const (&out)[2]) {
+  static void pair_in_registers(const FeatureGradient& of) {
     const Geometry g = of.g;
-    const int64_t map_pitch = pitch(g.HW), weight_pitch = pitch(g.C), columns = RowParts(g.HW).columns;
-    const int32_t* const index = of.inverse.index;
     int32_t padded[TV * kN] = {};
-    std::copy_n(index, std::min<int64_t>(g.HW, TV * kN), padded);
+    std::copy_n(of.inverse.index, g.HW, padded);
     LaneIndex from[TV];
     for (int t = 0; t < TV; ++t) from[t] = load_index(padded + t * kN);
-    for_groups<kAccumulators / 2 / TV>(channels, [&]<int CH>(int64_t c) {
-      T* const rows[2] = {out[0] + c * g.HW, out[1] + c * g.HW};
-      pair_rows<CH, TV>(of, first + c, from, first_lanes<A>(g.HW - columns - (TV - 1) * kN), rows);
-    });
-    for (int64_t x = g.HW - columns; x < g.HW; ++x) {
-      const int64_t to = std::find(index, index + g.HW, x) - index;
-      for (int64_t c = 0; c < channels; c += kN) {
-        V here = zero<A>(), there = zero<A>();
-        for (int64_t l = 0; l < g.L; ++l) {
-          const V weight = load(of.packed + l * weight_pitch + first + c);
-          here += of.d_maps[l * map_pitch + x] * weight;
-          there += of.d_maps[l * map_pitch + index[x]] * weight;
-        }
-        const V constants[2] = {load(of.constants[0] + first + c), load(of.constants[1] + first + c)};
-        const V original = constants[0] + here, moved = constants[1] - here, twin = constants[1] - there;
-        T narrowed[3][kN];
-        store(narrowed[0], original);
-        store(narrowed[1], moved);
-        store(narrowed[2], twin);
-        for (int64_t i = 0; i < std::min<int64_t>(kN, channels - c); ++i) {
-          out[0][(c + i) * g.HW + x] = narrowed[0][i];
-          out[1][(c + i) * g.HW + to] = narrowed[1][i];
-          out[1][(c + i) * g.HW + x] = narrowed[2][i];
-        }
-      }
-    }
+    RowsWriter out[2] = {{of.out[0], of.streaming}, {of.out[1], of.streaming}};
+    for_groups<kAccumulators * 2 / 3 / TV>(
+        g.C, [&]<int CH>(int64_t c) { pair_rows<CH, TV>(of, c, from, int(g.HW - (TV - 1) * kN), out); });
+    out[0].finish(), out[1].finish();  // in a loop, the compiler would keep both in memory throughout
   }
 
-  // Whether a row of the map is few enough vectors for pair_block, which permutes them in registers.
-  static bool fits_registers(Geometry g) {
-    const int64_t vectors = RowParts(g.HW).vectors;
-    return kPermutesAtOnce<A> && vectors >= 1 && vectors <= 4;
-  }
-
-  static void pair_block(const FeatureGradient& of, int64_t first, int64_t channels, T* const (&out)[2]) {
-    if constexpr (kPermutesAtOnce<A>) switch (RowParts(of.g.HW).vectors) {
-        case 1: return pair_block<1>(of, first, channels, out);
-        case 2: return pair_block<2>(of, first, channels, out);
-        case 3: return pair_block<3>(of, first, channels, out);
-        default: return pair_block<4>(of, first, channels, out);
-      }
+  // False, and nothing is written, for what is no pair or has too large maps.
+  static bool pair_in_registers(const FeatureGradient& of) {
+    if constexpr (kPermutesAtOnce<A>)
+      if (of.views == 2) switch ((of.g.HW + kN - 1) / kN) {
+          case 1: return pair_in_registers<1>(of), true;
+          case 2: return pair_in_registers<2>(of), true;
+          case 3: return pair_in_registers<3>(of), true;
+          case 4: return pair_in_registers<4>(of), true;
+        }
+    return false;
   }
 
   static void gradient_nchw(const FeatureGradient& of, Scratch scratch) {
+    if (pair_in_registers(of)) return;
     const Geometry g = of.g;
     const int64_t block = channel_block(g);
     A* u = scratch.take<A>(block * pitch(g.HW) + 2 * kN);
     T* const staging[2] = {scratch.take<T>(block * g.HW + kN), scratch.take<T>(block * g.HW + kN)};
-    const bool in_registers = of.views == 2 && fits_registers(g);
     const A* d_twin = nullptr;  // where vectors can't be permuted
-    if (of.views == 2 && !in_registers && !(kPermutes<A> && of.inverse.base))
+    if (of.views == 2 && !(kPermutes<A> && of.inverse.base))
       d_twin = twin_of(g, of.inverse, of.d_maps, scratch.take<A>(g.L * pitch(g.HW)));
     for (int64_t c = 0; c < g.C; c += block) {
       const int64_t channels = std::min(block, g.C - c);
       T* out[2];
       for (int view = 0; view < of.views; ++view) out[view] = of.streaming ? staging[view] : of.out[view] + c * g.HW;
-      if (in_registers) pair_block(of, c, channels, out);
-      for (int view = 0; view < of.views && !in_registers; ++view) {
+      for (int view = 0; view < of.views; ++view) {
         const A* constants = of.constants[view] + c;
         if (view == 0 || d_twin) {
           gradient_block(g, of.packed, view ? d_twin : of.d_maps, c, channels, u);

@@ -439,7 +439,7 @@ class HeadBackward {
   // dF and dF~ of the pairs from begin on.
   void feature_gradients(int64_t begin, int64_t end) {
     const typename PackedWeight<A>::OfTask of_task(weight);
-    const Buffer<A> d_maps(g.L * pitch, true);
+    const Buffer<A> d_maps(g.L * pitch, true);  // what stands behind a row is multiplied, too: denormals would be slow
     const Buffer<char> scratch(k.scratch_bytes(g));
     for (int64_t i = begin; i < end; ++i) {
       const A* from = map_grad[i];

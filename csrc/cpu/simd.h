@@ -294,23 +294,6 @@ inline V masked(LaneMask keep, V v) {
 }
 #endif
 
-// Vectors one behind the other, of the last one only some lanes, without a branch where there is an instruction for it
-// that is fast.
-#if defined(__AVX512F__)
-inline void store_lanes(float* p, VecF v, LaneMask lanes) { _mm512_mask_storeu_ps(p, lanes, (__m512)v); }
-template <typename T>  // of 16 bits
-inline void store_lanes(T* p, VecF v, LaneMask lanes) {
-  T half[kLanes<float>];
-  store(half, v);
-  _mm256_mask_storeu_epi16(p, lanes, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(half)));
-}
-template <typename T, int Count>
-inline void store_lanes(T* p, const VecF (&v)[Count], LaneMask of_last) {
-  if constexpr (Count > 1) store(p, reinterpret_cast<const VecF(&)[Count - 1]>(v));
-  store_lanes(p + (Count - 1) * kLanes<float>, v[Count - 1], of_last);
-}
-#endif
-
 // Whether lanes can be picked out of two vectors of the compute type (kPermutes), whether one instruction does it
 // (kPermutesAtOnce), and how: lane i of the result is element index[i] of the vectors in turn.
 #if defined(__AVX512F__)
@@ -361,6 +344,13 @@ constexpr bool kPermutesAtOnce = false;
 struct LaneIndex {};
 inline LaneIndex load_index(const int32_t*) { return {}; }
 #endif
+
+// Of two vectors' lanes those from n on.
+inline LaneIndex lanes_from(int n) {
+  int32_t index[kLanes<float>];
+  for (int i = 0; i < kLanes<float>; ++i) index[i] = n + i;
+  return load_index(index);
+}
 
 // Asks for the cache line of p, from memory into the L2 cache: a core's own guesses end at the next page, and there are
 // more streams here than it follows.
