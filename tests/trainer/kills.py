@@ -3,6 +3,7 @@
 make kills    100 of them; tests/trainer/kills.py NUMBER SEED with PYTHONPATH=.:tests for other moments
 """
 
+import math
 import os
 import random
 import signal
@@ -35,8 +36,15 @@ def start(root: Path, name: str, *flags: str) -> int:
         os._exit(status)
 
 
-def end_of(child: int) -> int:
-    """Its exit status, or minus the signal that ended it."""
+def end_of(child: int, killed_after: float = math.inf) -> int:
+    """Its exit status, or minus the signal that ended it, at the latest after so many seconds."""
+    moment = time.perf_counter() + killed_after
+    while time.perf_counter() < moment:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -65,16 +73,17 @@ def main(kills: int, seed: int) -> None:
         root = Path(folder)
         began = time.perf_counter()
         assert end_of(start(root, "whole")) == 0, (root / "whole.log").read_text()
-        longest = time.perf_counter() - began
+        length = time.perf_counter() - began  # of a whole run, as fast as one was: the first may be slow
         while killed < kills:
             run, saves = root / f"run{finished}", SAVES[finished % 2]
             status = 1
             while status:
-                child = start(root, run.name, *saves, *resumable(run))
-                if killed < kills:
-                    time.sleep(moments.uniform(0, 1.5 * longest))  # so that about every third child ends by itself
-                    os.kill(child, signal.SIGKILL)
-                status = end_of(child)
+                flags, start_of_child = resumable(run), time.perf_counter()
+                child = start(root, run.name, *saves, *flags)
+                # About every third child ends by itself.
+                status = end_of(child, moments.uniform(0, 1.5 * length) if killed < kills else math.inf)
+                if not status and not flags:
+                    length = min(length, time.perf_counter() - start_of_child)
                 assert status in (0, -signal.SIGKILL), (root / f"{run.name}.log").read_text()
                 if status and resumable(run):
                     saved = checkpoint.read(run / "last.pt")

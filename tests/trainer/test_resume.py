@@ -186,6 +186,8 @@ def test_every_part_of_the_state_counts(part, whole, stopped, tmp_path):
 
 def test_killed_runs_resume_bit_for_bit():
     """A few SIGKILLs at random moments; `make kills` for a hundred."""
-    done = child.run(ROOT / "tests/trainer/kills.py", "3", PYTHONPATH=f"{ROOT}:{ROOT}/tests", OMP_NUM_THREADS="1")
+    done = child.run(
+        ROOT / "tests/trainer/kills.py", "3", PYTHONPATH=f"{ROOT}:{ROOT}/tests", OMP_NUM_THREADS="1", timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.match(r"3 kills of \d+ runs at \d+ positions: all ended as the whole run", done.stdout)
