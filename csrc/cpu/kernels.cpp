@@ -610,11 +610,11 @@ struct KernelsOf {
     out[0].finish(), out[1].finish();  // in a loop, the compiler would keep both in memory throughout
   }
 
-  // False, and nothing is written, for what is no pair or has too large maps.
+  // False, and nothing is written, for what is no pair or whose maps are too large, or small enough for one vector:
+  // such rows are written as fast one by one.
   static bool pair_in_registers(const FeatureGradient& of) {
     if constexpr (kPermutesAtOnce<A>)
       if (of.views == 2) switch ((of.g.HW + kN - 1) / kN) {
-          case 1: return pair_in_registers<1>(of), true;
           case 2: return pair_in_registers<2>(of), true;
           case 3: return pair_in_registers<3>(of), true;
           case 4: return pair_in_registers<4>(of), true;

@@ -264,7 +264,13 @@ inline void store_first(T* p, Vec<typename Compute<T>::type> v, int64_t n) {
   constexpr int lanes = kLanes<typename Compute<T>::type>;
   if (n >= lanes) return store(p, v);
 #if defined(__AVX512F__)
-  if constexpr (std::is_same_v<T, float>) return _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
+  const __mmask16 first = __mmask16((1u << n) - 1);
+  if constexpr (std::is_same_v<T, float>) return _mm512_mask_storeu_ps(p, first, (__m512)v);
+  if constexpr (sizeof(T) == 2) {
+    T all[lanes];
+    store(all, v);
+    return _mm256_mask_storeu_epi16(p, first, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(all)));
+  }
 #endif
   T padded[lanes];
   store(padded, v);
