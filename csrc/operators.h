@@ -102,11 +102,11 @@ struct SavedPieces {
   int64_t size = 0;
   const int64_t pooled, cam_grad, logit_grad, map_grad;
 
-  SavedPieces(int64_t N, int64_t C, int64_t HW, int64_t L, bool gradients, bool with_logit_grad, bool with_pooled,
-              bool with_cam_grad)
+  SavedPieces(int64_t N, int64_t C, int64_t HW, int64_t L, bool with_logit_grad, bool with_pooled, bool with_cam_grad)
       : pooled(add(2 * N * C, with_pooled)), cam_grad(add(N * L * C, with_cam_grad)),
-        logit_grad(add(2 * N * L, with_logit_grad)), map_grad(add(N * L * HW, gradients)) {}
+        logit_grad(add(2 * N * L, with_logit_grad)), map_grad(add(N * L * HW, true)) {}
 
+  // Null where nothing is saved, or not this piece.
   template <typename A>
   static A* in(A* saved, int64_t piece) {
     return saved && piece != kAbsent ? saved + piece : nullptr;
@@ -126,9 +126,9 @@ struct HeadForwardOutputs {
 };
 
 inline SavedPieces saved_pieces(const HeadForwardArguments& a) {
-  return {a.features.size(0) / 2, a.features.size(1), a.features.size(2) * a.features.size(3),
-          a.weight.size(0),       a.wanted.gradients, a.wanted.gradients && a.targets,
-          a.wanted.pooled,        a.wanted.cam_grad};
+  return {a.features.size(0) / 2, a.features.size(1),    a.features.size(2) * a.features.size(3),
+          a.weight.size(0),       a.targets.has_value(), a.wanted.pooled,
+          a.wanted.cam_grad};
 }
 
 inline HeadForwardOutputs head_forward_outputs(const HeadForwardArguments& a, const SavedPieces& pieces,
@@ -193,7 +193,7 @@ std::tuple<Tensor, Tensor, Tensor> head_backward_operator(
     bool with_logit_grad, bool with_pooled, bool with_cam_grad, double consistency_weight, int64_t twin_map, bool mean,
     ScalarType dtype, bool channels_last, bool need_features, bool need_weight, bool need_bias) {
   const int64_t L = weight.size(0), C = weight.size(1);
-  const SavedPieces pieces(n, C, height * width, L, true, with_logit_grad, with_pooled, with_cam_grad);
+  const SavedPieces pieces(n, C, height * width, L, with_logit_grad, with_pooled, with_cam_grad);
   STD_TORCH_CHECK(saved.numel() == pieces.size, "saved: got ", saved.numel(), " elements, expected ", pieces.size);
   HeadGradients out = run({d_loss,
                            d_classification,

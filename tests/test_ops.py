@@ -111,6 +111,15 @@ def test_opcheck(backend, name, variant):
             torch.library.opcheck(ops.OPERATORS[backend.name][name], moved(arguments, backend))
 
 
+@pytest.mark.parametrize("backend", FUSED)
+def test_what_is_saved_has_its_size(backend):
+    """Else the backward would read behind it."""
+    arguments = list(moved(head_backward(torch.float32, "nchw", backend=backend), backend))
+    arguments[5] = arguments[5][1:]
+    with pytest.raises(RuntimeError, match="saved: got|split_with_sizes"):
+        ops.OPERATORS[backend.name]["head_backward"](*arguments)
+
+
 def test_every_operator_has_a_sample():
     assert all(set(operators) == set(SAMPLES) for operators in ops.OPERATORS.values())
 

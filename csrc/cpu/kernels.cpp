@@ -12,8 +12,8 @@
 // A row of an NCHW map is loaded as whole vectors: the lanes past its end hold the next channel and are ignored, and
 // only rows at the very end of a view, which nothing follows, are copied first. A few positions left over at the end of
 // a row (49 = 3 * 16 + 1) are not worth a vector: these columns are gathered and treated as vectors over the channels.
-// With AVX-512 a pair's gradient is written as whole cache lines, which rows of such a length do not end at
-// (RowsWriter).
+// With AVX-512 a pair's gradient, of maps of 17 to 64 positions, is written as whole cache lines, at which rows of such
+// a length do not end (RowsWriter).
 #include "kernels.h"
 
 #include <algorithm>
@@ -515,7 +515,7 @@ struct KernelsOf {
   // lines costs several that meet one.
   class RowsWriter {
    public:
-    // From the begin of a line on, or more slowly from elsewhere.
+    // From the beginning of a line on, or more slowly from elsewhere.
     RowsWriter(T* to, bool streaming) : to_(to), streaming_(streaming) {}
 
     // A row of Count vectors, of the last one `lanes`.

@@ -203,34 +203,6 @@ class PermutationTable {
   bool fits_;
 };
 
-// A tensor as rows of the same length; null where it is empty or absent.
-template <typename A>
-class Rows {
- public:
-  Rows(const Tensor& t, int64_t length) : data_(t.numel() ? static_cast<A*>(t.data_ptr()) : nullptr), length_(length) {}
-  Rows(const OptionalTensor& t, int64_t length) : Rows(t ? Rows(*t, length) : Rows(nullptr, length)) {}
-  Rows(A* data, int64_t length) : data_(data), length_(length) {}
-  explicit operator bool() const { return data_; }
-  A* operator[](int64_t i) const { return data_ + i * length_; }
-
- private:
-  A* data_;
-  int64_t length_;
-};
-
-// The 2N views of a batch of features, or of their gradient.
-class Views {
- public:
-  Views(const Tensor& t, int64_t view_bytes) : data_(static_cast<char*>(t.data_ptr())), view_bytes_(view_bytes) {}
-  Views(const OptionalTensor& t, int64_t view_bytes)
-      : data_(t ? static_cast<char*>(t->data_ptr()) : nullptr), view_bytes_(view_bytes) {}
-  void* operator[](int64_t m) const { return data_ + m * view_bytes_; }
-
- private:
-  char* data_;
-  int64_t view_bytes_;
-};
-
 // The forward of the head.
 template <typename A>
 class HeadForward {
@@ -669,7 +641,7 @@ Tensor paired_views(const Tensor& images, const Tensor& indices, const Tensor& s
   const Views views(out, view_bytes);
   const ViewKernels& k = isa().views();
   in_parallel(N, [&](int64_t begin, int64_t end) {
-    const Buffer<char> scratch(k.scratch_bytes(plan), true);
+    const Buffer<char> scratch(k.scratch_bytes(plan));
     for (int64_t i = begin; i < end; ++i) {
       void* const twin = both ? views[N + i] : nullptr;
       if (index[i] >= 0 && index[i] < K) {

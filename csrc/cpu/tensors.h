@@ -119,4 +119,32 @@ void write(void* out, ScalarType dtype, int64_t i, A x) {
   }
 }
 
+// A tensor as rows of the same length; null where it is empty or absent.
+template <typename A>
+class Rows {
+ public:
+  Rows(const Tensor& t, int64_t length) : data_(t.numel() ? static_cast<A*>(t.data_ptr()) : nullptr), length_(length) {}
+  Rows(const OptionalTensor& t, int64_t length) : Rows(t ? Rows(*t, length) : Rows(nullptr, length)) {}
+  Rows(A* data, int64_t length) : data_(data), length_(length) {}
+  explicit operator bool() const { return data_; }
+  A* operator[](int64_t i) const { return data_ + i * length_; }
+
+ private:
+  A* data_;
+  int64_t length_;
+};
+
+// The 2N views of a batch of features, or of their gradient.
+class Views {
+ public:
+  Views(const Tensor& t, int64_t view_bytes) : data_(static_cast<char*>(t.data_ptr())), view_bytes_(view_bytes) {}
+  Views(const OptionalTensor& t, int64_t view_bytes)
+      : data_(t ? static_cast<char*>(t->data_ptr()) : nullptr), view_bytes_(view_bytes) {}
+  void* operator[](int64_t m) const { return data_ + m * view_bytes_; }
+
+ private:
+  char* data_;
+  int64_t view_bytes_;
+};
+
 }  // namespace rebalfer

@@ -333,6 +333,13 @@ MUTANTS = [
         avx512=True,
     ),
     Mutant(
+        "the backward takes what is saved for as large as it should be",
+        "csrc/operators.h",
+        "saved.numel() == pieces.size,",
+        "true,",
+        "test_ops.py::test_what_is_saved_has_its_size",
+    ),
+    Mutant(
         "AVX-512: NCHW's gradient ends with the last whole vector",
         "csrc/cpu/kernels.cpp",
         "if (left_) store_first",
